@@ -1,0 +1,9 @@
+//! Generates the gRPC code without a protoc on the machine.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let files = ["proto/countersign/v1/mesh.proto", "proto/countersign/v1/sidecar.proto"];
+    let descriptors = protox::compile(files, ["proto"])?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    println!("cargo:rerun-if-changed=proto");
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! Every message that crosses a process boundary, and the typed clients. No rules: what a message means is decided by
+//! the law (`countersign-core`) and by whoever receives it.
+//!
+//! | room | between |
+//! |---|---|
+//! | [`mesh`] | agents and the control plane: gRPC over mutual TLS |
+//! | [`sidecar`] | an agent and a proxy that it started: frames on an inherited socket pair |
+//! | [`local`] | commands and the control plane on one machine: JSON over a unix socket |
+//! | [`run_file`] | `run.json`: where everything of a running mesh listens |
+//! | [`svid`] | SVIDs as TLS identities: parse, verify a peer, hot-swap |
+
+pub mod local;
+pub mod mesh;
+pub mod run_file;
+pub mod sidecar;
+pub mod svid;

@@ -1,0 +1,349 @@
+//! Commands and the control plane on one machine: JSON over the unix socket `control.sock` (mode 0600). Whoever can
+//! open it is the mesh's own uid, operator `local`. Errors are [`Problem`]s (RFC 9457).
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /v1/status` | | [`Status`] |
+//! | `GET /v1/mesh` | | [`Mesh`] |
+//! | `POST /v1/changes` | [`Apply`] | [`Applied`]; 409 when the base moved, 422 when the gate or the law refuses |
+//! | `GET /v1/changes?limit=N` | | `[`[`ChangeSummary`]`]`, newest first |
+//! | `GET /v1/changes/{revision}` | | [`ChangeDetail`] |
+//! | `GET /v1/changes/{revision}/wait?timeout_ms=N` | | [`Waited`] |
+//! | `GET /v1/decisions?…` | query string of [`RecordFilter`] | `[`core DecisionRecord`]`, newest first; asks the hosts |
+//! | `GET /v1/decisions/{id}` | | [`DecisionDetail`] |
+//! | `GET /v1/decisions/tail?…` | query string of [`RecordFilter`] | newline-delimited [`TailEvent`]s, until the client leaves |
+//! | `GET /v1/authority` | | [`AuthorityView`] |
+//! | `GET /v1/ledger` | | newline-delimited [`LedgerLine`]s, all entries in order |
+//! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
+//!
+//! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, ChangeSet, Revision},
+    identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
+    record::{DecisionRecord, EdgeCount, Outcome},
+    state::MeshState,
+};
+
+/// RFC 9457 problem details, as `application/problem+json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{title}")]
+pub struct Problem {
+    /// What went wrong, in one line.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// More about this occurrence; may have several lines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub help: Option<String>,
+}
+
+/// The mesh at a glance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The namespace of the mesh; absent while nothing was applied.
+    pub trust_domain: Option<TrustDomain>,
+    /// The ledger's size.
+    pub revision: Revision,
+    /// The ledger's Merkle root.
+    pub root: Digest,
+    /// False until an owner is enrolled: whoever owns the data directory can change everything.
+    pub protected: bool,
+    /// The control plane's version.
+    pub version: String,
+    /// When it started, in milliseconds since 1970.
+    pub started_at_ms: u64,
+    /// Every agent it knows.
+    pub hosts: Vec<HostView>,
+    /// Every declared service.
+    pub services: Vec<ServiceView>,
+    /// Sealed keys, storage and other things that are not as they should be.
+    pub warnings: Vec<String>,
+}
+
+/// An agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostView {
+    /// The host's name.
+    pub host: ServiceName,
+    /// Whether its stream is open.
+    pub connected: bool,
+    /// The version of its binary.
+    pub version: String,
+    /// `namespace` when its workloads are separated from each other, `none` otherwise.
+    pub isolation: String,
+    /// Why, in words.
+    pub isolation_note: String,
+    /// When it was last heard, in milliseconds since 1970.
+    pub heard_at_ms: u64,
+}
+
+/// A declared service with its running instances.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceView {
+    /// Its name.
+    pub name: ServiceName,
+    /// Its SPIFFE ID.
+    pub id: SpiffeId,
+    /// What it speaks: `http`, `grpc` or `tcp`.
+    pub protocol: String,
+    /// Its state: `active`.
+    pub state: String,
+    /// Running instances.
+    pub instances: Vec<InstanceView>,
+    /// Policies that can concern requests to it.
+    pub policies: Vec<String>,
+    /// The services it declares to call.
+    pub upstreams: Vec<ServiceName>,
+}
+
+/// A running instance and its proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceView {
+    /// Its id.
+    pub instance: InstanceId,
+    /// The host it runs on.
+    pub host: ServiceName,
+    /// Its proxy's mutual TLS listener.
+    pub address: String,
+    /// Whether the workload accepts connections.
+    pub ready: bool,
+    /// The revision its proxy enforces.
+    pub revision: Revision,
+    /// Why it does not enforce a newer one.
+    pub error: Option<String>,
+    /// When its SVID expires, in milliseconds since 1970.
+    pub svid_expires_at_ms: u64,
+    /// `namespace` or `none`.
+    pub isolation: String,
+    /// Its proxy's admin pages.
+    pub admin: String,
+}
+
+/// The state of the mesh with the texts it refers to: all that planning and explaining need.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Mesh {
+    /// The revision of `state`.
+    pub revision: Revision,
+    /// The state.
+    pub state: MeshState,
+    /// Every text in force.
+    pub bodies: Bodies,
+}
+
+/// Asks for one change-set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Apply {
+    /// The change-set, planned on its base.
+    pub change_set: ChangeSet,
+    /// The texts it refers to.
+    pub bodies: Bodies,
+}
+
+/// A change-set that is in the ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    /// The revision it made.
+    pub revision: Revision,
+    /// Its digest.
+    pub digest: Digest,
+    /// Whether the mesh is protected by an enrolled owner.
+    pub protected: bool,
+}
+
+/// One revision in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeSummary {
+    /// The revision it made.
+    pub revision: Revision,
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// Who.
+    pub actor: String,
+    /// The digest of its change-set.
+    pub digest: Digest,
+    /// One line for each change: `set_policy policy web-reads-catalog`.
+    pub changes: Vec<String>,
+    /// Proxies that enforce this revision or a later one.
+    pub acknowledged: u32,
+    /// Proxies connected.
+    pub connected: u32,
+}
+
+/// One revision in full.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeDetail {
+    /// As in the list.
+    pub summary: ChangeSummary,
+    /// The change-set.
+    pub change_set: ChangeSet,
+    /// The texts it refers to.
+    pub bodies: Bodies,
+    /// The exact ledger entry, as hashed.
+    pub entry: String,
+    /// What each connected proxy enforces.
+    pub proxies: Vec<ProxyRevision>,
+}
+
+/// What one connected proxy enforces.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyRevision {
+    /// The instance.
+    pub instance: InstanceId,
+    /// The revision it enforces.
+    pub revision: Revision,
+    /// Why it does not enforce a newer one.
+    pub error: Option<String>,
+}
+
+/// The end of waiting for a revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waited {
+    /// Whether every connected proxy enforces the revision or a later one.
+    pub enforced: bool,
+    /// The revision waited for.
+    pub revision: Revision,
+    /// Proxies connected.
+    pub connected: u32,
+    /// Those that do not enforce it yet.
+    pub missing: Vec<ProxyRevision>,
+}
+
+/// Which records are asked for. All given members must hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecordFilter {
+    /// The id or its beginning.
+    pub id: Option<String>,
+    /// The service called.
+    pub service: Option<ServiceName>,
+    /// The caller's SPIFFE ID, or its service name.
+    pub principal: Option<String>,
+    /// The outcome.
+    pub outcome: Option<Outcome>,
+    /// Not before, in milliseconds since 1970.
+    pub since_ms: Option<u64>,
+    /// At most so many, the newest; 100 unless given.
+    pub limit: Option<u32>,
+}
+
+/// One record with what is needed to judge it again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecisionDetail {
+    /// The record.
+    pub record: DecisionRecord,
+    /// The mesh at the record's revision.
+    pub mesh: Mesh,
+}
+
+/// What `decision tail` shows as it happens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TailEvent {
+    /// A denial or a step-up, in full.
+    Record(DecisionRecord),
+    /// Permits of an edge since the last report.
+    Edge(EdgeCount),
+    /// Records that found no room.
+    Shed(u64),
+}
+
+/// The keys of the trust domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthorityView {
+    /// The trust domain.
+    pub trust_domain: TrustDomain,
+    /// Rises when the bundle changes.
+    pub bundle_sequence: u64,
+    /// Root certificates, PEM.
+    pub bundle_pem: String,
+    /// The intermediate that signs now.
+    pub issuing: CertificateView,
+    /// The roots.
+    pub roots: Vec<CertificateView>,
+    /// How SVIDs are issued.
+    pub svid_lifetime_seconds: u64,
+    /// Where the key that seals the keys comes from.
+    pub sealed_by: String,
+}
+
+/// One certificate, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateView {
+    /// Subject.
+    pub subject: String,
+    /// Serial number, hexadecimal.
+    pub serial: String,
+    /// First second of validity, in milliseconds since 1970.
+    pub not_before_ms: u64,
+    /// Last second of validity, in milliseconds since 1970.
+    pub not_after_ms: u64,
+    /// SHA-256 of the certificate.
+    pub sha256: Digest,
+}
+
+/// One entry with its change-set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerLine {
+    /// The exact entry, as hashed.
+    pub entry: String,
+    /// The canonical change-set.
+    pub change_set: String,
+    /// On the last line only: the root the control plane claims.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<Digest>,
+}
+
+/// Asks for a join token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invite {
+    /// How long it can be used, in seconds: at most a day.
+    pub ttl_seconds: u64,
+    /// The only host name it is good for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<ServiceName>,
+}
+
+/// A join token. Shown once; only its hash is kept.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invitation {
+    /// The token, secret: `csj1.<secret>.<SHA-256 of the root certificate>`, each part in base64url.
+    pub token: String,
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// Where to use it: `https://ip:port`.
+    pub control: String,
+}
+
+/// One workload that an agent runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadView {
+    /// The instance.
+    pub instance: InstanceId,
+    /// Its state: `starting`, `running`, `restarting` or `stopped`.
+    pub state: String,
+    /// The process whose namespaces `exec` enters; absent when it is not isolated.
+    pub namespace_pid: Option<u32>,
+    /// The variables it was started with, beyond those of the agent.
+    pub env: BTreeMap<String, String>,
+    /// Its working directory.
+    pub dir: String,
+    /// How often it was restarted.
+    pub restarts: u32,
+    /// Why it is not running.
+    pub last_exit: Option<String>,
+}
+
+impl std::fmt::Debug for Invitation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Invitation").field("token", &"..").field("expires_at_ms", &self.expires_at_ms).finish_non_exhaustive()
+    }
+}

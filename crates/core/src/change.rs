@@ -1,0 +1,233 @@
+//! Everything an operator can ask for. A change that is not here cannot be made.
+//!
+//! A [`ChangeSet`] is what one `apply` asks for: one base, one canonical encoding, one digest, admitted whole or not at
+//! all. Bodies (policy texts) travel beside it in a content-addressed [`Bodies`] store.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    canonical::Digest,
+    identity::{NameError, ServiceName, SpiffeId, TrustDomain},
+    route::Route,
+    service::ServiceSpec,
+};
+
+/// The number of a state of the mesh: the ledger's size. It only rises; 0 is the empty mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Default)]
+#[serde(transparent)]
+pub struct Revision(pub u64);
+
+/// The `@id` of a policy.
+pub type PolicyId = Arc<str>;
+/// The name of a role in `roles.toml`.
+pub type RoleName = Arc<str>;
+/// The name of a traffic rule in `routes.toml`.
+pub type RouteName = Arc<str>;
+
+/// One thing asked for. The kinds are closed: folding, gating, rendering and the schema all match on them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Change {
+    /// The first change of every ledger.
+    CreateMesh {
+        /// The namespace the mesh speaks for; it can never change.
+        trust_domain: TrustDomain,
+    },
+    /// Adds a service, or replaces what it declares.
+    DeclareService {
+        /// Its name.
+        name: ServiceName,
+        /// What it declares.
+        spec: ServiceSpec,
+    },
+    /// Takes a service out of the mesh.
+    RemoveService {
+        /// Its name.
+        name: ServiceName,
+    },
+    /// Adds a role, or replaces its members.
+    SetRole {
+        /// Its name.
+        name: RoleName,
+        /// Who has it.
+        members: BTreeSet<Member>,
+    },
+    /// Takes a role away from all who have it.
+    RemoveRole {
+        /// Its name.
+        name: RoleName,
+    },
+    /// Adds a policy of the request gate, or replaces its text.
+    SetPolicy {
+        /// Its `@id`.
+        id: PolicyId,
+        /// The file it stands in, below the mesh directory.
+        file: Arc<str>,
+        /// The digest of its Cedar text, which is a body.
+        body: Digest,
+    },
+    /// Removes a policy of the request gate.
+    RemovePolicy {
+        /// Its `@id`.
+        id: PolicyId,
+    },
+    /// Adds a traffic rule, or replaces it.
+    SetRoute {
+        /// Its name.
+        name: RouteName,
+        /// The rule.
+        route: Route,
+    },
+    /// Removes a traffic rule.
+    RemoveRoute {
+        /// Its name.
+        name: RouteName,
+    },
+}
+
+/// Who can have a role: a service of the own trust domain by its name, or any workload by its full SPIFFE ID.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Member {
+    /// A service of the own trust domain.
+    Service(ServiceName),
+    /// A workload, wherever it is.
+    Workload(SpiffeId),
+}
+
+/// What one `apply` asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeSet {
+    /// The revision it was planned on.
+    pub base: Revision,
+    /// In the order in which they fold.
+    pub changes: Vec<Change>,
+}
+
+/// The content-addressed texts a change-set refers to. A body is inserted by its own digest, so it cannot lie.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Bodies(BTreeMap<Digest, Arc<str>>);
+
+impl Change {
+    /// The kind as the ledger and the change gate spell it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::CreateMesh { .. } => "create_mesh",
+            Self::DeclareService { .. } => "declare_service",
+            Self::RemoveService { .. } => "remove_service",
+            Self::SetRole { .. } => "set_role",
+            Self::RemoveRole { .. } => "remove_role",
+            Self::SetPolicy { .. } => "set_policy",
+            Self::RemovePolicy { .. } => "remove_policy",
+            Self::SetRoute { .. } => "set_route",
+            Self::RemoveRoute { .. } => "remove_route",
+        }
+    }
+
+    /// What it is about, for people: `policy web-reads-catalog`.
+    pub fn subject(&self) -> String {
+        match self {
+            Self::CreateMesh { trust_domain } => format!("mesh {trust_domain}"),
+            Self::DeclareService { name, .. } | Self::RemoveService { name } => format!("service {name}"),
+            Self::SetRole { name, .. } | Self::RemoveRole { name } => format!("role {name}"),
+            Self::SetPolicy { id, .. } | Self::RemovePolicy { id } => format!("policy {id}"),
+            Self::SetRoute { name, .. } | Self::RemoveRoute { name } => format!("route {name}"),
+        }
+    }
+
+    /// The body it refers to.
+    pub fn body(&self) -> Option<Digest> {
+        match self {
+            Self::SetPolicy { body, .. } => Some(*body),
+            _ => None,
+        }
+    }
+}
+
+impl ChangeSet {
+    /// SHA-256 of the canonical encoding.
+    pub fn digest(&self) -> Digest {
+        Digest::of_canonical(self)
+    }
+}
+
+impl Member {
+    /// The SPIFFE ID that has the role, in the mesh of `own`.
+    pub fn id(&self, own: &TrustDomain) -> SpiffeId {
+        match self {
+            Self::Service(name) => own.workload(name),
+            Self::Workload(id) => id.clone(),
+        }
+    }
+}
+
+impl Bodies {
+    /// Keeps `text` and returns its digest.
+    pub fn insert(&mut self, text: impl Into<Arc<str>>) -> Digest {
+        let text = text.into();
+        let digest = Digest::of(text.as_bytes());
+        self.0.insert(digest, text);
+        digest
+    }
+
+    /// The text of `digest`.
+    pub fn get(&self, digest: &Digest) -> Option<&Arc<str>> {
+        self.0.get(digest)
+    }
+
+    /// All texts with their digests.
+    pub fn iter(&self) -> impl Iterator<Item = (&Digest, &Arc<str>)> {
+        self.0.iter()
+    }
+
+    /// The number of texts.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The digests whose text does not hash to them: what a peer that lies, or a damaged store, would hand us.
+    pub fn forged(&self) -> Vec<Digest> {
+        self.0.iter().filter(|(digest, text)| Digest::of(text.as_bytes()) != **digest).map(|(digest, _)| *digest).collect()
+    }
+}
+
+impl TryFrom<String> for Member {
+    type Error = NameError;
+    fn try_from(given: String) -> Result<Self, NameError> {
+        if given.contains("://") { SpiffeId::parse(&given).map(Self::Workload) } else { ServiceName::parse(&given).map(Self::Service) }
+    }
+}
+
+impl From<Member> for String {
+    fn from(member: Member) -> Self {
+        member.to_string()
+    }
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(name) => name.fmt(f),
+            Self::Workload(id) => id.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

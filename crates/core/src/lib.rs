@@ -1,0 +1,31 @@
+//! The law of the mesh, as pure functions.
+//!
+//! Reads no clock, draws no random number, opens no file or socket, starts no thread: `now` and nonces are
+//! arguments. Everything that another crate enforces, serves or stores is defined here.
+//!
+//! | room | holds |
+//! |---|---|
+//! | [`identity`] | trust domains, SPIFFE IDs, service and instance names |
+//! | [`canonical`] | RFC 8785 encoding and the digests made over it |
+//! | [`change`] | what an operator can ask for: [`change::Change`], [`change::ChangeSet`] |
+//! | [`state`] | [`state::MeshState`], the pure fold of all admitted changes |
+//! | [`ledger`] | the Merkle log: entries, proofs, checkpoints |
+//! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
+//! | [`policy`] | the schema, the compiled law, the decision and its explanation, lint and tests |
+//! | [`route`] | traffic rules as data |
+//! | [`path`] | the one normal form of a request path |
+//! | [`view`] | what one proxy needs of the mesh at one revision |
+//! | [`record`] | the record of one decision |
+
+pub mod canonical;
+pub mod change;
+pub mod directory;
+pub mod identity;
+pub mod ledger;
+pub mod path;
+pub mod policy;
+pub mod record;
+pub mod route;
+pub mod service;
+pub mod state;
+pub mod view;

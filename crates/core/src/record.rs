@@ -1,0 +1,166 @@
+//! The record of one decision: which revision judged what, on which inputs, by which policies, with which outcome. A
+//! record holds everything needed to judge again; it holds no header, token or body.
+
+use std::{net::IpAddr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    change::{PolicyId, Revision},
+    identity::{InstanceId, ServiceName, SpiffeId},
+    service::Protocol,
+};
+
+/// One decision and what became of the exchange.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecisionRecord {
+    /// 32 hexadecimal digits; the first 12 are the time in milliseconds, so that ids sort by time.
+    pub id: Arc<str>,
+    /// When it was made, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// The instance whose proxy decided.
+    pub instance: InstanceId,
+    /// The revision of the view that decided.
+    pub revision: Revision,
+    /// The sequence number of the last signal the proxy had taken in.
+    pub signal_seq: u64,
+    /// Permit, step-up or denial.
+    pub outcome: Outcome,
+    /// Why.
+    pub reason: Reason,
+    /// The policies that decided; none for a default denial.
+    pub policies: Arc<[PolicyId]>,
+    /// What was asked.
+    pub inputs: Inputs,
+    /// Whether this is the first judgement of the exchange or a later one.
+    pub judged: Judged,
+    /// Set when the exchange ended before the record was written.
+    pub ended: Option<Ended>,
+    /// The W3C trace id, 32 hexadecimal digits.
+    pub trace_id: Option<Arc<str>>,
+    /// How long the judgement took, in nanoseconds.
+    pub judge_ns: u64,
+}
+
+/// Everything the policies could read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// The verified peer.
+    pub principal: SpiffeId,
+    /// `http:GET`, `grpc:call`, `tcp:connect`.
+    pub action: Arc<str>,
+    /// The service asked for.
+    pub service: ServiceName,
+    /// The normalized path; `/` for tcp.
+    pub path: Arc<str>,
+    /// The `Host` or `:authority`, without port, lower case.
+    pub host: Arc<str>,
+    /// The HTTP method; `CONNECT` for tcp.
+    pub method: Arc<str>,
+    /// What the service speaks.
+    pub protocol: Protocol,
+    /// The declared length of the body, in bytes.
+    pub size: Option<u64>,
+    /// Where the peer's connection comes from.
+    pub origin: IpAddr,
+    /// The time policies saw, in seconds since 1970.
+    pub now: i64,
+    /// Whether this edge (caller, service, operation) had not been seen by this proxy before.
+    pub first_contact: bool,
+}
+
+/// The answer of the law.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The exchange may go on.
+    Permit,
+    /// It may once the caller authenticates again, stronger or more recently.
+    StepUp,
+    /// It may not.
+    Deny,
+}
+
+/// Why the answer is what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// A permit applies and no forbid does.
+    Permitted,
+    /// No permit applies.
+    NoPolicyPermits,
+    /// A forbid applies.
+    Forbidden,
+    /// Only annotated forbids stand in the way, and assurance lifts them.
+    AssuranceNeeded,
+    /// A policy could not be evaluated: that denies.
+    PolicyFault,
+    /// The service is not declared any more.
+    NotDeclared,
+    /// The peer is not a workload.
+    NotAWorkload,
+}
+
+/// Which judgement of the exchange this was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Judged {
+    /// The first, before anything was forwarded.
+    AtStart,
+    /// A later one, because its inputs changed while it was open.
+    WhileOpen,
+}
+
+/// How the exchange ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// The HTTP status that the caller got; 0 when the connection ended without one.
+    pub status: u16,
+    /// From the request's head to the end, in microseconds.
+    pub duration_us: u64,
+    /// Bytes of body from the caller.
+    pub bytes_in: u64,
+    /// Bytes of body to the caller.
+    pub bytes_out: u64,
+}
+
+/// Permits of one edge since the last report, as control receives them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EdgeCount {
+    /// Who called.
+    pub principal: SpiffeId,
+    /// Which service.
+    pub service: ServiceName,
+    /// How: `http:GET`.
+    pub action: Arc<str>,
+    /// Permits since the last report.
+    pub permits: u64,
+    /// The revision of the last one.
+    pub revision: Revision,
+}
+
+impl Reason {
+    /// The reason as records and metrics spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Permitted => "permitted",
+            Self::NoPolicyPermits => "no_policy_permits",
+            Self::Forbidden => "forbidden",
+            Self::AssuranceNeeded => "assurance_needed",
+            Self::PolicyFault => "policy_fault",
+            Self::NotDeclared => "not_declared",
+            Self::NotAWorkload => "not_a_workload",
+        }
+    }
+}
+
+impl Outcome {
+    /// The outcome as records and metrics spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Permit => "permit",
+            Self::StepUp => "step_up",
+            Self::Deny => "deny",
+        }
+    }
+}

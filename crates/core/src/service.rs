@@ -1,0 +1,89 @@
+//! What a service declares of itself to the mesh. How to start it stays in the mesh directory, on its host: the
+//! ledger can never make a host run a command.
+
+use std::{collections::BTreeSet, fmt};
+
+use serde::{Deserialize, Serialize};
+
+use crate::identity::ServiceName;
+
+/// What a service speaks behind its sidecar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// HTTP/1.1, HTTP/2 and WebSocket.
+    #[default]
+    Http,
+    /// gRPC over HTTP/2.
+    Grpc,
+    /// Opaque bytes.
+    Tcp,
+}
+
+/// Whether an exchange may go on when its record cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Recorded {
+    /// A record that finds no room is counted as shed; the exchange goes on.
+    #[default]
+    BestEffort,
+    /// No record, no exchange: shed the request with 503 rather than forward it unrecorded.
+    Always,
+}
+
+/// The declared part of a service, as the ledger holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceSpec {
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// The port its callers use when they reach it by name, `<service>.mesh:<port>`: 80 for http and grpc unless given.
+    pub port: u16,
+    /// The services it calls; each gets a loopback listener in its sidecar. Declares an intent and grants nothing.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub upstreams: BTreeSet<ServiceName>,
+    /// How old the view or the signals of its proxies may be before they answer 503, in seconds.
+    pub max_staleness_seconds: u32,
+    /// What happens when a record finds no room.
+    #[serde(default)]
+    pub recorded: Recorded,
+    /// Free grouping for policies: `Service::"x" in Namespace::"payments"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Class of the data it holds, for policies: `Service::"x" in Sensitivity::"pci"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<String>,
+    /// Most concurrent exchanges its sidecar admits before it answers 503.
+    pub exchanges_max: u32,
+}
+
+/// How old a view may be when nothing else is said, in seconds.
+pub const MAX_STALENESS_SECONDS_DEFAULT: u32 = 300;
+/// Concurrent exchanges of one sidecar when nothing else is said.
+pub const EXCHANGES_MAX_DEFAULT: u32 = 10_000;
+
+impl ServiceSpec {
+    /// A service that speaks `protocol`, with every default.
+    pub fn new(protocol: Protocol) -> Self {
+        Self {
+            protocol,
+            port: 80,
+            upstreams: BTreeSet::new(),
+            max_staleness_seconds: MAX_STALENESS_SECONDS_DEFAULT,
+            recorded: Recorded::default(),
+            namespace: None,
+            sensitivity: None,
+            exchanges_max: EXCHANGES_MAX_DEFAULT,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Http => "http",
+            Self::Grpc => "grpc",
+            Self::Tcp => "tcp",
+        })
+    }
+}
