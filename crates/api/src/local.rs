@@ -344,6 +344,9 @@ pub struct WorkloadView {
 
 impl std::fmt::Debug for Invitation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Invitation").field("token", &"..").field("expires_at_ms", &self.expires_at_ms).finish_non_exhaustive()
+        f.debug_struct("Invitation")
+            .field("token", &"..")
+            .field("expires_at_ms", &self.expires_at_ms)
+            .finish_non_exhaustive()
     }
 }

@@ -1,1 +1,566 @@
-//! .
+//! SVIDs as TLS identities: parse them, verify a peer's, and hand rustls configurations whose certificate and roots can
+//! be exchanged while connections are open.
+//!
+//! Standard: X509-SVID (SPIFFE), sections 2 to 5. TLS 1.3 only; no session is ever resumed, because resumption skips
+//! the verification of the peer. Nothing here signs a certificate.
+
+use std::{fmt, sync::Arc};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    CertificateError, ClientConfig, CommonState, DigitallySignedStruct, DistinguishedName, ServerConfig,
+    SignatureScheme,
+    client::{
+        ResolvesClientCert, Resumption,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms},
+    server::{
+        ClientHello, NoServerSessionStorage, ResolvesServerCert,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::CertifiedKey,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use webpki::{EndEntityCert, KeyUsage};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+use countersign_core::{
+    canonical::Digest,
+    identity::{SpiffeId, TrustDomain},
+};
+
+use crate::mesh;
+
+/// Certificates that we read of a peer at most, leaf included.
+pub const CHAIN_LENGTH_MAX: usize = 6;
+
+/// An identity with its private key, ready for TLS.
+pub struct X509Svid {
+    id: SpiffeId,
+    not_before: i64, // seconds since 1970
+    not_after: i64,  // seconds since 1970
+    leaf_sha256: Digest,
+    certified: Arc<CertifiedKey>,
+}
+
+/// The keys that verify the SVIDs of one trust domain.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Bundle {
+    trust_domain: TrustDomain,
+    sequence: u64,
+    authorities: Vec<CertificateDer<'static>>,
+}
+
+/// The other end of a connection, verified. Made only from a chain that verified against a bundle.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifiedPeer {
+    id: SpiffeId,
+    not_after: i64, // seconds since 1970
+    leaf_sha256: Digest,
+}
+
+/// Why a chain is not the SVID of a peer we accept.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PeerRefused {
+    /// No certificate was shown.
+    #[error("no certificate was shown")]
+    NoCertificate,
+    /// More certificates than anyone needs.
+    #[error("the chain is longer than {CHAIN_LENGTH_MAX} certificates")]
+    ChainTooLong,
+    /// It cannot be read.
+    #[error("the certificate cannot be read: {0}")]
+    Unreadable(String),
+    /// X509-SVID 2: exactly one URI SAN.
+    #[error("an SVID has exactly one URI SAN, this one has {0}")]
+    UriSans(usize),
+    /// The URI SAN is not a SPIFFE ID of a workload.
+    #[error("{0}")]
+    NotASpiffeId(String),
+    /// X509-SVID 4: cA is false, digitalSignature is set, keyCertSign and cRLSign are not.
+    #[error("the certificate may not be used as a leaf: {0}")]
+    NotALeaf(&'static str),
+    /// X509-SVID 3.2: a signing certificate names the trust domain at most.
+    #[error("a signing certificate of the chain names `{0}`")]
+    SigningCertificateNames(String),
+    /// It is of a trust domain whose bundle we do not hold.
+    #[error("no bundle is held for trust domain `{0}`")]
+    ForeignTrustDomain(String),
+    /// The chain does not verify against the bundle.
+    #[error("the chain does not verify: {0}")]
+    Chain(String),
+    /// Whoever it is, it is not whom we wanted to reach.
+    #[error("`{got}` answered where `{wanted}` was wanted")]
+    SomeoneElse {
+        /// Whom we wanted.
+        wanted: SpiffeId,
+        /// Who answered.
+        got: SpiffeId,
+    },
+}
+
+/// Why material cannot serve as an identity or a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum SvidError {
+    /// The leaf is not an SVID.
+    #[error("the certificate is not an SVID")]
+    Leaf(#[from] PeerRefused),
+    /// The key is unreadable or not the leaf's.
+    #[error("the private key cannot be used")]
+    Key(#[source] rustls::Error),
+    /// The bundle holds nothing to verify with.
+    #[error("the bundle of `{0}` is empty")]
+    EmptyBundle(String),
+    /// The bundle's trust domain is none.
+    #[error(transparent)]
+    Name(#[from] countersign_core::identity::NameError),
+}
+
+impl X509Svid {
+    /// Reads a chain (leaf first, DER) and its PKCS #8 key; the two must belong together.
+    pub fn parse(chain: Vec<CertificateDer<'static>>, key_pkcs8_der: Vec<u8>) -> Result<Self, SvidError> {
+        let leaf = Leaf::read(chain.first().ok_or(PeerRefused::NoCertificate)?)?;
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key_pkcs8_der));
+        let key = provider().key_provider.load_private_key(key).map_err(SvidError::Key)?;
+        let certified = CertifiedKey::new(chain, key);
+        certified.keys_match().map_err(SvidError::Key)?;
+        Ok(Self {
+            id: leaf.id,
+            not_before: leaf.not_before,
+            not_after: leaf.not_after,
+            leaf_sha256: leaf.sha256,
+            certified: Arc::new(certified),
+        })
+    }
+
+    /// The id it proves.
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
+    /// First second of validity, since 1970.
+    pub fn not_before(&self) -> i64 {
+        self.not_before
+    }
+
+    /// Last second of validity, since 1970.
+    pub fn not_after(&self) -> i64 {
+        self.not_after
+    }
+
+    /// SHA-256 of the leaf.
+    pub fn leaf_sha256(&self) -> Digest {
+        self.leaf_sha256
+    }
+
+    /// The chain, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+}
+
+impl Bundle {
+    /// A bundle of at least one authority.
+    pub fn new(
+        trust_domain: TrustDomain,
+        sequence: u64,
+        authorities: Vec<CertificateDer<'static>>,
+    ) -> Result<Self, SvidError> {
+        if authorities.is_empty() {
+            return Err(SvidError::EmptyBundle(trust_domain.to_string()));
+        }
+        for authority in &authorities {
+            webpki::anchor_from_trusted_cert(authority).map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
+        }
+        Ok(Self { trust_domain, sequence, authorities })
+    }
+
+    /// Reads the bundle of a message.
+    pub fn from_message(message: &mesh::Bundle) -> Result<Self, SvidError> {
+        let authorities = message.x509_authorities_der.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
+        Self::new(TrustDomain::parse(&message.trust_domain)?, message.sequence, authorities)
+    }
+
+    /// The message that carries it.
+    pub fn to_message(&self) -> mesh::Bundle {
+        mesh::Bundle {
+            trust_domain: self.trust_domain.to_string(),
+            sequence: self.sequence,
+            x509_authorities_der: self.authorities.iter().map(|der| der.to_vec().into()).collect(),
+        }
+    }
+
+    /// The trust domain it speaks for.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// Rises when the content changes.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The root certificates.
+    pub fn authorities(&self) -> &[CertificateDer<'static>] {
+        &self.authorities
+    }
+}
+
+impl VerifiedPeer {
+    /// The peer of a connection whose handshake one of our verifiers accepted; `None` when it showed no certificate,
+    /// which only [`ClientCertificate::Optional`] lets through.
+    pub fn of_connection(connection: &CommonState) -> Option<Self> {
+        if connection.is_handshaking() {
+            return None;
+        }
+        let leaf = Leaf::read(connection.peer_certificates()?.first()?).ok()?;
+        Some(leaf.into_peer())
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
+    /// Last second of its SVID's validity, since 1970.
+    pub fn not_after(&self) -> i64 {
+        self.not_after
+    }
+
+    /// SHA-256 of its leaf certificate: what a token is bound to (RFC 8705, `x5t#S256`).
+    pub fn leaf_sha256(&self) -> Digest {
+        self.leaf_sha256
+    }
+}
+
+/// Verifies a chain (leaf first) as the SVID of a peer, against the bundle of its own trust domain.
+pub fn verify_peer(
+    chain: &[CertificateDer<'_>],
+    bundle: &Bundle,
+    now: UnixTime,
+    side: PeerSide,
+) -> Result<VerifiedPeer, PeerRefused> {
+    let (end_entity, intermediates) = chain.split_first().ok_or(PeerRefused::NoCertificate)?;
+    if chain.len() > CHAIN_LENGTH_MAX {
+        return Err(PeerRefused::ChainTooLong);
+    }
+    let leaf = Leaf::read(end_entity)?;
+    // SPIFFE federation 7.3: only the bundle of the SVID's own trust domain may verify it.
+    if leaf.id.trust_domain() != bundle.trust_domain.as_str() {
+        return Err(PeerRefused::ForeignTrustDomain(leaf.id.trust_domain().to_owned()));
+    }
+    for intermediate in intermediates {
+        signing_certificate(intermediate, &bundle.trust_domain)?;
+    }
+    let anchors: Vec<_> =
+        bundle.authorities.iter().filter_map(|authority| webpki::anchor_from_trusted_cert(authority).ok()).collect();
+    let usage = match side {
+        PeerSide::Client => KeyUsage::client_auth(),
+        PeerSide::Server => KeyUsage::server_auth(),
+    };
+    EndEntityCert::try_from(end_entity)
+        .and_then(|cert| {
+            cert.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, intermediates, now, usage, None, None)
+                .map(drop)
+        })
+        .map_err(|e| PeerRefused::Chain(e.to_string()))?;
+    Ok(leaf.into_peer())
+}
+
+/// Which end of the connection the peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PeerSide {
+    /// It opened the connection.
+    Client,
+    /// It accepted the connection.
+    Server,
+}
+
+/// What one process is and whom it trusts, exchangeable while connections are open. New handshakes use the new
+/// material; what is established stays until its owner drains it.
+pub struct TlsIdentity {
+    svid: ArcSwap<X509Svid>,
+    bundle: ArcSwap<Bundle>,
+}
+
+/// Whether a server insists on a client certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientCertificate {
+    /// No certificate, no connection.
+    Required,
+    /// A client may come without one (to enrol); one that is shown must verify.
+    Optional,
+}
+
+impl TlsIdentity {
+    /// An identity and the bundle it trusts.
+    pub fn new(svid: X509Svid, bundle: Bundle) -> Arc<Self> {
+        Arc::new(Self { svid: ArcSwap::from_pointee(svid), bundle: ArcSwap::from_pointee(bundle) })
+    }
+
+    /// The identity in use.
+    pub fn svid(&self) -> Arc<X509Svid> {
+        self.svid.load_full()
+    }
+
+    /// The bundle in use.
+    pub fn bundle(&self) -> Arc<Bundle> {
+        self.bundle.load_full()
+    }
+
+    /// Takes a new identity into use.
+    pub fn renew(&self, svid: X509Svid) {
+        self.svid.store(Arc::new(svid));
+    }
+
+    /// Takes a new bundle into use.
+    pub fn trust(&self, bundle: Bundle) {
+        self.bundle.store(Arc::new(bundle));
+    }
+
+    /// A server configuration that always shows the current identity and verifies with the current bundle.
+    pub fn server_config(self: &Arc<Self>, clients: ClientCertificate, alpn: &[&[u8]]) -> Arc<ServerConfig> {
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("INVARIANT: the provider has TLS 1.3")
+            .with_client_cert_verifier(Arc::new(VerifyClient { identity: self.clone(), clients }))
+            .with_cert_resolver(Arc::new(Shown(self.clone())));
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+        Arc::new(config)
+    }
+
+    /// A client configuration that reaches `wanted` and no one else.
+    pub fn client_config(self: &Arc<Self>, wanted: SpiffeId, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("INVARIANT: the provider has TLS 1.3")
+            .dangerous() // rustls' word for any verifier of one's own
+            .with_custom_certificate_verifier(Arc::new(VerifyServer { identity: self.clone(), wanted }))
+            .with_client_cert_resolver(Arc::new(Shown(self.clone())));
+        config.resumption = Resumption::disabled();
+        config.enable_sni = false; // a service's name is nobody's business on the wire
+        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+        Arc::new(config)
+    }
+}
+
+/// The server name to hand rustls: our verifiers look at the SPIFFE ID and never at this.
+pub fn server_name() -> ServerName<'static> {
+    ServerName::try_from("countersign.invalid").expect("INVARIANT: a valid DNS name")
+}
+
+/// The one TLS provider of the mesh.
+pub fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: std::sync::OnceLock<Arc<CryptoProvider>> = std::sync::OnceLock::new();
+    PROVIDER.get_or_init(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider())).clone()
+}
+
+/// What a leaf says of itself; worth nothing until its chain verified.
+struct Leaf {
+    id: SpiffeId,
+    not_before: i64,
+    not_after: i64,
+    sha256: Digest,
+}
+
+impl Leaf {
+    fn read(der: &CertificateDer<'_>) -> Result<Self, PeerRefused> {
+        let certificate = read(der)?;
+        let uris = uri_sans(&certificate)?;
+        let [uri] = uris[..] else { return Err(PeerRefused::UriSans(uris.len())) };
+        let id = SpiffeId::parse(uri).map_err(|e| PeerRefused::NotASpiffeId(e.to_string()))?;
+        if id.path().is_empty() {
+            return Err(PeerRefused::NotASpiffeId(format!("`{id}` names a trust domain, not a workload")));
+        }
+        if certificate.is_ca() {
+            return Err(PeerRefused::NotALeaf("it is a signing certificate (cA)"));
+        }
+        let usage = certificate.key_usage().map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
+        let usage = usage.ok_or(PeerRefused::NotALeaf("it has no key usage"))?.value;
+        if !usage.digital_signature() || usage.key_cert_sign() || usage.crl_sign() {
+            return Err(PeerRefused::NotALeaf("its key usage must be digitalSignature and not keyCertSign or cRLSign"));
+        }
+        let validity = certificate.validity();
+        Ok(Self {
+            id,
+            not_before: validity.not_before.timestamp(),
+            not_after: validity.not_after.timestamp(),
+            sha256: Digest::of(der),
+        })
+    }
+
+    fn into_peer(self) -> VerifiedPeer {
+        VerifiedPeer { id: self.id, not_after: self.not_after, leaf_sha256: self.sha256 }
+    }
+}
+
+fn read<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, PeerRefused> {
+    match X509Certificate::from_der(der) {
+        Ok(([], certificate)) => Ok(certificate),
+        Ok(_) => Err(PeerRefused::Unreadable("bytes follow the certificate".into())),
+        Err(e) => Err(PeerRefused::Unreadable(e.to_string())),
+    }
+}
+
+fn uri_sans<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, PeerRefused> {
+    let names = certificate.subject_alternative_name().map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
+    let names = names.map(|names| names.value.general_names.as_slice()).unwrap_or_default();
+    Ok(names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect())
+}
+
+fn signing_certificate(der: &CertificateDer<'_>, own: &TrustDomain) -> Result<(), PeerRefused> {
+    let certificate = read(der)?;
+    match uri_sans(&certificate)?.as_slice() {
+        [] => Ok(()),
+        [uri] if SpiffeId::parse(uri).is_ok_and(|id| id == own.id()) => Ok(()),
+        uris => Err(PeerRefused::SigningCertificateNames(uris.join("`, `"))),
+    }
+}
+
+struct Shown(Arc<TlsIdentity>);
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.svid.load().certified.clone())
+    }
+}
+
+impl ResolvesClientCert for Shown {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.svid.load().certified.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+struct VerifyClient {
+    identity: Arc<TlsIdentity>,
+    clients: ClientCertificate,
+}
+
+struct VerifyServer {
+    identity: Arc<TlsIdentity>,
+    wanted: SpiffeId,
+}
+
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    provider().signature_verification_algorithms
+}
+
+fn refused(why: PeerRefused) -> rustls::Error {
+    CertificateError::Other(rustls::OtherError(Arc::new(why))).into()
+}
+
+fn with_leaf<'a>(leaf: &CertificateDer<'a>, rest: &[CertificateDer<'a>]) -> Vec<CertificateDer<'a>> {
+    [leaf].into_iter().chain(rest).cloned().collect()
+}
+
+impl ClientCertVerifier for VerifyClient {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[] // a stranger learns nothing of our authority
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.clients == ClientCertificate::Required
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        verify_peer(&with_leaf(leaf, rest), &self.identity.bundle.load(), now, PeerSide::Client).map_err(refused)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, signed, &algorithms())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signed, &algorithms())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        algorithms().supported_schemes()
+    }
+}
+
+impl ServerCertVerifier for VerifyServer {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let peer = verify_peer(&with_leaf(leaf, rest), &self.identity.bundle.load(), now, PeerSide::Server)
+            .map_err(refused)?;
+        if peer.id != self.wanted {
+            return Err(refused(PeerRefused::SomeoneElse { wanted: self.wanted.clone(), got: peer.id }));
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, signed, &algorithms())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signed, &algorithms())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        algorithms().supported_schemes()
+    }
+}
+
+impl fmt::Debug for X509Svid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("X509Svid").field("id", &self.id).field("key", &"..").finish_non_exhaustive()
+    }
+}
+
+macro_rules! plain_debug {
+    ($($name:ident)*) => {$(
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_struct(stringify!($name)).finish_non_exhaustive()
+            }
+        }
+    )*};
+}
+plain_debug!(Bundle TlsIdentity Shown VerifyClient VerifyServer);

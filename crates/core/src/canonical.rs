@@ -75,7 +75,8 @@ mod tests {
 
     #[test]
     fn members_are_sorted_and_numbers_have_one_form() {
-        let value: serde_json::Value = serde_json::from_str(r#"{"b": 1e2, "a": "\u00e9\n", "": [true, null]}"#).unwrap();
+        let value: serde_json::Value =
+            serde_json::from_str(r#"{"b": 1e2, "a": "\u00e9\n", "": [true, null]}"#).unwrap();
         assert_eq!(String::from_utf8(encode(&value)).unwrap(), "{\"\":[true,null],\"a\":\"é\\n\",\"b\":100}");
     }
 

@@ -200,14 +200,22 @@ impl Bodies {
 
     /// The digests whose text does not hash to them: what a peer that lies, or a damaged store, would hand us.
     pub fn forged(&self) -> Vec<Digest> {
-        self.0.iter().filter(|(digest, text)| Digest::of(text.as_bytes()) != **digest).map(|(digest, _)| *digest).collect()
+        self.0
+            .iter()
+            .filter(|(digest, text)| Digest::of(text.as_bytes()) != **digest)
+            .map(|(digest, _)| *digest)
+            .collect()
     }
 }
 
 impl TryFrom<String> for Member {
     type Error = NameError;
     fn try_from(given: String) -> Result<Self, NameError> {
-        if given.contains("://") { SpiffeId::parse(&given).map(Self::Workload) } else { ServiceName::parse(&given).map(Self::Service) }
+        if given.contains("://") {
+            SpiffeId::parse(&given).map(Self::Workload)
+        } else {
+            ServiceName::parse(&given).map(Self::Service)
+        }
     }
 }
 

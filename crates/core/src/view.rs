@@ -100,9 +100,8 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
     let spec = state.services.get(&local.service).map(|service| service.spec.clone());
     let mut policies = Vec::new();
     for (id, policy) in &state.policies {
-        let parsed = library
-            .get(&policy.body)
-            .ok_or_else(|| ViewError::BodyMissing { id: id.clone(), body: policy.body })?;
+        let parsed =
+            library.get(&policy.body).ok_or_else(|| ViewError::BodyMissing { id: id.clone(), body: policy.body })?;
         if spec.as_ref().is_some_and(|spec| parsed.concerns(&local.service, spec)) {
             policies.push(ViewPolicy { id: id.clone(), file: policy.file.clone(), text: parsed.text().clone() });
         }
