@@ -122,6 +122,20 @@ pub struct Ended {
     pub bytes_in: u64,
     /// Bytes of body to the caller.
     pub bytes_out: u64,
+    /// Whether it came to its own end.
+    pub how: End,
+}
+
+/// What ended an exchange.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// It was answered and its last byte was passed on.
+    Completed,
+    /// A later judgement, or the drain of its proxy, closed it.
+    Cut,
+    /// One side went away before the end.
+    Abandoned,
 }
 
 /// Permits of one edge since the last report, as control receives them.
