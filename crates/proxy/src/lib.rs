@@ -1,1 +1,26 @@
-//! .
+//! The enforcement point: one sidecar in front of one workload. Every request is judged before it is forwarded and again,
+//! while it lives, whenever the view changes.
+//!
+//! Holds no key that issues anything, keeps no state that outlives the process but the record, and never forwards what
+//! it could not judge.
+//!
+//! Threads: each worker is one single-threaded runtime with its own listeners (duplicated descriptors), pools, live table
+//! and counters; an exchange never leaves its worker, so the path takes no lock.
+//!
+//! | room | holds |
+//! |---|---|
+//! | [`shared`] | what the agent told this proxy; orders to the workers |
+//! | [`view`] | a view made ready for the path |
+//! | [`workers`] | the threads
+//! | `route` | which way a request takes, and the limits of the way |
+//! | [`decided`] | one decision as the data path hands it to the record |
+//! | [`counts`] | what a worker counts |
+
+pub mod counts;
+pub mod decided;
+mod route;
+pub mod shared;
+pub mod view;
+pub mod workers;
+
+pub use shared::{App, Door, Endpoint, Setup, Shared};

@@ -1,0 +1,103 @@
+//! What one worker counts. Only its worker writes, anybody may read: relaxed atomics, one set per worker, added up by the
+//! admin page. No label is ever made from a request: the sets are closed, so a stranger cannot make a metric grow.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// A counter, or a gauge of things that are open.
+#[derive(Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// One more.
+    pub fn add(&self, n: u64) {
+        // Only one thread writes, so a plain load and store is enough and costs no locked instruction.
+        self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
+    }
+
+    /// Fewer, of a gauge.
+    pub fn sub(&self, n: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_sub(n), Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// Upper bounds of the duration buckets, in microseconds; a last bucket holds the rest.
+pub const DURATION_BOUNDS_US: [u64; 14] = [
+    250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 5_000_000, 30_000_000,
+];
+
+/// Exchanges of one direction.
+#[derive(Default)]
+pub struct Direction {
+    /// Begun.
+    pub started: Count,
+    /// Open now.
+    pub open: Count,
+    /// Ended, by the first digit of their status (index 0: ended without one).
+    pub ended_by_class: [Count; 6],
+    /// Ended, by the bucket of their duration.
+    pub duration_buckets: [Count; DURATION_BOUNDS_US.len() + 1],
+    /// Sum of their durations, in microseconds.
+    pub duration_sum_us: Count,
+    /// Bytes of body from the caller.
+    pub bytes_in: Count,
+    /// Bytes of body to the caller.
+    pub bytes_out: Count,
+}
+
+/// Everything one worker counts.
+#[derive(Default)]
+#[repr(align(128))] // no cache line is shared with another worker's
+pub struct Counts {
+    /// From the mesh to the workload.
+    pub inbound: Direction,
+    /// From the workload to the mesh.
+    pub outbound: Direction,
+    /// Connections open on any listener.
+    pub connections_open: Count,
+    /// Connections refused because too many were open.
+    pub connections_refused: Count,
+    /// TLS handshakes that did not prove a peer of this mesh.
+    pub handshakes_failed: Count,
+    /// Permits.
+    pub permitted: Count,
+    /// Denials at the start.
+    pub denied: Count,
+    /// Step-ups.
+    pub step_up: Count,
+    /// Open exchanges judged again.
+    pub rejudged: Count,
+    /// Open exchanges cut because the answer turned.
+    pub cut: Count,
+    /// Requests refused for their form (framing, path, headers).
+    pub malformed: Count,
+    /// Attempts beyond the first.
+    pub retries: Count,
+    /// Retries that were safe but had no budget.
+    pub retries_without_budget: Count,
+    /// Endpoints ejected.
+    pub ejections: Count,
+    /// Connections opened to other sidecars.
+    pub mesh_connections: Count,
+    /// Connections opened to the workload.
+    pub app_connections: Count,
+    /// Nanoseconds spent judging.
+    pub judge_ns: Count,
+}
+
+impl Direction {
+    /// Counts the end of an exchange.
+    pub fn end(&self, status: u16, duration_us: u64, bytes_in: u64, bytes_out: u64) {
+        self.open.sub(1);
+        self.ended_by_class[usize::from(status / 100).min(5)].add(1);
+        let bucket = DURATION_BOUNDS_US.iter().position(|bound| duration_us <= *bound);
+        self.duration_buckets[bucket.unwrap_or(DURATION_BOUNDS_US.len())].add(1);
+        self.duration_sum_us.add(duration_us);
+        self.bytes_in.add(bytes_in);
+        self.bytes_out.add(bytes_out);
+    }
+}

@@ -1,0 +1,258 @@
+//! What the agent told this proxy, as its workers see it. The link writes, workers read; every write that workers must act
+//! on is an [`Order`] to each of them, and the write is done only when each has obeyed: an acknowledged view is a view
+//! that every worker enforces and by which every open exchange has been judged again.
+//!
+//! Judges nothing, forwards nothing.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use countersign_api::svid::{Bundle, TlsIdentity, X509Svid};
+use countersign_core::{
+    change::Revision,
+    identity::{InstanceId, ServiceName},
+    policy::PolicyError,
+    view::View,
+};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{counts::Counts, view::Compiled};
+
+/// What is fixed for the life of one sidecar.
+pub struct Setup {
+    /// The instance it stands in front of.
+    pub instance: InstanceId,
+    /// Where the workload listens; `None` when it does not.
+    pub app: Option<App>,
+    /// Threads.
+    pub worker_count: usize,
+}
+
+/// How to reach the workload.
+pub struct App {
+    /// Its address, inside its own namespace when it is isolated.
+    pub address: SocketAddr,
+    /// Makes a TCP socket, not yet connected, in the workload's namespace.
+    pub socket: Box<dyn Fn() -> io::Result<socket2::Socket> + Send + Sync>,
+}
+
+/// What a listener is for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Door {
+    /// Mutual TLS from other sidecars.
+    Inbound,
+    /// The workload's HTTP forward proxy.
+    ForwardProxy,
+    /// A loopback address that means one upstream service: everything that arrives is for it.
+    Upstream(ServiceName),
+}
+
+/// What every worker must do before the giver goes on.
+pub(crate) enum Order {
+    /// Enforce this view, and judge what is open by it.
+    Apply(Arc<Compiled>, oneshot::Sender<()>),
+    /// Use the new identity for new connections and let the old ones drain.
+    Rotate,
+    /// Accept on this listener as well.
+    Open(Door, Arc<TcpListener>),
+    /// Accept there no more.
+    Close(Door),
+    /// Accept nothing new, finish what is open, then stop; cut what is still open at the deadline.
+    Drain(Instant, oneshot::Sender<()>),
+}
+
+/// What the link writes and the workers read.
+pub struct Shared {
+    /// Fixed at the start.
+    pub setup: Setup,
+    /// One per worker.
+    pub counts: Vec<Arc<Counts>>,
+    pub(crate) view: ArcSwapOption<Compiled>,
+    pub(crate) endpoints: ArcSwap<EndpointsByService>,
+    identity: Mutex<Identity>,
+    fresh_at_ms: AtomicU64, // on `began`'s clock, plus one; 0: never
+    began: Instant,
+    draining: AtomicBool,
+    workers: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
+}
+
+/// One instance of a service, as discovery tells of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Which instance.
+    pub instance: InstanceId,
+    /// Its sidecar's inbound listener.
+    pub address: SocketAddr,
+    /// Whether its workload accepts connections.
+    pub ready: bool,
+}
+
+/// Who this sidecar is. Both halves must be there before anything is accepted or reached.
+#[derive(Default)]
+enum Identity {
+    #[default]
+    Unknown,
+    Svid(X509Svid),
+    Bundle(Bundle),
+    Known(Arc<TlsIdentity>),
+}
+
+/// Where each service runs.
+pub type EndpointsByService = BTreeMap<ServiceName, Arc<[Endpoint]>>;
+
+impl Shared {
+    /// Nothing is known yet: no view, no identity, no endpoints.
+    pub fn new(setup: Setup) -> Self {
+        let counts = (0..setup.worker_count).map(|_| Arc::default()).collect();
+        Self {
+            setup,
+            counts,
+            view: ArcSwapOption::empty(),
+            endpoints: ArcSwap::default(),
+            identity: Mutex::default(),
+            fresh_at_ms: AtomicU64::new(0),
+            began: Instant::now(),
+            draining: AtomicBool::new(false),
+            workers: Mutex::default(),
+        }
+    }
+
+    /// Compiles `view` and returns once every worker enforces it on everything new and everything open. A view that does
+    /// not compile changes nothing: the last good one stays in force.
+    pub async fn apply(&self, view: View) -> Result<Revision, Vec<PolicyError>> {
+        let compiled = Arc::new(Compiled::new(view, self.view.load().as_deref())?);
+        let revision = compiled.revision();
+        self.view.store(Some(compiled.clone()));
+        self.every_worker(|done| Order::Apply(compiled.clone(), done)).await;
+        Ok(revision)
+    }
+
+    /// The content of the view in force also holds at `revision`.
+    pub fn set_revision(&self, revision: Revision) {
+        if let Some(view) = &*self.view.load() {
+            view.set_revision(revision);
+        }
+    }
+
+    /// The revision that is enforced.
+    pub fn revision(&self) -> Option<Revision> {
+        self.view.load().as_ref().map(|view| view.revision())
+    }
+
+    /// The view in force.
+    pub fn view(&self) -> Option<Arc<Compiled>> {
+        self.view.load_full()
+    }
+
+    /// Takes a new SVID into use: new connections show it, old ones finish what they carry and close.
+    pub fn set_svid(&self, svid: X509Svid) {
+        let mut identity = self.identity.lock();
+        *identity = match std::mem::take(&mut *identity) {
+            Identity::Unknown | Identity::Svid(_) => Identity::Svid(svid),
+            Identity::Bundle(bundle) => Identity::Known(TlsIdentity::new(svid, bundle)),
+            Identity::Known(known) => {
+                known.renew(svid);
+                Identity::Known(known)
+            }
+        };
+        drop(identity);
+        self.order(|| Order::Rotate);
+    }
+
+    /// Takes a new bundle into use: new connections are verified with it.
+    pub fn set_bundle(&self, bundle: Bundle) {
+        let mut identity = self.identity.lock();
+        *identity = match std::mem::take(&mut *identity) {
+            Identity::Unknown | Identity::Bundle(_) => Identity::Bundle(bundle),
+            Identity::Svid(svid) => Identity::Known(TlsIdentity::new(svid, bundle)),
+            Identity::Known(known) => {
+                known.trust(bundle);
+                Identity::Known(known)
+            }
+        };
+        drop(identity);
+        self.order(|| Order::Rotate);
+    }
+
+    /// Who this sidecar is, once it knows.
+    pub fn identity(&self) -> Option<Arc<TlsIdentity>> {
+        match &*self.identity.lock() {
+            Identity::Known(known) => Some(known.clone()),
+            _ => None,
+        }
+    }
+
+    /// Takes in where services run. `full`: those not named run nowhere.
+    pub fn set_endpoints(&self, services: impl IntoIterator<Item = (ServiceName, Vec<Endpoint>)>, full: bool) {
+        let mut next = if full { BTreeMap::new() } else { EndpointsByService::clone(&self.endpoints.load()) };
+        next.extend(services.into_iter().map(|(service, endpoints)| (service, endpoints.into())));
+        self.endpoints.store(Arc::new(next));
+    }
+
+    /// The agent was in step with a control plane `age` ago.
+    pub fn set_fresh(&self, age: Duration) {
+        let at = self.began.elapsed().saturating_sub(age);
+        self.fresh_at_ms.fetch_max(at.as_millis() as u64 + 1, Ordering::Relaxed);
+    }
+
+    /// How long ago the agent was last in step with a control plane; `None`: never since this proxy began.
+    pub fn age(&self) -> Option<Duration> {
+        let at = self.fresh_at_ms.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.began.elapsed().saturating_sub(Duration::from_millis(at)))
+    }
+
+    /// Accepts on `listener` as well, in every worker.
+    pub fn open(&self, door: Door, listener: TcpListener) {
+        let listener = Arc::new(listener);
+        self.order(|| Order::Open(door.clone(), listener.clone()));
+    }
+
+    /// Accepts at `door` no more; what came in by it goes on.
+    pub fn close(&self, door: &Door) {
+        self.order(|| Order::Close(door.clone()));
+    }
+
+    /// Finishes what is open within `within`, then returns; what is still open then is cut.
+    pub async fn drain(&self, within: Duration) {
+        self.draining.store(true, Ordering::Relaxed);
+        let deadline = Instant::now() + within;
+        self.every_worker(|done| Order::Drain(deadline, done)).await;
+    }
+
+    /// Whether [`Self::drain`] has begun.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn join(&self) -> mpsc::UnboundedReceiver<Order> {
+        let (sender, receiver) = mpsc::unbounded_channel(); // only the link writes, one order per message of the agent
+        self.workers.lock().push(sender);
+        receiver
+    }
+
+    pub(crate) fn order(&self, order: impl Fn() -> Order) {
+        self.workers.lock().retain(|worker| worker.send(order()).is_ok());
+    }
+
+    async fn every_worker(&self, order: impl Fn(oneshot::Sender<()>) -> Order) {
+        let mut awaited = Vec::new();
+        self.workers.lock().retain(|worker| {
+            let (done, obeyed) = oneshot::channel();
+            awaited.push(obeyed);
+            worker.send(order(done)).is_ok()
+        });
+        for obeyed in awaited {
+            let _ = obeyed.await; // a worker that is gone enforces nothing any more
+        }
+    }
+}
