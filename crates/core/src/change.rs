@@ -188,6 +188,16 @@ impl Bodies {
         self.0.iter()
     }
 
+    /// Takes up all texts of `other`.
+    pub fn extend(&mut self, other: &Bodies) {
+        self.0.extend(other.0.iter().map(|(digest, text)| (*digest, text.clone())));
+    }
+
+    /// Forgets all but those that `keep` says are needed.
+    pub fn retain(&mut self, keep: impl Fn(&Digest) -> bool) {
+        self.0.retain(|digest, _| keep(digest));
+    }
+
     /// The number of texts.
     pub fn len(&self) -> usize {
         self.0.len()
