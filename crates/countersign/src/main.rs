@@ -1,2 +1,31 @@
-//! .
-fn main() {}
+//! The binary: one noun per command. It parses the command line, finds the mesh, asks the control plane or composes it
+//! with an agent, and renders what comes back. No rule of the mesh is decided here.
+//!
+//! `launch` and `sidecar`, which agents start, are taken before anything else: `launch` makes namespaces and must be the
+//! only thread of its process.
+
+mod authority;
+mod change;
+mod cli;
+mod client;
+mod decision;
+mod diff;
+mod difference;
+mod doctor;
+mod error;
+mod host;
+mod mesh_finder;
+mod render;
+mod service;
+mod status;
+
+use std::{ffi::OsString, process::ExitCode};
+
+/// Returns memory to the system after a burst, which the proxy is measured by.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    cli::main(arguments)
+}

@@ -1,0 +1,333 @@
+//! The command line: a noun, then a verb. Parsing ends here; each noun has a file that does the work.
+//!
+//! No thread is started before a command asks for a runtime: `exec` enters namespaces, which only a process of one
+//! thread may do.
+
+use std::{ffi::OsString, future::Future, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use countersign_core::{
+    change::Revision,
+    identity::{ServiceName, TrustDomain},
+    record::Outcome,
+};
+
+use crate::{
+    authority, change, decision, doctor,
+    error::{Done, Failure},
+    host,
+    mesh_finder::{self, Place},
+    render,
+    render::{Output, Paint},
+    service, status,
+};
+
+/// A zero-trust service mesh: every request is judged while it lives.
+///
+/// A command finds the mesh from the current directory (or -C DIR) upwards: the first directory with a `mesh.toml`.
+/// Exit codes: 0 done, 1 failed, 2 the command line is wrong, 3 refused by the change gate or the law.
+#[derive(Debug, Parser)]
+#[command(name = "countersign", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    /// What every command takes.
+    #[command(flatten)]
+    pub global: Global,
+    /// The noun.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The mesh directory, or any directory below it [default: the current directory]
+    #[arg(short = 'C', global = true, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Where the mesh keeps its state [default: DIR/.countersign]
+    #[arg(long, global = true, value_name = "DIR", env = "COUNTERSIGN_DATA_DIR", hide_env_values = true)]
+    pub data_dir: Option<PathBuf>,
+    /// The form of the answer
+    #[arg(short, long, global = true, value_enum, value_name = "FORM", default_value_t)]
+    pub output: Output,
+}
+
+/// The nouns.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Hosts that may run workloads
+    #[command(subcommand)]
+    Host(HostVerb),
+    /// Show the mesh at a glance
+    Status,
+    /// Services
+    #[command(subcommand)]
+    Service(ServiceVerb),
+    /// Changes of the mesh
+    #[command(subcommand)]
+    Change(ChangeVerb),
+    /// Decisions about requests
+    #[command(subcommand)]
+    Decision(DecisionVerb),
+    /// The keys of the trust domain
+    #[command(subcommand)]
+    Authority(AuthorityVerb),
+    /// Check what the mesh needs of this machine, and say what to do
+    Doctor,
+    /// Print the completion script of a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    Man {
+        /// Where to
+        dir: PathBuf,
+    },
+}
+
+/// What can be done with a host.
+#[derive(Debug, Subcommand)]
+pub enum HostVerb {
+    /// Make a token with which one host can join, once
+    Invite {
+        /// How long it is good for: `10m`, `1h`
+        #[arg(long, value_name = "SPAN", default_value = "10m", value_parser = span)]
+        ttl: Duration,
+        /// The only host name it is good for
+        #[arg(long)]
+        host: Option<ServiceName>,
+    },
+}
+
+/// What can be asked about services.
+#[derive(Debug, Subcommand)]
+pub enum ServiceVerb {
+    /// List them
+    List,
+    /// Show one with its instances
+    Show {
+        /// Its name
+        service: ServiceName,
+    },
+}
+
+/// What can be asked about changes.
+#[derive(Debug, Subcommand)]
+pub enum ChangeVerb {
+    /// List them, newest first
+    List {
+        /// At most so many
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        limit: u32,
+    },
+    /// Show one in full
+    Show {
+        /// The revision it made
+        #[arg(value_parser = revision)]
+        revision: Revision,
+    },
+    /// Wait until every connected proxy enforces a revision
+    Wait {
+        /// The revision
+        #[arg(value_parser = revision)]
+        revision: Revision,
+        /// How long to wait
+        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
+        timeout: Duration,
+    },
+}
+
+/// What can be asked about decisions.
+#[derive(Debug, Subcommand)]
+pub enum DecisionVerb {
+    /// Show them as they happen: denials in full, permits counted
+    Tail(Filter),
+    /// List kept ones, newest first
+    List(Filter),
+    /// Show one, judge it again at its revision, and say whether the answer is the same
+    Show {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+}
+
+/// Which decisions.
+#[derive(Debug, Clone, Args)]
+pub struct Filter {
+    /// About requests to this service
+    #[arg(long)]
+    pub service: Option<ServiceName>,
+    /// About requests of this service, or of this SPIFFE ID
+    #[arg(long)]
+    pub principal: Option<String>,
+    /// With this outcome: `permit`, `step_up` or `deny`
+    #[arg(long, value_parser = outcome)]
+    pub outcome: Option<Outcome>,
+    /// Not older than this: `10m`
+    #[arg(long, value_name = "SPAN", value_parser = span)]
+    pub since: Option<Duration>,
+    /// At most so many
+    #[arg(long, value_name = "N")]
+    pub limit: Option<u32>,
+}
+
+/// What can be asked about the authority.
+#[derive(Debug, Subcommand)]
+pub enum AuthorityVerb {
+    /// Show the roots that verify the mesh's identities, and what signs them now
+    Show,
+}
+
+/// Parses the command line and does what it says.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let output = cli.global.output;
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(failure) => {
+            render::print_error(&failure.render(output, Paint::stderr()));
+            failure.exit_code()
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
+    let Cli { global, command } = cli;
+    let output = global.output;
+    let done = match command {
+        Command::Host(HostVerb::Invite { ttl, host }) => ask(host::invite(&place(&global)?, ttl, host, output)),
+        Command::Status => ask(status::status(&place(&global)?, output)),
+        Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
+        Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),
+        Command::Change(ChangeVerb::List { limit }) => ask(change::list(&place(&global)?, limit, output)),
+        Command::Change(ChangeVerb::Show { revision }) => ask(change::show(&place(&global)?, revision, output)),
+        Command::Change(ChangeVerb::Wait { revision, timeout }) => {
+            ask(change::wait(&place(&global)?, revision, timeout, output))
+        }
+        Command::Decision(DecisionVerb::Tail(filter)) => ask(decision::tail(&place(&global)?, filter, output)),
+        Command::Decision(DecisionVerb::List(filter)) => ask(decision::list(&place(&global)?, filter, output)),
+        Command::Decision(DecisionVerb::Show { id }) => ask(decision::show(&place(&global)?, &id, output)),
+        Command::Authority(AuthorityVerb::Show) => ask(authority::show(&place(&global)?, output)),
+        Command::Doctor => doctor::doctor(&global),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "countersign", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man { dir } => man(&dir),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// The mesh that the command is about.
+pub fn place(global: &Global) -> Result<Place, Failure> {
+    mesh_finder::find(global.dir.as_deref(), global.data_dir.as_deref())
+}
+
+/// Runs a command that asks and ends: on this thread alone.
+pub fn ask<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|e| Failure::new("could not start").because(&e))?.block_on(work)
+}
+
+fn man(dir: &std::path::Path) -> Done {
+    clap_mangen::generate_to(Cli::command(), dir).map_err(|e| {
+        Failure::new(format!("could not write the manual pages to `{}`", dir.display()))
+            .because(&e)
+            .help("the directory must exist")
+    })
+}
+
+/// A span of time: `10s`, `5m`, `1h`, `250ms`.
+pub fn span(given: &str) -> Result<Duration, String> {
+    let digits = given.find(|c: char| !c.is_ascii_digit()).unwrap_or(given.len());
+    let (number, unit) = given.split_at(digits);
+    let number: u64 =
+        number.parse().map_err(|_| "a span is a number and a unit: `250ms`, `10s`, `5m`, `1h`".to_owned())?;
+    let span = match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3600).map(Duration::from_secs),
+        "d" => number.checked_mul(86_400).map(Duration::from_secs),
+        _ => return Err("the unit must be `ms`, `s`, `m`, `h` or `d`".to_owned()),
+    };
+    span.filter(|span| *span <= Duration::from_secs(366 * 86_400)).ok_or_else(|| "a span is at most a year".to_owned())
+}
+
+fn revision(given: &str) -> Result<Revision, String> {
+    given.parse().map(Revision).map_err(|_| "a revision is a number, such as `4`".to_owned())
+}
+
+fn outcome(given: &str) -> Result<Outcome, String> {
+    match given {
+        "permit" => Ok(Outcome::Permit),
+        "step_up" => Ok(Outcome::StepUp),
+        "deny" => Ok(Outcome::Deny),
+        _ => Err("an outcome is `permit`, `step_up` or `deny`".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_contradicts_itself_nowhere() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_span_has_a_number_and_a_unit() {
+        for (given, expected) in [
+            ("250ms", Some(Duration::from_millis(250))),
+            ("10s", Some(Duration::from_secs(10))),
+            ("5m", Some(Duration::from_secs(300))),
+            ("1d", Some(Duration::from_secs(86_400))),
+            ("10", None),
+            ("s", None),
+            ("-1s", None),
+            ("99999999999999999999s", None),
+            ("18446744073709551615h", None),
+            ("", None),
+        ] {
+            assert_eq!(span(given).ok(), expected, "{given}");
+        }
+    }
+
+    /// Writes `docs/cli.md` with `UPDATE_DOCS=1`, and otherwise holds it to what the binary does.
+    #[test]
+    fn the_command_line_documents_itself() {
+        let mut text = String::from(
+            "# The command line\n\nWritten by a test from the commands themselves; `make docs` writes it again.\n",
+        );
+        let mut root = Cli::command().term_width(100);
+        root.build();
+        reference(&mut root, &mut text);
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cli.md");
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, &text).unwrap();
+        }
+        let kept = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(kept == text, "docs/cli.md is not what the binary takes; `make docs` writes it again");
+    }
+
+    fn reference(command: &mut clap::Command, text: &mut String) {
+        let name = command.get_bin_name().unwrap_or(command.get_name()).to_owned();
+        let help = command.render_long_help().to_string();
+        let lines: Vec<&str> = help.trim_end().lines().map(str::trim_end).collect();
+        write!(text, "\n## `{name}`\n\n```text\n{}\n```\n", lines.join("\n")).unwrap();
+        for below in command.get_subcommands_mut().filter(|below| below.get_name() != "help" && !below.is_hide_set()) {
+            reference(below, text);
+        }
+    }
+}
