@@ -1,0 +1,510 @@
+"""Measures Countersign beside its peers, interleaved in one run, and writes bench/results/.
+
+    bench/run.py [--pairs N] [--seconds S] [--only pair,policies,connections,start,decide,fanout]
+
+The pair: load generator -> sidecar -> HTTP/2 over mutual TLS -> sidecar -> nginx with a 1 KB answer. Both proxies of a pair
+share core 0; load generator and backend share core 1. Everything listens on loopback and every load ends by itself.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BINARY = ROOT / "target/release/countersign"
+ENVOY = next((ROOT / "target/test-python").glob("lib/python3*/site-packages/envoy/_bin/envoy"), None)
+RESULTS = ROOT / "bench/results"
+TICKS = os.sysconf("SC_CLK_TCK")
+PROXY_CORE, LOAD_CORE = "0", "1"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_http(url, seconds=20):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=1) as answer:
+                return answer.read()
+        except OSError as error:
+            if time.monotonic() > end:
+                sys.exit(f"{url} did not answer within {seconds} s: {error}")
+            time.sleep(0.05)
+
+
+def cpu_seconds(pids):
+    total = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / TICKS
+
+
+def resident_mb(pids):
+    kb = 0
+    for pid in pids:
+        kb += int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
+    return kb / 1024
+
+
+def pin(pids, core):
+    for pid in pids:
+        subprocess.run(["taskset", "-a", "-p", "-c", core, str(pid)], check=True, stdout=subprocess.DEVNULL)
+
+
+class Backend:
+    """nginx with one worker and a 1 KB answer."""
+
+    def __init__(self, scratch):
+        self.port = free_port()
+        body = "x" * 1024
+        config = scratch / "nginx.conf"
+        config.write_text(
+            f"""daemon off; worker_processes 1; pid {scratch}/nginx.pid; error_log {scratch}/nginx.log crit;
+            events {{ worker_connections 4096; }}
+            http {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 600;
+              client_body_temp_path {scratch}/b; proxy_temp_path {scratch}/p; fastcgi_temp_path {scratch}/f;
+              uwsgi_temp_path {scratch}/u; scgi_temp_path {scratch}/s;
+              server {{ listen 127.0.0.1:{self.port}; location / {{ return 200 "{body}"; }} }} }}"""
+        )
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+        self.process = subprocess.Popen(["taskset", "-c", LOAD_CORE, nginx, "-p", str(scratch), "-c", str(config)])
+        wait_http(f"http://127.0.0.1:{self.port}/")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(10)
+
+
+class Ours:
+    """Two sidecars of a mesh that `countersign up` runs, without isolation so that the load generator reaches them."""
+
+    name = "countersign"
+
+    def __init__(self, scratch, backend, policies=1):
+        self.directory = scratch / f"mesh-{policies}"
+        (self.directory / "policies").mkdir(parents=True)
+        (self.directory / "mesh.toml").write_text(
+            f"""trust_domain = "bench.example"
+[defaults]
+isolate = "off"
+[services.backend]
+port = {backend.port}
+[services.client]
+port = {free_port()}
+upstreams = ["backend"]
+"""
+        )
+        permits = [
+            '@id("client-reads") permit (principal == Workload::"client", action == Action::"http:GET",'
+            ' resource in Service::"backend") when { context.request.path like "/*" };\n'
+        ]
+        for n in range(policies - 1):
+            permits.append(
+                f'@id("other-{n}") permit (principal == Workload::"spiffe://bench.example/others/n{n}",'
+                f' action == Action::"http:GET", resource in Service::"backend")'
+                f' when {{ context.request.path like "/{n}/*" }};\n'
+            )
+        (self.directory / "policies/bench.cedar").write_text("".join(permits))
+        self.log = open(scratch / f"up-{policies}.log", "w")
+        started = time.monotonic()
+        self.process = subprocess.Popen(
+            [BINARY, "up", self.directory], stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL
+        )
+        run_file = self.directory / ".countersign/run.json"
+        while not run_file.exists():
+            if self.process.poll() is not None or time.monotonic() - started > 60:
+                sys.exit(f"`up` did not get ready; see {self.log.name}")
+            time.sleep(0.005)
+        run = json.loads(run_file.read_text())
+        self.url = f"http://{run['services']['client']['upstreams']['backend']}/"
+        wait_http(self.url)
+        self.start_seconds = time.monotonic() - started
+        self.pids = self.sidecars()
+        assert len(self.pids) == 2, self.pids
+
+    def sidecars(self):
+        found = []
+        for entry in pathlib.Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == self.process.pid and b"sidecar" in words[1:2]:
+                found.append(int(entry.name))
+        return found
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(20)
+
+
+def certificates(scratch):
+    """A root and two SVIDs, made with openssl."""
+
+    def run(*words, **more):
+        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=scratch, **more)
+
+    run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "root.key", "-out",
+        "root.pem", "-subj", "/CN=bench root", "-days", "2")
+    for name in ("client", "backend"):
+        run("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", f"{name}.key", "-out",
+            f"{name}.csr", "-subj", f"/CN={name}")
+        (scratch / f"{name}.ext").write_text(
+            f"subjectAltName=URI:spiffe://bench.example/{name}\nkeyUsage=critical,digitalSignature\n"
+            "extendedKeyUsage=serverAuth,clientAuth\n"
+        )
+        run("x509", "-req", "-in", f"{name}.csr", "-CA", "root.pem", "-CAkey", "root.key", "-CAcreateserial", "-out",
+            f"{name}.pem", "-days", "2", "-extfile", f"{name}.ext")
+
+
+class Envoys:
+    """Two Envoys: HTTP/1.1 in, HTTP/2 over mutual TLS 1.3 between, RBAC at the second; one worker each, no access log."""
+
+    name = "envoy"
+
+    def __init__(self, scratch, backend, policies=1):
+        if not (scratch / "root.pem").exists():
+            certificates(scratch)
+        front, middle = free_port(), free_port()
+        tls = {
+            "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+            "alpn_protocols": ["h2"],
+        }
+
+        def common(me, peer):
+            return tls | {
+                "tls_certificates": [
+                    {
+                        "certificate_chain": {"filename": f"{scratch}/{me}.pem"},
+                        "private_key": {"filename": f"{scratch}/{me}.key"},
+                    }
+                ],
+                "validation_context": {
+                    "trusted_ca": {"filename": f"{scratch}/root.pem"},
+                    "match_typed_subject_alt_names": [
+                        {"san_type": "URI", "matcher": {"exact": f"spiffe://bench.example/{peer}"}}
+                    ],
+                },
+            }
+
+        def kind(name):
+            return f"type.googleapis.com/envoy.extensions.{name}"
+
+        def listener(port, filters, socket_tls):
+            chain = {
+                "filters": [
+                    {
+                        "name": "hcm",
+                        "typed_config": {
+                            "@type": kind("filters.network.http_connection_manager.v3.HttpConnectionManager"),
+                            "stat_prefix": "in",
+                            "route_config": {
+                                "virtual_hosts": [
+                                    {
+                                        "name": "all",
+                                        "domains": ["*"],
+                                        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "next"}}],
+                                    }
+                                ]
+                            },
+                            "http_filters": filters
+                            + [
+                                {
+                                    "name": "router",
+                                    "typed_config": {"@type": kind("filters.http.router.v3.Router")},
+                                }
+                            ],
+                        },
+                    }
+                ]
+            }
+            if socket_tls:
+                chain["transport_socket"] = {"name": "tls", "typed_config": socket_tls}
+            address = {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+            return {"name": "in", "address": address, "filter_chains": [chain]}
+
+        def cluster(port, upstream_tls):
+            made = {
+                "name": "next",
+                "type": "STATIC",
+                "connect_timeout": "1s",
+                "load_assignment": {
+                    "cluster_name": "next",
+                    "endpoints": [
+                        {
+                            "lb_endpoints": [
+                                {
+                                    "endpoint": {
+                                        "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+                                    }
+                                }
+                            ]
+                        }
+                    ],
+                },
+            }
+            if upstream_tls:
+                made["transport_socket"] = {"name": "tls", "typed_config": upstream_tls}
+                made["typed_extension_protocol_options"] = {
+                    "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                        "@type": kind("upstreams.http.v3.HttpProtocolOptions"),
+                        "explicit_http_config": {"http2_protocol_options": {}},
+                    }
+                }
+            return made
+
+        def rule(path, principal):
+            return {
+                "permissions": [
+                    {
+                        "and_rules": {
+                            "rules": [
+                                {"header": {"name": ":method", "string_match": {"exact": "GET"}}},
+                                {"url_path": {"path": {"prefix": path}}},
+                            ]
+                        }
+                    }
+                ],
+                "principals": [{"authenticated": {"principal_name": {"exact": principal}}}],
+            }
+
+        rules = {"client-reads": rule("/", "spiffe://bench.example/client")}
+        for n in range(policies - 1):
+            rules[f"a-other-{n}"] = rule(f"/{n}/", f"spiffe://bench.example/others/n{n}")
+        rbac = {
+            "name": "rbac",
+            "typed_config": {
+                "@type": kind("filters.http.rbac.v3.RBAC"),
+                "rules": {"action": "ALLOW", "policies": rules},
+            },
+        }
+        down = {
+            "@type": kind("transport_sockets.tls.v3.DownstreamTlsContext"),
+            "common_tls_context": common("backend", "client"),
+            "require_client_certificate": True,
+        }
+        up = {
+            "@type": kind("transport_sockets.tls.v3.UpstreamTlsContext"),
+            "common_tls_context": common("client", "backend"),
+        }
+        self.processes = []
+        for which, (inbound, outbound) in enumerate(
+            [
+                (listener(front, [], None), cluster(middle, up)),
+                (listener(middle, [rbac], down), cluster(backend.port, None)),
+            ]
+        ):
+            config = scratch / f"envoy-{policies}-{which}.json"
+            config.write_text(json.dumps({"static_resources": {"listeners": [inbound], "clusters": [outbound]}}))
+            self.processes.append(
+                subprocess.Popen(
+                    [ENVOY, "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", "error"],
+                    stdin=subprocess.DEVNULL,
+                )
+            )
+        self.pids = [process.pid for process in self.processes]
+        self.url = f"http://127.0.0.1:{front}/"
+        wait_http(self.url)
+
+    def stop(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            process.wait(20)
+
+
+def h2load(url, *words):
+    command = ["taskset", "-c", LOAD_CORE, "h2load", "--h1", "-t", "1", *map(str, words), url]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout
+    codes = re.search(r"status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx", output)
+    if int(codes[2]) + int(codes[3]) + int(codes[4]) or not int(codes[1]):
+        sys.exit(f"answers other than 2xx from {url}:\n{output}")
+    return float(re.search(r"([\d.]+) req/s", output)[1]), int(codes[1])
+
+
+def closed_loop(target, seconds):
+    """64 connections, as fast as it goes."""
+    before = cpu_seconds(target.pids)
+    rate, done = h2load(target.url, "-c", 64, "-D", seconds, "--warm-up-time", 1)
+    # h2load counts what came after the warm-up; the processor time covers both, so it is scaled to the counted part.
+    spent = (cpu_seconds(target.pids) - before) * seconds / (seconds + 1)
+    return {"requests_per_second": rate, "cpu_seconds_per_100k": spent / done * 100_000}
+
+
+def fixed_rate(target, seconds, scratch, rate=1000, connections=10):
+    """1 000 requests a second over 10 connections; every request's duration is logged."""
+    log = scratch / "latency.log"
+    log.unlink(missing_ok=True)
+    h2load(target.url, "-c", connections, "-D", seconds, "--rps", rate / connections, "--log-file", log)
+    durations = sorted(int(line.split("\t")[2]) for line in log.read_text().splitlines())
+
+    def at(share):
+        return durations[min(len(durations) - 1, int(len(durations) * share))]
+
+    return {"p50_us": at(0.5), "p99_us": at(0.99), "p99_9_us": at(0.999), "requests": len(durations)}
+
+
+def held_connections(target, count=1000):
+    """Resident memory idle, and with `count` idle connections that each made one request."""
+    idle = resident_mb(target.pids)
+    host, port = re.match(r"http://([\d.]+):(\d+)/", target.url).groups()
+    held = []
+    for _ in range(count):
+        connection = socket.create_connection((host, int(port)), timeout=10)
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: backend.mesh\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200"), "a held connection was refused"
+        held.append(connection)
+    loaded = resident_mb(target.pids)
+    for connection in held:
+        connection.close()
+    return {"resident_idle_mb": idle, f"resident_{count}_connections_mb": loaded}
+
+
+def interval(values):
+    values = sorted(values)
+    return {"median": statistics.median(values), "low": values[0], "high": values[-1], "n": len(values)}
+
+
+def ratio(ours, theirs):
+    return interval([a / b for a, b in zip(ours, theirs)])
+
+
+def bench_pair(options, scratch, backend):
+    ours = Ours(scratch, backend)
+    others = [Envoys(scratch, backend)] if ENVOY else []
+    everyone = [ours, *others]
+    for target in everyone:
+        pin(target.pids, PROXY_CORE)
+    memory = {target.name: {"resident_idle_mb": resident_mb(target.pids)} for target in everyone}
+    runs = {target.name: [] for target in everyone}
+    direct = []
+    for pair in range(options.pairs):
+        for target in everyone if pair % 2 == 0 else everyone[::-1]:
+            run = closed_loop(target, options.seconds) | fixed_rate(target, options.seconds, scratch)
+            runs[target.name].append(run)
+            print(f"  pair {pair + 1}/{options.pairs} {target.name}: {run}", flush=True)
+        direct.append(h2load(f"http://127.0.0.1:{backend.port}/", "-c", 64, "-D", 2)[0])
+    for target in everyone:
+        memory[target.name] |= held_connections(target)
+        target.stop()
+    result = {"runs": runs, "memory": memory, "direct_requests_per_second": interval(direct)}
+    if others:
+        result["ratio_to_envoy"] = {
+            key: ratio([run[key] for run in runs["countersign"]], [run[key] for run in runs["envoy"]])
+            for key in ("requests_per_second", "cpu_seconds_per_100k", "p50_us", "p99_us", "p99_9_us")
+        }
+    return result
+
+
+def bench_policies(options, scratch, backend):
+    """What 1 000 policies cost against 1, for each."""
+    result = {}
+    for kind in [Ours] + ([Envoys] if ENVOY else []):
+        few, many = kind(scratch / "few", backend), kind(scratch / "many", backend, policies=1000)
+        for target in (few, many):
+            pin(target.pids, PROXY_CORE)
+        pairs = [(closed_loop(few, options.seconds), closed_loop(many, options.seconds)) for _ in range(options.pairs)]
+        result[kind.name] = {
+            key: ratio([many[key] for _, many in pairs], [few[key] for few, _ in pairs])
+            for key in ("requests_per_second", "cpu_seconds_per_100k")
+        }
+        few.stop()
+        many.stop()
+        print(f"  1 000 policies against 1, {kind.name}: {result[kind.name]}", flush=True)
+    return result
+
+
+def bench_start(options, scratch, backend):
+    """From `up` on a new directory to the first allowed request, the services being there already."""
+    seconds = []
+    for n in range(options.pairs):
+        target = Ours(scratch / f"start-{n}", backend)
+        seconds.append(target.start_seconds)
+        target.stop()
+    return {"first_start_to_first_request_seconds": interval(seconds)}
+
+
+def cargo_bench(package, name):
+    """A benchmark of the workspace prints one JSON object on its last line."""
+    command = ["cargo", "bench", "--locked", "-p", package, "--bench", name]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def bench_decide(*_):
+    return cargo_bench("countersign-core", "decide")
+
+
+def bench_fanout(*_):
+    return cargo_bench("countersign-control", "fanout")
+
+
+PARTS = {
+    "pair": bench_pair,
+    "policies": bench_policies,
+    "start": bench_start,
+    "decide": bench_decide,
+    "fanout": bench_fanout,
+}
+
+
+def envoy_version():
+    if not ENVOY:
+        return None
+    said = subprocess.run([ENVOY, "--version"], capture_output=True, text=True).stdout
+    return re.search(r"version: \w+/([\d.]+)", said)[1]
+
+
+def machine():
+    model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    return {
+        "processor": model[1] if model else "unknown",
+        "cores": os.cpu_count(),
+        "kernel": os.uname().release.split("-")[0],
+        "envoy": envoy_version(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS))
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        for sub in ("few", "many", *(f"start-{n}" for n in range(options.pairs))):
+            (scratch / sub).mkdir()
+        backend = Backend(scratch)
+        try:
+            for part in options.only.split(","):
+                print(f"{part}:", flush=True)
+                result = PARTS[part](options, scratch, backend)
+                result = {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": machine(), **result}
+                (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+        finally:
+            backend.stop()
+
+
+main()
