@@ -137,7 +137,12 @@ impl SpiffeId {
 
     /// The service this id names, when it is the workload of one: a path of a single, unreserved segment.
     pub fn service(&self) -> Option<ServiceName> {
-        ServiceName::parse(self.path().strip_prefix('/')?).ok()
+        self.service_str().map(|name| ServiceName(name.into()))
+    }
+
+    /// [`SpiffeId::service`], borrowed.
+    pub fn service_str(&self) -> Option<&str> {
+        self.path().strip_prefix('/').filter(|name| ServiceName::refusal(name).is_none())
     }
 
     /// The host this id names, when it is the agent of one.
@@ -149,20 +154,23 @@ impl SpiffeId {
 impl ServiceName {
     /// Parses a service name: one DNS label (RFC 1123), lower case.
     pub fn parse(given: &str) -> Result<Self, NameError> {
-        let no = |why| Err(refuse("service name", given, why));
+        match Self::refusal(given) {
+            Some(why) => Err(refuse("service name", given, why)),
+            None => Ok(Self(given.into())),
+        }
+    }
+
+    fn refusal(given: &str) -> Option<&'static str> {
         if given.is_empty() || given.len() > 63 {
-            return no("it must have 1 to 63 characters");
+            return Some("it must have 1 to 63 characters");
         }
         if !given.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-')) {
-            return no("only `a`-`z`, `0`-`9` and `-` are allowed");
+            return Some("only `a`-`z`, `0`-`9` and `-` are allowed");
         }
         if given.starts_with('-') || given.ends_with('-') {
-            return no("it must begin and end with a letter or a digit");
+            return Some("it must begin and end with a letter or a digit");
         }
-        if given == RESERVED_SEGMENT {
-            return no("`countersign` is the mesh's own");
-        }
-        Ok(Self(given.into()))
+        (given == RESERVED_SEGMENT).then_some("`countersign` is the mesh's own")
     }
 
     /// The name.

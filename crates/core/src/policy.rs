@@ -1,16 +1,38 @@
 //! The request gate: Cedar policies, compiled per service, and the decision.
 //!
-//! Default deny, forbid wins, and a policy that cannot be evaluated denies. No policy is skipped.
+//! Default deny, forbid wins, and a policy that cannot be evaluated denies: Cedar skips it, [`Law::decide`] does not.
+//! No policy text is evaluated that was not strictly validated against the published schema.
+//!
+//! | furniture | holds |
+//! |---|---|
+//! | `schema` | what policies can say: entities, actions, context |
+//! | `file` | a `.cedar` file split into policies, with every mistake at once |
+//! | `library` | one policy text, parsed once: its scope and what its conditions read |
+//! | `law` | the policies of one view, indexed; the decision |
+//! | `memory` | decisions that would be the same again |
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+mod file;
+mod law;
+mod library;
+mod memory;
+mod reads;
+mod schema;
+
+use std::{net::IpAddr, ops::Range, sync::Arc};
+
+pub use file::{FilePolicy, Known, mistakes_of_state, parse_file, validate};
+pub use law::Law;
+pub use library::{Library, ParsedPolicy};
+pub use memory::{Judge, MEMORY_ENTRIES_MAX};
+pub use reads::Reads;
+use serde::{Deserialize, Serialize};
+pub use schema::{is_action, schema_text};
 
 use crate::{
-    canonical::Digest,
     change::PolicyId,
     identity::{ServiceName, SpiffeId},
-    record::{Outcome, Reason},
-    service::{Protocol, ServiceSpec},
-    view::View,
+    record::{Inputs, Outcome, Reason},
+    service::Protocol,
 };
 
 /// The question put to the law.
@@ -68,23 +90,46 @@ pub struct Decision {
     pub reason: Reason,
     /// The policies that decided.
     pub policies: Arc<[PolicyId]>,
+    /// What would lift the forbids, when the outcome is [`Outcome::StepUp`].
+    pub obligation: Option<Obligation>,
+    /// What the policies that could match read: with the same values of these, the same law answers the same.
+    pub reads: Reads,
     /// Whether it came from memory.
     pub remembered: bool,
 }
 
-/// Parsed policy texts by digest, kept across revisions so that a change costs what changed.
-#[derive(Default)]
-pub struct Library {
-    by_digest: HashMap<Digest, Arc<ParsedPolicy>>,
+/// What a caller must show to pass annotated forbids: the strictest of all that stand in the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Obligation {
+    /// `@step_up("…")`: how strong the authentication must be.
+    pub factor: Option<Factor>,
+    /// `@max_age("…")`: how long ago it may be, in seconds.
+    pub max_age_seconds: Option<u64>,
 }
 
-/// One policy text, parsed once.
-pub struct ParsedPolicy {
-    text: Arc<str>,
+/// How strong an authentication is, weakest first. The names are those of the OpenID ACR registry and go into the
+/// `acr_values` of an RFC 9470 challenge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Factor {
+    /// More than one factor.
+    Mfa,
+    /// Phishing-resistant.
+    Phr,
+    /// Phishing-resistant, in hardware.
+    Phrh,
 }
 
-/// The policies of one view, compiled for deciding.
-pub struct Law {}
+/// A mistake in a text: where, what, and how to mend it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// Bytes of the text that it is about.
+    pub span: Range<usize>,
+    /// What is wrong, lower case, no full stop.
+    pub what: String,
+    /// How to mend it.
+    pub help: Option<String>,
+}
 
 /// Why a policy set cannot be compiled; names the policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -98,47 +143,82 @@ pub struct PolicyError {
     pub what: String,
 }
 
-impl Library {
-    /// Parses `text` unless its digest is known, and returns it.
-    pub fn insert(&mut self, digest: Digest, text: &Arc<str>) -> Result<Arc<ParsedPolicy>, String> {
-        let _ = (digest, text);
-        todo!()
+impl<'a> Query<'a> {
+    /// The question that a decision record answers, to put it again.
+    pub fn of(inputs: &'a Inputs) -> Self {
+        let action = match &*inputs.action {
+            "grpc:call" => Action::GrpcCall,
+            "tcp:connect" => Action::TcpConnect,
+            http => Action::Http(http.strip_prefix("http:").unwrap_or(http)),
+        };
+        Self {
+            principal: &inputs.principal,
+            action,
+            service: &inputs.service,
+            path: &inputs.path,
+            context: Context {
+                method: &inputs.method,
+                host: &inputs.host,
+                protocol: inputs.protocol,
+                size: inputs.size,
+                origin: inputs.origin,
+                now: inputs.now,
+                first_contact: inputs.first_contact,
+            },
+        }
     }
 
-    /// The parsed policy of `digest`.
-    pub fn get(&self, digest: &Digest) -> Option<&Arc<ParsedPolicy>> {
-        self.by_digest.get(digest)
-    }
-
-    /// Forgets all but those that `keep` says are in force.
-    pub fn retain(&mut self, keep: impl Fn(&Digest) -> bool) {
-        self.by_digest.retain(|digest, _| keep(digest));
+    /// The inputs of a decision record for this question.
+    pub fn inputs(&self) -> Inputs {
+        Inputs {
+            principal: self.principal.clone(),
+            action: self.action.to_string().into(),
+            service: self.service.clone(),
+            path: self.path.into(),
+            host: self.context.host.into(),
+            method: self.context.method.into(),
+            protocol: self.context.protocol,
+            size: self.context.size,
+            origin: self.context.origin,
+            now: self.context.now,
+            first_contact: self.context.first_contact,
+        }
     }
 }
 
-impl ParsedPolicy {
-    /// The Cedar text.
-    pub fn text(&self) -> &Arc<str> {
-        &self.text
-    }
-
-    /// Whether its resource scope can match an operation of `service`.
-    pub fn concerns(&self, service: &ServiceName, spec: &ServiceSpec) -> bool {
-        let _ = (service, spec);
-        todo!()
+impl std::fmt::Display for Action<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Http(method) => write!(f, "http:{method}"),
+            Self::GrpcCall => f.write_str("grpc:call"),
+            Self::TcpConnect => f.write_str("tcp:connect"),
+        }
     }
 }
 
-impl Law {
-    /// Compiles the policies of `view`: strict validation, an index by action, principal and resource, an empty memory.
-    pub fn compile(view: &View) -> Result<Self, Vec<PolicyError>> {
-        let _ = view;
-        todo!()
+impl Obligation {
+    /// What satisfies both.
+    pub fn strictest(self, other: Self) -> Self {
+        let max_age_seconds = match (self.max_age_seconds, other.max_age_seconds) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        Self { factor: self.factor.max(other.factor), max_age_seconds }
+    }
+}
+
+impl Factor {
+    /// The factor as `@step_up` and `acr_values` spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Mfa => "mfa",
+            Self::Phr => "phr",
+            Self::Phrh => "phrh",
+        }
     }
 
-    /// Judges one query. Never fails: what cannot be evaluated is denied with [`Reason::PolicyFault`].
-    pub fn decide(&self, query: &Query<'_>) -> Decision {
-        let _ = query;
-        todo!()
+    /// Parses the value of `@step_up`.
+    pub fn parse(given: &str) -> Option<Self> {
+        [Self::Mfa, Self::Phr, Self::Phrh].into_iter().find(|factor| factor.as_str() == given)
     }
 }

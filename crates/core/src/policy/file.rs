@@ -1,0 +1,428 @@
+//! A `.cedar` file split into its policies, with every mistake at once: what does not parse, what the strict validator
+//! refuses, what has no `@id`, and what names a role, service or workload that does not exist.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
+
+use cedar_policy_core::{
+    ast::{
+        self, ActionConstraint, EntityReference, EntityUID, ExprKind, Literal, PolicyID, PrincipalOrResourceConstraint,
+    },
+    parser,
+};
+use miette::Diagnostic;
+
+use super::{
+    Factor, Library, Mistake, ParsedPolicy, PolicyError,
+    library::annotation,
+    schema::VALIDATOR,
+};
+use crate::{
+    change::{Member, PolicyId, RoleName},
+    identity::{ServiceName, SpiffeId, TrustDomain},
+    state::MeshState,
+};
+
+/// Longest `@id`, in bytes.
+pub const POLICY_ID_BYTES_MAX: usize = 128;
+/// Longest text of one policy, in bytes.
+pub const POLICY_BYTES_MAX: usize = 65_536;
+
+/// One policy of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilePolicy {
+    /// Its `@id`.
+    pub id: PolicyId,
+    /// Its text, from the first annotation to the semicolon.
+    pub text: Arc<str>,
+    /// The bytes of the file that it takes.
+    pub span: Range<usize>,
+}
+
+/// What the policies of a mesh can name.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    /// The own trust domain.
+    pub trust_domain: &'a TrustDomain,
+    /// Every declared service.
+    pub services: &'a BTreeSet<ServiceName>,
+    /// Every role.
+    pub roles: &'a BTreeMap<RoleName, BTreeSet<Member>>,
+}
+
+/// Splits `text`, the content of the file `file`, into its policies. Each has parsed, passed the strict validator and
+/// carries an `@id` of its own; otherwise every mistake of the file is returned, in the order of the text.
+pub fn parse_file(file: &str, text: &str) -> Result<Vec<FilePolicy>, Vec<Mistake>> {
+    let mut policies: Vec<FilePolicy> = Vec::new();
+    let mut mistakes = Vec::new();
+    for span in statements(text) {
+        let policy_text: Arc<str> = text[span.clone()].into();
+        match one_policy(&policy_text) {
+            Err(found) => mistakes.extend(found.into_iter().map(|mistake| mistake.moved(span.start))),
+            Ok((policy, id)) => {
+                if let Some(first) = policies.iter().find(|policy| policy.id == id) {
+                    let at = annotation_span(&policy, "id").unwrap_or(0..policy_text.len());
+                    mistakes.push(Mistake {
+                        span: at.start + span.start..at.end + span.start,
+                        what: format!("the id `{id}` is taken"),
+                        help: Some(format!("the policy at line {} of `{file}` has it", line_of(text, first.span.start))),
+                    });
+                } else {
+                    policies.push(FilePolicy { id, text: policy_text, span });
+                }
+            }
+        }
+    }
+    if mistakes.is_empty() { Ok(policies) } else { Err(mistakes) }
+}
+
+/// Checks that a policy of [`parse_file`] names only what exists, and returns it parsed. Spans are those of the file.
+pub fn validate(policy: &FilePolicy, known: &Known<'_>) -> Result<Arc<ParsedPolicy>, Vec<Mistake>> {
+    let moved = |mistakes: Vec<Mistake>| -> Vec<Mistake> {
+        mistakes.into_iter().map(|mistake| mistake.moved(policy.span.start)).collect()
+    };
+    let parsed = ParsedPolicy::parse(&policy.text).map_err(moved)?;
+    let mistakes = unknown_names(&parsed, known);
+    if mistakes.is_empty() { Ok(Arc::new(parsed)) } else { Err(moved(mistakes)) }
+}
+
+/// Every policy of `state` that is missing from `library`, carries another `@id` than the state says, or names what
+/// does not exist in that state: what control refuses, whoever asks.
+pub fn mistakes_of_state(state: &MeshState, library: &Library) -> Vec<PolicyError> {
+    let Some(trust_domain) = &state.trust_domain else { return Vec::new() };
+    let services = state.services.keys().cloned().collect();
+    let known = Known { trust_domain, services: &services, roles: &state.roles };
+    let mut errors = Vec::new();
+    for (id, reference) in &state.policies {
+        let mut refuse =
+            |what: String| errors.push(PolicyError { id: id.clone(), file: reference.file.clone(), what });
+        match library.get(&reference.body) {
+            None => refuse(format!("its text {} is missing", reference.body.short())),
+            Some(parsed) if parsed.id() != id => refuse(format!("its text has the id `{}`", parsed.id())),
+            Some(parsed) => {
+                for mistake in unknown_names(parsed, &known) {
+                    refuse(mistake.what);
+                }
+            }
+        }
+    }
+    errors
+}
+
+/// Parses a text that must hold exactly one policy; everything but the names in it is checked.
+pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec<Mistake>> {
+    let whole = 0..text.len();
+    if text.len() > POLICY_BYTES_MAX {
+        let what = format!("the policy has {} bytes; at most {POLICY_BYTES_MAX} are read", text.len());
+        return Err(vec![Mistake { span: whole, what, help: None }]);
+    }
+    let unnamed = PolicyID::from_string("policy");
+    let parsed = parser::parse_policy(Some(unnamed), text).map_err(|errors| {
+        errors.iter().map(|error| of_diagnostic(error, &whole)).collect::<Vec<_>>()
+    })?;
+    let policy = ast::Policy::from(parsed);
+    let mut mistakes = annotation_mistakes(&policy, &whole);
+    let id = match annotation(&policy, "id") {
+        Some(id) if is_policy_id(id) => Some(PolicyId::from(id)),
+        Some(id) => {
+            mistakes.push(Mistake {
+                span: annotation_span(&policy, "id").unwrap_or(whole.clone()),
+                what: format!("`{}` is not a policy id", shortened(id)),
+                help: Some(format!(
+                    "use 1 to {POLICY_ID_BYTES_MAX} letters, digits, `-`, `_`, `.` and `/`: @id(\"web-reads-catalog\")"
+                )),
+            });
+            None
+        }
+        None => {
+            mistakes.push(Mistake {
+                span: head_of(text),
+                what: "the policy has no @id".to_owned(),
+                help: Some("write @id(\"…\") above it: decisions are recorded by that name".to_owned()),
+            });
+            None
+        }
+    };
+    let mut set = cedar_policy::PolicySet::new();
+    if set.add(cedar_policy::Policy::from(policy.clone())).is_ok() {
+        let verdict = VALIDATOR.validate(&set, cedar_policy::ValidationMode::Strict);
+        mistakes.extend(verdict.validation_errors().map(|error| {
+            let mut mistake = of_diagnostic(error, &whole);
+            // Cedar names the policy in each message; ours are shown beside it.
+            if let Some((_, what)) = mistake.what.split_once("for policy `policy`, ") {
+                mistake.what = what.to_owned();
+            }
+            mistake
+        }));
+    }
+    match id {
+        Some(id) if mistakes.is_empty() => {
+            let named = policy.new_id(PolicyID::from_string(&*id));
+            Ok((named, id))
+        }
+        _ => Err(mistakes),
+    }
+}
+
+fn annotation_mistakes(policy: &ast::Policy, whole: &Range<usize>) -> Vec<Mistake> {
+    let mut mistakes = Vec::new();
+    for (name, value) in policy.annotations() {
+        let mut refuse = |what: String, help: Option<String>| {
+            let span = value.loc.as_ref().map_or(whole.clone(), |at| at.start()..at.end());
+            mistakes.push(Mistake { span, what, help });
+        };
+        let name: &str = name.as_ref();
+        match name {
+            "step_up" | "max_age" if policy.effect() == ast::Effect::Permit => refuse(
+                format!("@{name} stands on a permit"),
+                Some("an obligation lifts a forbid: write a forbid for what needs assurance".to_owned()),
+            ),
+            "step_up" if Factor::parse(&value.val).is_none() => refuse(
+                format!("`{}` is not a factor", shortened(&value.val)),
+                Some("use \"mfa\", \"phr\" (phishing-resistant) or \"phrh\" (phishing-resistant, in hardware)".to_owned()),
+            ),
+            "max_age" if !value.val.parse::<u64>().is_ok_and(|seconds| seconds > 0) => refuse(
+                format!("`{}` is not an age", shortened(&value.val)),
+                Some("give whole seconds, at least 1: @max_age(\"300\")".to_owned()),
+            ),
+            "countersign" => refuse(
+                "@countersign stands in the request gate".to_owned(),
+                Some("changes are countersigned, requests are not: use @step_up, or move it to gate/".to_owned()),
+            ),
+            "id" | "step_up" | "max_age" => {}
+            other => {
+                if let Some(meant) = nearest(other, ["id", "step_up", "max_age"].into_iter()) {
+                    refuse(format!("unknown annotation @{other}"), Some(format!("did you mean @{meant}?")));
+                }
+            }
+        }
+    }
+    mistakes
+}
+
+fn unknown_names(parsed: &ParsedPolicy, known: &Known<'_>) -> Vec<Mistake> {
+    let mut mistakes = Vec::new();
+    for uid in literals(&parsed.policy) {
+        let eid: &str = uid.eid().as_ref();
+        let found = match uid.entity_type().to_string().as_str() {
+            "Role" if !known.roles.contains_key(eid) => Some((
+                format!("the role `{eid}` does not exist"),
+                suggest(eid, known.roles.keys().map(|name| &**name), "Role", "[roles.*] of roles.toml"),
+            )),
+            "Service" => unknown_service(eid, eid, known, "Service"),
+            "Operation" => {
+                let (service, path) = eid.find('/').map_or((eid, None), |at| (&eid[..at], Some(&eid[at..])));
+                match path {
+                    None => Some((
+                        format!("`{eid}` is not an operation"),
+                        format!("an operation is a service and a path: Operation::\"{eid}/\""),
+                    )),
+                    Some(path) if path.contains('*') => Some((
+                        format!("`{eid}` means the path with the `*` in it"),
+                        format!(
+                            "for a prefix write resource in Service::\"{service}\" and when {{ context.request.path \
+                             like \"{path}\" }}"
+                        ),
+                    )),
+                    Some(_) => unknown_service(service, eid, known, "Operation"),
+                }
+            }
+            "Workload" => unknown_workload(eid, known),
+            _ => None,
+        };
+        if let Some((what, help)) = found {
+            let span = uid.loc().map_or(0..parsed.text().len(), |at| at.start()..at.end());
+            mistakes.push(Mistake { span, what, help: Some(help) });
+        }
+    }
+    mistakes.sort_by_key(|mistake| mistake.span.start);
+    mistakes
+}
+
+fn unknown_service(service: &str, eid: &str, known: &Known<'_>, kind: &str) -> Option<(String, String)> {
+    if known.services.iter().any(|name| name.as_str() == service) {
+        return None;
+    }
+    let help = match nearest(service, known.services.iter().map(ServiceName::as_str)) {
+        Some(meant) => format!("did you mean {kind}::\"{meant}{}\"?", &eid[service.len()..]),
+        None => "services are declared in mesh.toml".to_owned(),
+    };
+    Some((format!("the service `{service}` does not exist"), help))
+}
+
+fn unknown_workload(eid: &str, known: &Known<'_>) -> Option<(String, String)> {
+    if !eid.contains("://") {
+        let exists = known.services.iter().any(|name| name.as_str() == eid);
+        return (!exists).then(|| {
+            let names = known.services.iter().map(ServiceName::as_str);
+            (
+                format!("the workload `{eid}` does not exist"),
+                suggest(eid, names, "Workload", "services of mesh.toml; a foreign one is named by its full SPIFFE ID"),
+            )
+        });
+    }
+    match SpiffeId::parse(eid) {
+        Err(error) => Some((error.to_string(), "write it as Workload::\"spiffe://<trust domain>/<path>\"".to_owned())),
+        Ok(id) if id.as_str() != eid => {
+            Some((format!("`{eid}` is never a caller's id"), format!("write Workload::\"{id}\"")))
+        }
+        Ok(id) if id.trust_domain() == known.trust_domain.as_str() => id.service().map(|service| {
+            (
+                format!("`{eid}` is a service of the own trust domain"),
+                format!("write Workload::\"{service}\""),
+            )
+        }),
+        Ok(_) => None,
+    }
+}
+
+fn suggest<'a>(given: &str, names: impl Iterator<Item = &'a str>, kind: &str, place: &str) -> String {
+    match nearest(given, names) {
+        Some(meant) => format!("did you mean {kind}::\"{meant}\"?"),
+        None => format!("known are the {place}"),
+    }
+}
+
+/// The entities a policy names, in its scope and in its conditions; actions are the validator's matter.
+pub(super) fn literals(policy: &ast::Policy) -> Vec<Arc<EntityUID>> {
+    let of_scope = |constraint: &PrincipalOrResourceConstraint| match constraint {
+        PrincipalOrResourceConstraint::Eq(EntityReference::EUID(uid))
+        | PrincipalOrResourceConstraint::In(EntityReference::EUID(uid))
+        | PrincipalOrResourceConstraint::IsIn(_, EntityReference::EUID(uid)) => Some(uid.clone()),
+        _ => None,
+    };
+    let mut found: Vec<Arc<EntityUID>> = of_scope(policy.principal_constraint().as_inner())
+        .into_iter()
+        .chain(of_scope(policy.resource_constraint().as_inner()))
+        .collect();
+    if let ActionConstraint::Eq(uid) = policy.action_constraint() {
+        found.push(uid.clone());
+    }
+    let conditions = policy.non_scope_constraints().into_iter().flat_map(|condition| condition.subexpressions());
+    found.extend(conditions.filter_map(|expr| match expr.expr_kind() {
+        ExprKind::Lit(Literal::EntityUID(uid)) => Some(uid.clone()),
+        _ => None,
+    }));
+    found
+}
+
+fn of_diagnostic(error: &(impl Diagnostic + ?Sized), whole: &Range<usize>) -> Mistake {
+    let label = error.labels().and_then(|mut labels| labels.next());
+    let span = label.as_ref().map_or(whole.clone(), |label| label.offset()..label.offset() + label.len());
+    let expected = label.as_ref().and_then(|label| label.label()).filter(|label| label.starts_with("expected"));
+    Mistake {
+        span,
+        what: error.to_string(),
+        help: error.help().map(|help| help.to_string()).or_else(|| expected.map(str::to_owned)),
+    }
+}
+
+/// The bytes of each statement: from its first character that is neither white space nor comment, to its semicolon.
+/// A semicolon inside a string or a comment ends nothing; text after the last one is a statement too, so that it is
+/// reported.
+fn statements(text: &str) -> Vec<Range<usize>> {
+    let bytes = text.as_bytes();
+    let mut found = Vec::new();
+    let mut start = None;
+    let mut end = 0; // after the last byte that is neither white space nor comment
+    let mut at = 0;
+    while at < bytes.len() {
+        match bytes[at] {
+            b'/' if bytes.get(at + 1) == Some(&b'/') => {
+                at += bytes[at..].iter().position(|byte| matches!(byte, b'\n' | b'\r')).unwrap_or(bytes.len() - at);
+                continue;
+            }
+            byte if byte.is_ascii_whitespace() => {
+                at += 1;
+                continue;
+            }
+            b'"' => {
+                start.get_or_insert(at);
+                at += 1;
+                while at < bytes.len() && bytes[at] != b'"' {
+                    at += if bytes[at] == b'\\' { 2 } else { 1 };
+                }
+            }
+            b';' => {
+                let from = start.take().unwrap_or(at);
+                found.push(from..at + 1);
+            }
+            _ => {
+                start.get_or_insert(at);
+            }
+        }
+        at = (at + 1).min(bytes.len());
+        end = at;
+    }
+    if let Some(from) = start {
+        found.push(from..end);
+    }
+    found
+}
+
+fn is_policy_id(given: &str) -> bool {
+    (1..=POLICY_ID_BYTES_MAX).contains(&given.len())
+        && given.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'/'))
+}
+
+fn annotation_span(policy: &ast::Policy, name: &str) -> Option<Range<usize>> {
+    let (_, annotation) = policy.annotations().find(|(key, _)| AsRef::<str>::as_ref(*key) == name)?;
+    annotation.loc.as_ref().map(|at| at.start()..at.end())
+}
+
+/// The first word of a policy.
+fn head_of(text: &str) -> Range<usize> {
+    0..text.find(|c: char| !c.is_ascii_alphanumeric() && c != '@' && c != '_').unwrap_or(text.len())
+}
+
+fn line_of(text: &str, at: usize) -> usize {
+    text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
+fn shortened(given: &str) -> String {
+    given.chars().take(60).collect()
+}
+
+impl Mistake {
+    fn moved(mut self, by: usize) -> Self {
+        self.span = self.span.start + by..self.span.end + by;
+        self
+    }
+}
+
+/// The name that was most likely meant by `given`: the nearest within a third of its length.
+pub(super) fn nearest<'a>(given: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let most = (given.chars().count() / 3).max(1);
+    names
+        .map(|name| (distance(given, name), name))
+        .filter(|(distance, name)| *distance <= most && *name != given)
+        .min()
+        .map(|(_, name)| name)
+}
+
+/// Edits (insertion, deletion, replacement, exchange of neighbours) that lead from `a` to `b`.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(100).collect(), b.chars().take(100).collect());
+    let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            rows[i][j] = match (i, j) {
+                (0, _) => j,
+                (_, 0) => i,
+                _ => {
+                    let replaced = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+                    let exchanged = if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                        rows[i - 2][j - 2] + 1
+                    } else {
+                        usize::MAX
+                    };
+                    replaced.min(exchanged).min(rows[i - 1][j] + 1).min(rows[i][j - 1] + 1)
+                }
+            };
+        }
+    }
+    rows[a.len()][b.len()]
+}
