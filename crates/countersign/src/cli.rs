@@ -16,7 +16,7 @@ use countersign_core::{
 use crate::{
     authority, change, decision, doctor,
     error::{Done, Failure},
-    host,
+    host, init, ledger,
     mesh_finder::{self, Place},
     render,
     render::{Output, Paint},
@@ -58,6 +58,8 @@ pub enum Command {
     /// Hosts that may run workloads
     #[command(subcommand)]
     Host(HostVerb),
+    /// Write a small mesh directory that `up` runs
+    Init(InitArguments),
     /// Show the mesh at a glance
     Status,
     /// Services
@@ -72,6 +74,9 @@ pub enum Command {
     /// The keys of the trust domain
     #[command(subcommand)]
     Authority(AuthorityVerb),
+    /// The record of all changes
+    #[command(subcommand)]
+    Ledger(LedgerVerb),
     /// Check what the mesh needs of this machine, and say what to do
     Doctor,
     /// Print the completion script of a shell
@@ -98,6 +103,17 @@ pub enum HostVerb {
         #[arg(long)]
         host: Option<ServiceName>,
     },
+}
+
+/// Where to write a new mesh directory.
+#[derive(Debug, Args)]
+pub struct InitArguments {
+    /// The directory; it is created
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// The trust domain of the mesh
+    #[arg(long, default_value = "mesh.example")]
+    pub trust_domain: TrustDomain,
 }
 
 /// What can be asked about services.
@@ -179,6 +195,13 @@ pub enum AuthorityVerb {
     Show,
 }
 
+/// What can be done with the ledger.
+#[derive(Debug, Subcommand)]
+pub enum LedgerVerb {
+    /// Read all of it, compute its Merkle root and every state again, and compare
+    Verify,
+}
+
 /// Parses the command line and does what it says.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
@@ -202,6 +225,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     let output = global.output;
     let done = match command {
+        Command::Init(arguments) => init::init(&arguments, output),
         Command::Host(HostVerb::Invite { ttl, host }) => ask(host::invite(&place(&global)?, ttl, host, output)),
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
@@ -215,6 +239,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Decision(DecisionVerb::List(filter)) => ask(decision::list(&place(&global)?, filter, output)),
         Command::Decision(DecisionVerb::Show { id }) => ask(decision::show(&place(&global)?, &id, output)),
         Command::Authority(AuthorityVerb::Show) => ask(authority::show(&place(&global)?, output)),
+        Command::Ledger(LedgerVerb::Verify) => ask(ledger::verify(&place(&global)?, output)),
         Command::Doctor => doctor::doctor(&global),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "countersign", &mut std::io::stdout());

@@ -8,7 +8,7 @@ use countersign_api::local::{DecisionDetail, Status, TailEvent};
 use countersign_core::{
     change::PolicyId,
     identity::{SpiffeId, TrustDomain},
-    policy::{Action, Context, Decision, Law, Library, Query},
+    policy::{Decision, Law, Library, Query},
     record::{DecisionRecord, EdgeCount, Inputs, Judged, Outcome, Reason},
     view::{self, Local},
 };
@@ -153,31 +153,7 @@ fn judge(detail: &DecisionDetail, inputs: &Inputs) -> Result<Decision, Failure> 
         view::view(&mesh.state, mesh.revision, &library, &local).map_err(|e| could_not(mesh.revision).because(&e))?;
     let law = Law::compile(&view)
         .map_err(|errors| errors.iter().fold(could_not(mesh.revision), |failure, e| failure.cause(e.to_string())))?;
-    Ok(law.decide(&asked(inputs)))
-}
-
-/// The question that the record answers.
-fn asked(inputs: &Inputs) -> Query<'_> {
-    let action = match &*inputs.action {
-        "grpc:call" => Action::GrpcCall,
-        "tcp:connect" => Action::TcpConnect,
-        _ => Action::Http(&inputs.method),
-    };
-    Query {
-        principal: &inputs.principal,
-        action,
-        service: &inputs.service,
-        path: &inputs.path,
-        context: Context {
-            method: &inputs.method,
-            host: &inputs.host,
-            protocol: inputs.protocol,
-            size: inputs.size,
-            origin: inputs.origin,
-            now: inputs.now,
-            first_contact: inputs.first_contact,
-        },
-    }
+    Ok(law.decide(&Query::of(inputs)))
 }
 
 fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {

@@ -14,6 +14,8 @@ mod difference;
 mod doctor;
 mod error;
 mod host;
+mod init;
+mod ledger;
 mod mesh_finder;
 mod render;
 mod service;
