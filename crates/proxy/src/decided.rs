@@ -44,6 +44,10 @@ pub struct Decided<'a> {
 pub trait Recorder {
     /// Takes one decision, or sheds it when there is no room (and counts that).
     fn record(&self, decided: &Decided<'_>) -> Result<(), Shed>;
+
+    /// Adds what became of an exchange whose decision was taken while it was open (`ended: None`): one that lives long,
+    /// or one that is never forwarded unrecorded. Counted when there is no room.
+    fn amend(&self, id: DecisionId, ended: &Ended);
 }
 
 /// The record found no room.

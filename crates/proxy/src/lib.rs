@@ -13,11 +13,13 @@
 //! | [`view`] | a view made ready for the path |
 //! | [`workers`] | the threads
 //! | `route` | which way a request takes, and the limits of the way |
+//! | [`record`] | decision records: queued, kept, reported, read back |
 //! | [`decided`] | one decision as the data path hands it to the record |
 //! | [`counts`] | what a worker counts |
 
 pub mod counts;
 pub mod decided;
+pub mod record;
 mod route;
 pub mod shared;
 pub mod view;
