@@ -247,6 +247,7 @@ pub struct DecisionDetail {
 /// What `decision tail` shows as it happens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[allow(clippy::large_enum_variant, reason = "one at a time, read and dropped")]
 pub enum TailEvent {
     /// A denial or a step-up, in full.
     Record(DecisionRecord),
