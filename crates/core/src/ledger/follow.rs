@@ -501,6 +501,7 @@ mod tests {
         assert_eq!(follower, end);
     }
 
+    // PROVES (followed)
     #[test]
     fn nothing_is_taken_up_that_does_not_follow_and_the_error_says_who_can_act() {
         let (ledger, _) = ledger();
