@@ -5,10 +5,12 @@
 //! |---|---|
 //! | [`mesh`] | agents and the control plane: gRPC over mutual TLS |
 //! | [`sidecar`] | an agent and a proxy that it started: frames on an inherited socket pair |
+//! | [`broker`] | a proxy and the broker of its workload's network namespace: sockets over a packet pair |
 //! | [`local`] | commands and the control plane on one machine: JSON over a unix socket |
 //! | [`run_file`] | `run.json`: where everything of a running mesh listens |
 //! | [`svid`] | SVIDs as TLS identities: parse, verify a peer, hot-swap |
 
+pub mod broker;
 pub mod local;
 pub mod mesh;
 pub mod run_file;
