@@ -1,0 +1,248 @@
+//! Starts workloads through launchers, in namespaces of their own where the kernel allows it, and says in words where
+//! it does not. What happens inside is [`crate::launch`]'s.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Seek, Write},
+    os::{fd::OwnedFd, unix::process::CommandExt},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use countersign_api::broker::{self, BROKER_FD};
+use rustix::fs::MemfdFlags;
+use tokio::{
+    io::Interest,
+    net::UnixDatagram,
+    process::{Child, ChildStderr, ChildStdout, Command},
+};
+
+use crate::launch::{
+    self, SUBCOMMAND, namespace,
+    order::{AGENT_FD, LaunchOrder, LauncherMessage},
+};
+
+pub use crate::launch::{
+    namespace::{DNS_ADDRESS, NamespaceError},
+    order::{Exit, Stop},
+};
+
+/// How long a launcher may take until the workload runs.
+const START_WITHIN: Duration = Duration::from_secs(10);
+
+/// Whether workloads can be separated from each other on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Isolation {
+    /// Namespaces can be made.
+    pub available: bool,
+    /// Why not, and what would help; or what is missing. Empty when all is well.
+    pub note: String,
+}
+
+/// Tries it: a process of `executable` makes every namespace and mount that a workload gets, and ends.
+pub async fn probe(executable: &Path, data_dir: &Path) -> Isolation {
+    let mut command = Command::new(executable);
+    command.arg(SUBCOMMAND).arg(launch::PROBE).arg(data_dir).stdin(Stdio::null()).kill_on_drop(true);
+    let unavailable = |note: String| Isolation { available: false, note };
+    match tokio::time::timeout(START_WITHIN, command.output()).await {
+        Ok(Ok(output)) if output.status.success() => {
+            Isolation { available: true, note: String::from_utf8_lossy(&output.stdout).trim().replace('\n', "; ") }
+        }
+        Ok(Ok(output)) => {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            unavailable(format!("{said}{}", why_refused(Path::new("/proc/sys"))))
+        }
+        Ok(Err(e)) => unavailable(format!("could not start `{}`: {e}", executable.display())),
+        Err(_) => unavailable("making a namespace took more than 10 s".to_owned()),
+    }
+}
+
+/// The setting that most likely forbids user namespaces, in words.
+fn why_refused(sysctl: &Path) -> String {
+    let setting = |name: &str| fs::read_to_string(sysctl.join(name)).ok().map(|value| value.trim().to_owned());
+    let refusing = [
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("user/max_user_namespaces", "0", "15000"),
+        ("user/max_net_namespaces", "0", "15000"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ];
+    for (name, refuses, allows) in refusing {
+        if setting(name).as_deref() == Some(refuses) {
+            let name = name.replace('/', ".");
+            return format!("; help: {name} is {refuses} on this host: `sysctl {name}={allows}` allows it");
+        }
+    }
+    "; help: a container or seccomp profile may forbid unshare(2): see `doctor`".to_owned()
+}
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct LaunchSpec {
+    /// The `countersign` binary: `/proc/self/exe`.
+    pub executable: PathBuf,
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// The working directory.
+    pub dir: PathBuf,
+    /// Variables on top of this process's own.
+    pub env: BTreeMap<String, String>,
+    /// Namespaces of its own; the result then has a broker.
+    pub isolate: bool,
+    /// The mesh's data directory, which an isolated workload does not see.
+    pub data_dir: PathBuf,
+}
+
+/// Why a workload was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The launcher did not come up.
+    #[error("could not start a launcher")]
+    Launcher(#[from] io::Error),
+    /// The launcher says why.
+    #[error("{0}")]
+    Refused(String),
+    /// The launcher said nothing.
+    #[error("the launcher did not start the workload within 10 s")]
+    TooSlow,
+}
+
+/// A running workload. Dropped, it is killed with everything it started.
+#[derive(Debug)]
+pub struct LaunchedWorkload {
+    /// Its process, as this host numbers it.
+    pub pid: u32,
+    /// The same, for as long as this is held.
+    pub pidfd: OwnedFd,
+    /// The process whose namespaces [`enter`] enters; absent when it is not isolated.
+    pub namespace_pid: Option<u32>,
+    /// What could not be had, in words.
+    pub note: Option<String>,
+    /// What it writes.
+    pub stdout: Option<ChildStdout>,
+    /// What it complains.
+    pub stderr: Option<ChildStderr>,
+    /// The sidecar's end of the broker, to be passed as descriptor 4; a sidecar that replaces another gets a duplicate.
+    pub broker: Option<OwnedFd>,
+    control: UnixDatagram,
+    _launcher: Child,
+}
+
+/// Starts a workload and waits until it runs. Needs a tokio runtime with I/O.
+pub async fn spawn(spec: LaunchSpec) -> Result<LaunchedWorkload, LaunchError> {
+    let (control, launchers_end) = broker::pair()?;
+    let mut descriptors = vec![(launchers_end, AGENT_FD)];
+    let mut sidecars_end = None;
+    if spec.isolate {
+        let (brokers_end, other) = broker::pair()?;
+        descriptors.push((brokers_end, BROKER_FD));
+        sidecars_end = Some(other);
+    }
+    let order = LaunchOrder {
+        command: spec.command,
+        dir: spec.dir,
+        env: spec.env,
+        isolate: spec.isolate,
+        data_dir: spec.data_dir,
+    };
+    let mut command = std::process::Command::new(&spec.executable);
+    command.arg(SUBCOMMAND).stdin(written(&order)?).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    launch::inherit(&mut command, descriptors)?;
+    let mut command = Command::from(command);
+    let mut launcher = command.spawn()?;
+    drop(command); // and with it our copies of the launcher's descriptors: its death must be seen as a closed socket
+    let control = nonblocking(control)?;
+    let first = tokio::time::timeout(START_WITHIN, receive(&control)).await.map_err(|_| LaunchError::TooSlow)?;
+    match first? {
+        Some((LauncherMessage::Started { pid, namespace_pid, note }, Some(pidfd))) => Ok(LaunchedWorkload {
+            pid,
+            pidfd,
+            namespace_pid,
+            note,
+            stdout: launcher.stdout.take(),
+            stderr: launcher.stderr.take(),
+            broker: sidecars_end,
+            control,
+            _launcher: launcher,
+        }),
+        Some((LauncherMessage::Failed(reason), _)) => Err(LaunchError::Refused(reason)),
+        Some(_) => Err(LaunchError::Refused("the launcher spoke out of turn".to_owned())),
+        None => {
+            let output = launcher.wait_with_output().await?;
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            Err(LaunchError::Refused(format!("the launcher ended with {}: {said}", output.status)))
+        }
+    }
+}
+
+/// The order as a file without a name, to be read from its start.
+fn written(order: &LaunchOrder) -> io::Result<Stdio> {
+    let mut file = fs::File::from(rustix::fs::memfd_create("order", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(order)?)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+/// The runtime's type for datagrams does for packets: only its readiness is used.
+fn nonblocking(socket: OwnedFd) -> io::Result<UnixDatagram> {
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    UnixDatagram::from_std(socket.into())
+}
+
+async fn receive(control: &UnixDatagram) -> io::Result<Option<(LauncherMessage, Option<OwnedFd>)>> {
+    control.async_io(Interest::READABLE, || broker::receive(control)).await
+}
+
+impl LaunchedWorkload {
+    /// Waits until it ended, and everything it started with it. Cancel-safe; once it has answered, only [`Exit::Lost`] follows.
+    pub async fn exited(&self) -> Exit {
+        match receive(&self.control).await {
+            Ok(Some((LauncherMessage::Exited(exit), _))) => exit,
+            _ => Exit::Lost,
+        }
+    }
+
+    /// Asks it to end, or ends it. A workload that is gone already is no error.
+    pub fn stop(&self, how: Stop) -> io::Result<()> {
+        match broker::send(&self.control, &how, None) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+            sent => sent,
+        }
+    }
+}
+
+/// Moves this process into the namespaces of a workload (`namespace_pid` as its agent tells it) and confines it as the
+/// workload is, in the directory `dir`. To be called before any thread is started.
+///
+/// A program run afterwards must be a child (`Command::status`), not an `exec` of this process: only children enter
+/// the process namespace.
+pub fn enter(namespace_pid: u32, dir: &Path) -> Result<(), EnterError> {
+    let pid =
+        rustix::process::Pid::from_raw(namespace_pid.cast_signed()).ok_or(EnterError::NoProcess(namespace_pid))?;
+    namespace::join(pid)?;
+    launch::confine(true).map_err(EnterError::Confine)?;
+    std::env::set_current_dir(dir).map_err(|source| EnterError::Dir { dir: dir.to_owned(), source })
+}
+
+/// Why the namespaces of a workload cannot be entered.
+#[derive(Debug, thiserror::Error)]
+pub enum EnterError {
+    /// Not a process number.
+    #[error("{0} is no process")]
+    NoProcess(u32),
+    /// The kernel refused.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    /// What a workload must not have could not be given up.
+    #[error("could not drop privileges")]
+    Confine(#[source] io::Error),
+    /// The working directory is not there.
+    #[error("could not change to `{}`", dir.display())]
+    Dir {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,268 @@
+//! `countersign launch`, the process between an agent and one workload: it makes the workload's namespaces, starts it,
+//! hands sockets of its network namespace to the sidecar ([`broker`]), and ends everything that was started when the
+//! workload ends, when the agent says so, or when the agent dies.
+//!
+//! One thread, no runtime: the kernel lets only such a process into a new user namespace. It holds no key and decides
+//! nothing; what to do arrives from the agent on standard input.
+
+use std::{
+    ffi::OsString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Command, ExitCode, Stdio},
+};
+
+use countersign_api::broker::{self, BROKER_FD};
+use nix::{
+    sys::{
+        prctl,
+        signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask},
+        signalfd::{SfdFlags, SignalFd},
+        stat::Mode,
+    },
+    unistd::Pid,
+};
+use rustix::{
+    event::{PollFd, PollFlags},
+    process::PidfdFlags,
+    thread::CapabilitySet,
+};
+
+use crate::harden;
+
+use self::{
+    namespace::Namespace,
+    order::{AGENT_FD, Exit, LaunchOrder, LauncherMessage, Stop},
+};
+
+pub(crate) mod namespace;
+pub(crate) mod order;
+mod program;
+mod serve;
+mod tree;
+
+/// The hidden subcommand's name.
+pub const SUBCOMMAND: &str = "launch";
+/// `countersign launch --probe`: makes the namespaces and runs nothing in them.
+pub(crate) const PROBE: &str = "--probe";
+
+/// The hidden subcommand `launch`; `args` are those after its name. To be called before any thread is started.
+///
+/// The exit code says only whether the launcher did its duty; how the workload ended is told to the agent.
+pub fn launch_main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.collect();
+    let outcome = match args.as_slice() {
+        [] => launch(),
+        [probe, data_dir] if probe == PROBE => {
+            namespace::create(data_dir.as_ref()).map(print_notes).map_err(|e| e.to_string())
+        }
+        _ => Err("`countersign launch` takes no arguments: an agent starts it".to_owned()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("{reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_notes(namespace: Namespace) {
+    for note in namespace.notes {
+        println!("{note}");
+    }
+}
+
+fn launch() -> Result<(), String> {
+    let agent = inherited(AGENT_FD).ok_or("`countersign launch` is started by an agent, never by hand")?;
+    let said = |e: io::Error| format!("could not tell the agent: {e}");
+    match start(&agent) {
+        Ok(started) => {
+            let message = LauncherMessage::Started {
+                pid: started.pid.as_raw().unsigned_abs(),
+                namespace_pid: started.namespace_pid.map(|pid| pid.as_raw().unsigned_abs()),
+                note: (!started.notes.is_empty()).then(|| started.notes.join("; ")),
+            };
+            broker::send(&agent, &message, Some(started.pidfd.as_fd())).map_err(said)?;
+            let exit = watch(&agent, &started).map_err(|e| format!("could not watch the workload: {e}"));
+            tree::kill_all(started.init.as_ref())
+                .map_err(|e| format!("could not end what the workload started: {e}"))?;
+            if let Some(exit) = exit? {
+                broker::send(&agent, &LauncherMessage::Exited(exit), None).map_err(said)?;
+            }
+            Ok(())
+        }
+        // What was forked meanwhile ends with this process.
+        Err(reason) => broker::send(&agent, &LauncherMessage::Failed(reason), None).map_err(said),
+    }
+}
+
+/// A running workload.
+struct Started {
+    pid: Pid,
+    pidfd: OwnedFd,
+    namespace_pid: Option<Pid>,
+    init: Option<OwnedFd>,
+    broker: Option<OwnedFd>,
+    ended: SignalFd,
+    notes: Vec<String>,
+}
+
+fn start(agent: &OwnedFd) -> Result<Started, String> {
+    let plain = |tried: &'static str| move |e: io::Error| format!("could not {tried}: {e}");
+    let order: LaunchOrder =
+        serde_json::from_reader(io::stdin().lock()).map_err(|e| format!("could not read the launch order: {e}"))?;
+    let broker = match order.isolate {
+        true => Some(inherited(BROKER_FD).ok_or("could not find the sidecar's end of the broker")?),
+        false => None,
+    };
+    close_from(BROKER_FD + 1);
+    for socket in [Some(agent), broker.as_ref()].into_iter().flatten() {
+        // A full queue must not keep the launcher from seeing that its agent died.
+        rustix::io::ioctl_fionbio(socket, true).map_err(|e| plain("prepare a socket")(e.into()))?;
+    }
+    prctl::set_child_subreaper(true).map_err(|e| plain("adopt orphans")(e.into()))?;
+    let ended = block_signals().map_err(plain("block signals"))?;
+    let namespace = match order.isolate {
+        true => Some(namespace::create(&order.data_dir).map_err(|e| e.to_string())?),
+        false => None,
+    };
+    // Not before: /proc/self/uid_map of such a process belongs to root.
+    harden::non_dumpable().map_err(plain("shut the launcher to debuggers"))?;
+    if namespace.is_some() {
+        // The broker binds the ports that callers use, such as 80.
+        harden::keep_capabilities(CapabilitySet::NET_BIND_SERVICE).map_err(plain("drop capabilities"))?;
+    }
+    let pid = execute(&order)?;
+    let process = rustix::process::Pid::from_raw(pid.as_raw()).ok_or("the workload has no process")?;
+    let pidfd =
+        rustix::process::pidfd_open(process, PidfdFlags::empty()).map_err(|e| plain("watch the workload")(e.into()))?;
+    let (init, notes) = namespace.map_or((None, Vec::new()), |made| (made.init, made.notes));
+    let namespace_pid = order.isolate.then(|| init.as_ref().map_or(pid, |(init, _)| *init));
+    let init = init.map(|(_, pidfd)| pidfd);
+    Ok(Started { pid, pidfd, namespace_pid, init, broker, ended, notes })
+}
+
+/// Starts the workload, which has this process for a parent and nothing else from it but its output.
+#[allow(unsafe_code, reason = "pre_exec: the child drops what it must not keep between fork and exec")]
+fn execute(order: &LaunchOrder) -> Result<Pid, String> {
+    let (name, arguments) = order.command.split_first().ok_or(program::ProgramError::Empty.to_string())?;
+    if !order.dir.is_dir() {
+        return Err(format!(
+            "could not start `{name}`: its working directory `{}` does not exist",
+            order.dir.display()
+        ));
+    }
+    let path = order.env.get("PATH").map(OsString::from).or_else(|| std::env::var_os("PATH"));
+    let file = program::find(name, &order.dir, path.as_deref()).map_err(|e| e.to_string())?;
+    let isolated = order.isolate;
+    let mut command = Command::new(&file);
+    command.arg0(name).args(arguments).current_dir(&order.dir).envs(&order.env).stdin(Stdio::null()).process_group(0);
+    // SAFETY: the launcher has a single thread, so the child may allocate and lock.
+    unsafe { command.pre_exec(move || confine(isolated)) };
+    let child = command.spawn().map_err(|e| program::refused(file, &e).to_string())?;
+    Ok(Pid::from_raw(child.id().cast_signed()))
+}
+
+/// Makes this process what a workload may be. Everything it executes stays so.
+pub(crate) fn confine(isolated: bool) -> io::Result<()> {
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    if isolated {
+        harden::keep_capabilities(CapabilitySet::empty())?;
+    }
+    harden::no_new_privileges()?;
+    harden::scope_to_descendants()?;
+    nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    Ok(())
+}
+
+/// Serves the broker and the agent until the workload ends (how) or the agent does (`None`).
+fn watch(agent: &OwnedFd, started: &Started) -> io::Result<Option<Exit>> {
+    let mut broker = started.broker.as_ref();
+    loop {
+        let mut polled = vec![PollFd::new(agent, PollFlags::IN), PollFd::new(&started.ended, PollFlags::IN)];
+        polled.extend(broker.map(|broker| PollFd::new(broker, PollFlags::IN)));
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None))?;
+        let woken: Vec<bool> = polled.iter().map(|one| !one.revents().is_empty()).collect();
+        if woken[1] {
+            while let Some(signal) = started.ended.read_signal()? {
+                if signal.ssi_signo == Signal::SIGTERM as u32 {
+                    let _ = killpg(started.pid, Signal::SIGTERM);
+                }
+            }
+            if let Some(exit) = tree::reap(started.pid) {
+                return Ok(Some(exit));
+            }
+        }
+        if woken[0] {
+            match broker::receive::<Stop>(agent)? {
+                None => return Ok(None),
+                Some((Stop::Term, _)) => drop(killpg(started.pid, Signal::SIGTERM)),
+                Some((Stop::Kill, _)) => return Ok(Some(tree::kill(started.pid))),
+            }
+        }
+        if let (Some(socket), Some(true)) = (broker, woken.get(2)) {
+            // Without a sidecar there is nobody to serve; the workload's end is the agent's to decide.
+            if !serve::answer(socket.as_fd())? {
+                broker = None;
+            }
+        }
+    }
+}
+
+/// SIGCHLD and SIGTERM arrive as packets; a terminal's signals are for the agent, which stops its workloads in order.
+fn block_signals() -> io::Result<SignalFd> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    mask.add(Signal::SIGTERM);
+    let ended = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP] {
+        mask.add(signal);
+    }
+    mask.thread_block()?;
+    Ok(ended)
+}
+
+/// The descriptor `number` that this process was started with, if it was; it will not be passed on.
+#[allow(unsafe_code, reason = "a descriptor that was inherited is known by its number only")]
+fn inherited(number: i32) -> Option<OwnedFd> {
+    // SAFETY: borrowed for a check that fails cleanly when it is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    rustix::net::sockopt::socket_type(borrowed).ok()?;
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC).ok()?;
+    // SAFETY: nothing else in this process knows the number, and it is asked for once.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Closes every descriptor from `number` on: whatever an agent was holding is not for the workload.
+#[allow(unsafe_code, reason = "close_range(2) has no safe wrapper")]
+fn close_from(number: i32) {
+    // SAFETY: nothing above the two sockets was opened by this process yet.
+    unsafe { nix::libc::close_range(number.unsigned_abs(), u32::MAX, 0) };
+}
+
+/// Has `command` start with each of `descriptors` under its number.
+#[allow(unsafe_code, reason = "pre_exec: descriptors are placed between fork and exec")]
+pub(crate) fn inherit(command: &mut Command, descriptors: Vec<(OwnedFd, i32)>) -> io::Result<()> {
+    let mut away = Vec::with_capacity(descriptors.len());
+    for (descriptor, number) in descriptors {
+        // Above every number asked for, so that placing one does not close another.
+        away.push((rustix::io::fcntl_dupfd_cloexec(&descriptor, 64)?, number));
+    }
+    let place = move || {
+        for (descriptor, number) in &away {
+            // SAFETY: dup2 is safe between fork and exec; what was open under the number is not used by the child.
+            if unsafe { nix::libc::dup2(descriptor.as_raw_fd(), *number) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: `place` neither allocates nor locks.
+    unsafe { command.pre_exec(place) };
+    Ok(())
+}

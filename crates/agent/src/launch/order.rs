@@ -1,0 +1,82 @@
+//! What an agent and a launcher say to each other: the order on the launcher's standard input, then one message per
+//! packet on an inherited pair. Secrets of a workload's environment stay out of every argument list this way.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// The file descriptor on which a launcher finds its agent. When it closes, the agent is gone and so is the workload.
+pub(crate) const AGENT_FD: i32 = 3;
+
+/// What to start, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LaunchOrder {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Its working directory.
+    pub dir: PathBuf,
+    /// Variables on top of the agent's own.
+    pub env: BTreeMap<String, String>,
+    /// Give it namespaces of its own; [`crate::launch`] then serves the broker on descriptor 4.
+    pub isolate: bool,
+    /// What it must not see.
+    pub data_dir: PathBuf,
+}
+
+/// Agent to launcher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stop {
+    /// SIGTERM to the workload's process group.
+    Term,
+    /// SIGKILL to everything that was started.
+    Kill,
+}
+
+/// Launcher to agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum LauncherMessage {
+    /// The workload runs; its pidfd is beside this packet.
+    Started {
+        /// The workload, as this host numbers it.
+        pid: u32,
+        /// The process whose namespaces `exec` enters.
+        namespace_pid: Option<u32>,
+        /// What could not be had, in words.
+        note: Option<String>,
+    },
+    /// It was never started.
+    Failed(String),
+    /// The workload ended, and with it everything it had started.
+    Exited(Exit),
+}
+
+/// How a workload ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// It returned this.
+    Code(i32),
+    /// This signal ended it.
+    Signal(i32),
+    /// Its launcher ended without a word; the kernel ended the workload with it.
+    Lost,
+}
+
+impl Exit {
+    /// Whether it ended by itself and says all is well.
+    pub fn is_success(self) -> bool {
+        self == Self::Code(0)
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exited with {code}"),
+            Self::Signal(number) => match nix::sys::signal::Signal::try_from(*number) {
+                Ok(signal) => write!(f, "ended by {signal}"),
+                Err(_) => write!(f, "ended by signal {number}"),
+            },
+            Self::Lost => f.write_str("its launcher was killed"),
+        }
+    }
+}

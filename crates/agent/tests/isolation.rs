@@ -1,0 +1,487 @@
+//! Workloads in real namespaces, seen from inside and from outside. This program is its own launcher (`launch`) and its
+//! own workload (`workload`), because a launcher must have a single thread. Every test of an isolated workload runs once
+//! more as user 65534 when it is run by root. Where the kernel refuses namespaces those tests are ignored, and the
+//! reason is printed.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket},
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use countersign_agent::{
+    isolate::{Exit, Isolation, LaunchError, LaunchSpec, LaunchedWorkload, Stop, enter, probe, spawn},
+    launch::{SUBCOMMAND, launch_main},
+};
+use countersign_api::broker::{self, Answer, Ask, Request};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::io::AsyncReadExt;
+
+const WITHIN: Duration = Duration::from_secs(20);
+const NOBODY: &str = "65534";
+
+type Test = fn() -> Result<(), Failed>;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let first = std::env::args().nth(1).unwrap_or_default();
+    match first.as_str() {
+        SUBCOMMAND => launch_main(args.skip(1)),
+        "workload" => workload(&std::env::args().skip(2).collect::<Vec<_>>()),
+        "enter" => inside(&std::env::args().skip(2).collect::<Vec<_>>()),
+        _ => tests(&Arguments::from_iter(std::iter::once("isolation".into()).chain(args.by_ref()))),
+    }
+}
+
+fn tests(arguments: &Arguments) -> ExitCode {
+    let scratch = scratch();
+    let Isolation { available, note } = wait(probe(&executable(), scratch.path()));
+    if !note.is_empty() {
+        eprintln!("isolation on this host: {note}");
+    }
+    let anywhere: &[(&str, Test)] = &[
+        ("a_program_that_does_not_exist_is_named_with_where_it_was_sought", a_missing_program_is_named),
+        ("a_workload_without_namespaces_ends_with_everything_it_started", a_plain_tree_ends),
+        ("a_workload_without_namespaces_cannot_signal_its_agent", a_plain_workload_cannot_signal),
+        ("the_end_of_a_workload_is_told_as_it_was", ends_are_told),
+        ("a_variable_and_a_directory_arrive_and_nothing_else_is_open", surroundings_arrive),
+    ];
+    let isolated: &[(&str, Test)] = &[
+        ("only_loopback_exists_inside", only_loopback),
+        ("a_listener_of_the_host_is_out_of_reach_inside", host_loopback_is_out_of_reach),
+        ("the_sidecar_reaches_a_port_inside_through_the_broker", the_sidecar_reaches_in),
+        ("the_sidecar_accepts_from_inside_on_a_mesh_address_and_port_80", the_sidecar_accepts),
+        ("a_mesh_name_is_asked_of_the_sidecar", names_are_asked_of_the_sidecar),
+        ("the_data_directory_is_empty_and_read_only_inside", the_data_directory_is_hidden),
+        ("no_privilege_and_no_process_of_the_host_is_left_inside", nothing_is_left),
+        ("what_was_forked_twice_ends_with_the_agent", a_hidden_tree_ends),
+        ("a_workload_ends_when_its_launcher_is_killed", a_killed_launcher_takes_all),
+        ("a_command_that_enters_sees_what_the_workload_sees", entering_sees_the_same),
+        ("a_refused_socket_says_why", a_refusal_says_why),
+    ];
+    let mut trials: Vec<Trial> = anywhere.iter().map(|(name, test)| Trial::test(*name, *test)).collect();
+    for (name, test) in isolated {
+        trials.push(Trial::test(*name, *test).with_ignored_flag(!available));
+        if nix::unistd::getuid().is_root() {
+            let unprivileged = move || as_nobody(name);
+            trials.push(Trial::test(format!("{name}_unprivileged"), unprivileged).with_ignored_flag(!available));
+        }
+    }
+    libtest_mimic::run(arguments, trials).exit_code()
+}
+
+// ---- what runs inside
+
+/// `workload VERB ARGUMENT`: one look around, printed.
+fn workload(args: &[String]) -> ExitCode {
+    let argument = args.get(1).map(String::as_str).unwrap_or_default();
+    let answer = match args[0].as_str() {
+        "interfaces" => fs::read_to_string("/proc/net/dev").map(|text| {
+            let names =
+                text.lines().skip(2).filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim().to_owned());
+            names.collect::<Vec<_>>().join(" ")
+        }),
+        "connect" => TcpStream::connect(argument).and_then(|mut stream| {
+            let mut heard = String::new();
+            stream.read_to_string(&mut heard).map(|_| heard)
+        }),
+        "serve" => TcpListener::bind(argument).and_then(|listener| {
+            println!("listening");
+            listener.accept()?.0.write_all(b"from inside").map(|()| "served".to_owned())
+        }),
+        "resolve" => (argument, 80)
+            .to_socket_addrs()
+            .map(|found| found.map(|one| one.ip().to_string()).collect::<Vec<_>>().join(" ")),
+        "list" => fs::read_dir(argument).map(|entries| format!("{} entries", entries.count())),
+        "read" => fs::read_to_string(argument),
+        "write" => fs::write(argument, "x").map(|()| "written".to_owned()),
+        "dial" => std::os::unix::net::UnixStream::connect(argument).map(|_| "connected".to_owned()),
+        "signal" => nix::sys::signal::kill(nix::unistd::Pid::from_raw(argument.parse().unwrap()), None)
+            .map(|()| "signalled".to_owned())
+            .map_err(Into::into),
+        "open" => fs::read_dir("/proc/self/fd").map(|entries| {
+            let mut open: Vec<u32> = entries.filter_map(|one| one.ok()?.file_name().to_str()?.parse().ok()).collect();
+            open.sort_unstable();
+            format!(
+                "{open:?} {} {}",
+                std::env::var("GIVEN").unwrap_or_default(),
+                std::env::current_dir().unwrap().display()
+            )
+        }),
+        "status" => fs::read_to_string("/proc/self/status").map(|text| {
+            let told = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"];
+            let lines = text.lines().filter(|line| told.iter().any(|name| line.starts_with(name)));
+            lines.map(|line| line.split_whitespace().last().unwrap()).collect::<Vec<_>>().join(" ")
+        }),
+        verb => panic!("no such verb: {verb}"),
+    };
+    match answer {
+        Ok(said) => println!("{said}"),
+        Err(e) => println!("{:?}", e.kind()),
+    }
+    ExitCode::SUCCESS
+}
+
+/// `enter PID ARGUMENTS`: `workload ARGUMENTS` in the namespaces of that process.
+fn inside(args: &[String]) -> ExitCode {
+    let executable = executable();
+    if let Err(e) = enter(args[0].parse().unwrap(), Path::new("/")) {
+        println!("{e}");
+        return ExitCode::FAILURE;
+    }
+    let status = Command::new(executable).arg("workload").args(&args[1..]).status().unwrap();
+    if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+// ---- what starts it
+
+fn executable() -> PathBuf {
+    std::env::current_exe().unwrap()
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let bounded = async { tokio::time::timeout(WITHIN, future).await };
+    runtime.block_on(bounded).expect("the test took more than 20 s")
+}
+
+fn spec(command: &[&str], data_dir: &Path, isolate: bool) -> LaunchSpec {
+    LaunchSpec {
+        executable: executable(),
+        command: command.iter().map(|part| (*part).to_owned()).collect(),
+        dir: "/".into(),
+        env: BTreeMap::from([("GIVEN".to_owned(), "variable".to_owned())]),
+        isolate,
+        data_dir: data_dir.to_owned(),
+    }
+}
+
+/// Starts this program as a workload.
+async fn looking(verb: &str, argument: &str, data_dir: &Path, isolate: bool) -> LaunchedWorkload {
+    let executable = executable();
+    spawn(spec(&[executable.to_str().unwrap(), "workload", verb, argument], data_dir, isolate)).await.unwrap()
+}
+
+/// What the workload printed until it ended.
+async fn said(mut workload: LaunchedWorkload) -> String {
+    let mut text = String::new();
+    workload.stdout.take().unwrap().read_to_string(&mut text).await.unwrap();
+    workload.stderr.take().unwrap().read_to_string(&mut text).await.unwrap();
+    text.trim().to_owned()
+}
+
+/// What an isolated workload sees of one thing.
+fn look(verb: &str, argument: &str) -> String {
+    let scratch = scratch();
+    wait(async { said(looking(verb, argument, scratch.path(), true).await).await })
+}
+
+/// The next line of its output.
+async fn line(workload: &mut LaunchedWorkload) -> String {
+    let mut line = Vec::new();
+    let stdout = workload.stdout.as_mut().unwrap();
+    while line.last() != Some(&b'\n') {
+        line.push(stdout.read_u8().await.unwrap());
+    }
+    String::from_utf8(line).unwrap().trim().to_owned()
+}
+
+fn ask(workload: &LaunchedWorkload, ask: Ask) -> std::io::Result<std::os::fd::OwnedFd> {
+    let broker = workload.broker.as_ref().unwrap();
+    broker::send(broker, &Request { id: 1, ask }, None)?;
+    match broker::receive::<Answer>(broker)?.expect("the broker is there") {
+        (Answer { refused: Some(refused), .. }, _) => Err(refused.into()),
+        (Answer { refused: None, .. }, fd) => Ok(fd.expect("a granted answer carries a socket")),
+    }
+}
+
+/// Runs the test of this name once more without privileges.
+fn as_nobody(name: &str) -> Result<(), Failed> {
+    let scratch = scratch();
+    fs::set_permissions(scratch.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    let copy = scratch.path().join("isolation");
+    fs::copy(executable(), &copy)?;
+    let mut setpriv = Command::new("setpriv");
+    setpriv.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}"), "--clear-groups"]);
+    let output = setpriv.arg(&copy).args(["--exact", name]).env("TMPDIR", scratch.path()).current_dir("/").output()?;
+    match output.status.success() {
+        true if String::from_utf8_lossy(&output.stdout).contains("1 passed") => Ok(()),
+        true => {
+            eprintln!("not proven, the kernel refuses: {}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        }
+        false => {
+            Err(format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+                .into())
+        }
+    }
+}
+
+fn is(found: impl AsRef<str>, expected: &str) -> Result<(), Failed> {
+    let found = found.as_ref();
+    if found == expected { Ok(()) } else { Err(format!("expected `{expected}`, found `{found}`").into()) }
+}
+
+/// Whether the process ends soon. A zombie of somebody else's has ended.
+fn ends(pid: i32) -> Result<(), Failed> {
+    let deadline = Instant::now() + WITHIN;
+    while Instant::now() < deadline {
+        match fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Err(_) => return Ok(()),
+            Ok(stat) if stat.contains(") Z ") => return Ok(()),
+            Ok(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+    Err(format!("process {pid} is still there").into())
+}
+
+/// The processes on the host whose command line holds `mark`.
+fn marked(mark: &str) -> Vec<i32> {
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|one| one.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains(mark)))
+        .collect()
+}
+
+// ---- anywhere
+
+fn a_missing_program_is_named() -> Result<(), Failed> {
+    let scratch = scratch();
+    let mut missing = spec(&["no-such-program"], scratch.path(), false);
+    missing.env.insert("PATH".into(), "/usr/bin:/srv/tools".into());
+    let Err(LaunchError::Refused(reason)) = wait(spawn(missing)) else { return Err("it started".into()) };
+    is(reason, "could not find the program `no-such-program`: looked in `/usr/bin`, `/srv/tools`")
+}
+
+fn surroundings_arrive() -> Result<(), Failed> {
+    let scratch = scratch();
+    let held = fs::File::open("/dev/null")?;
+    rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty())?;
+    // 3 is the directory that the workload itself reads.
+    is(wait(async { said(looking("open", "", scratch.path(), false).await).await }), "[0, 1, 2, 3] variable /")
+}
+
+fn ends_are_told() -> Result<(), Failed> {
+    let scratch = scratch();
+    for (script, expected) in [("exit 0", Exit::Code(0)), ("exit 7", Exit::Code(7)), ("kill -KILL $$", Exit::Signal(9))]
+    {
+        let exit =
+            wait(async { spawn(spec(&["sh", "-c", script], scratch.path(), false)).await.unwrap().exited().await });
+        is(exit.to_string(), &expected.to_string())?;
+    }
+    let exit = wait(async {
+        let workload = spawn(spec(&["sleep", "1000"], scratch.path(), false)).await.unwrap();
+        workload.stop(Stop::Term).unwrap();
+        workload.exited().await
+    });
+    is(exit.to_string(), "ended by SIGTERM")
+}
+
+fn a_plain_tree_ends() -> Result<(), Failed> {
+    tree_ends(false, "1000317")
+}
+
+fn a_plain_workload_cannot_signal() -> Result<(), Failed> {
+    let scratch = scratch();
+    let own = std::process::id().to_string();
+    let heard = wait(async { said(looking("signal", &own, scratch.path(), false).await).await });
+    if heard == "signalled" {
+        eprintln!("not proven: this kernel has no Landlock scopes (6.12 has)");
+        return Ok(());
+    }
+    is(heard, "PermissionDenied")
+}
+
+// ---- isolated
+
+fn only_loopback() -> Result<(), Failed> {
+    is(look("interfaces", ""), "lo")
+}
+
+fn host_loopback_is_out_of_reach() -> Result<(), Failed> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    is(look("connect", &listener.local_addr()?.to_string()), "ConnectionRefused")?;
+    is(look("connect", "192.0.2.1:80"), "NetworkUnreachable")
+}
+
+fn the_sidecar_reaches_in() -> Result<(), Failed> {
+    let scratch = scratch();
+    let heard = wait(async {
+        let mut workload = looking("serve", "127.0.0.1:8080", scratch.path(), true).await;
+        assert_eq!(line(&mut workload).await, "listening");
+        let socket = std::net::TcpStream::from(ask(&workload, Ask::SocketTcp).unwrap());
+        socket.set_nonblocking(true).unwrap();
+        let socket = tokio::net::TcpSocket::from_std_stream(socket);
+        let mut stream = socket.connect(SocketAddr::from(([127, 0, 0, 1], 8080))).await.unwrap();
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard).await.unwrap();
+        assert!(workload.exited().await.is_success());
+        heard
+    });
+    is(heard, "from inside")
+}
+
+fn the_sidecar_accepts() -> Result<(), Failed> {
+    let scratch = scratch();
+    wait(async {
+        let script = format!("read _ < ready; exec {} workload connect 127.81.1.1:80", executable().display());
+        let mut waiting = spec(&["sh", "-c", &script], scratch.path(), true);
+        let dir = tempfile::tempdir().unwrap();
+        nix::unistd::mkfifo(&dir.path().join("ready"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        waiting.dir = dir.path().to_owned();
+        let workload = spawn(waiting).await.unwrap();
+        let listener = ask(&workload, Ask::ListenTcp(SocketAddr::from(([127, 81, 1, 1], 80)))).unwrap();
+        let listener = TcpListener::from(listener);
+        let accepted = std::thread::spawn(move || listener.accept().unwrap().0.write_all(b"from the sidecar"));
+        fs::write(dir.path().join("ready"), "\n").unwrap();
+        let heard = said(workload).await;
+        accepted.join().unwrap().unwrap();
+        is(heard, "from the sidecar")
+    })
+}
+
+fn names_are_asked_of_the_sidecar() -> Result<(), Failed> {
+    let scratch = scratch();
+    wait(async {
+        let script = format!("read _ < ready; exec {} workload resolve ledger.mesh", executable().display());
+        let mut waiting = spec(&["sh", "-c", &script], scratch.path(), true);
+        let dir = tempfile::tempdir().unwrap();
+        nix::unistd::mkfifo(&dir.path().join("ready"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        waiting.dir = dir.path().to_owned();
+        let workload = spawn(waiting).await.unwrap();
+        if let Some(note) = &workload.note {
+            return Err(format!("names cannot be proven here: {note}").into());
+        }
+        let address = SocketAddr::from((countersign_agent::isolate::DNS_ADDRESS, 53));
+        let socket = UdpSocket::from(ask(&workload, Ask::BindUdp(address)).unwrap());
+        std::thread::spawn(move || answer_names(&socket, Ipv4Addr::new(127, 81, 1, 7)));
+        fs::write(dir.path().join("ready"), "\n").unwrap();
+        is(said(workload).await, "127.81.1.7")
+    })
+}
+
+/// The shortest DNS server: every A question has one answer, every other none. Ends with the test's process.
+fn answer_names(socket: &UdpSocket, address: Ipv4Addr) {
+    let mut packet = [0; 512];
+    while let Ok((length, from)) = socket.recv_from(&mut packet) {
+        let name_end = 12 + packet[12..].iter().position(|byte| *byte == 0).unwrap() + 1;
+        let is_a = packet[name_end..name_end + 2] == [0, 1];
+        let mut answer = packet[..length.min(name_end + 4)].to_vec();
+        answer[2..4].copy_from_slice(&[0x81, 0x80]);
+        answer[6..12].copy_from_slice(&[0, u8::from(is_a), 0, 0, 0, 0]);
+        if is_a {
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
+            answer.extend(address.octets());
+        }
+        let _ = socket.send_to(&answer, from);
+    }
+}
+
+fn the_data_directory_is_hidden() -> Result<(), Failed> {
+    let scratch = scratch();
+    let path = |name: &str| scratch.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("key"), "secret")?;
+    let _listener = UnixListener::bind(path("control.sock"))?;
+    let see =
+        |verb: &str, argument: String| wait(async { said(looking(verb, &argument, scratch.path(), true).await).await });
+    is(see("list", path("")), "0 entries")?;
+    is(see("read", path("key")), "NotFound")?;
+    is(see("dial", path("control.sock")), "NotFound")?;
+    is(see("write", path("new")), "ReadOnlyFilesystem")?;
+    // The host's own view is as it was.
+    is(fs::read_to_string(path("key"))?, "secret")
+}
+
+fn nothing_is_left() -> Result<(), Failed> {
+    let none = "0000000000000000";
+    is(look("status", ""), &format!("{none} {none} {none} {none} {none} 1"))?;
+    let refused = look("signal", &std::process::id().to_string());
+    if !["Uncategorized", "PermissionDenied"].contains(&refused.as_str()) {
+        return Err(format!("it can signal its agent: {refused}").into());
+    }
+    // The launcher, which holds the broker, is no process of its namespace; outside it is shut to debuggers.
+    is(look("read", &format!("/proc/{}/environ", std::process::id())), "NotFound")
+}
+
+fn a_hidden_tree_ends() -> Result<(), Failed> {
+    tree_ends(true, "1000318")
+}
+
+/// A workload that forks twice and leaves its session ends with its agent's end of the pair, which is what the kernel
+/// closes when the agent dies.
+fn tree_ends(isolate: bool, mark: &str) -> Result<(), Failed> {
+    let scratch = scratch();
+    let mark = format!("{mark}{}", std::process::id());
+    let script = format!("(setsid sh -c 'sleep {mark} & sleep {mark}' &) ; echo ready; exec sleep {mark}");
+    let workload = wait(async {
+        let mut workload = spawn(spec(&["sh", "-c", &script], scratch.path(), isolate)).await.unwrap();
+        assert_eq!(line(&mut workload).await, "ready");
+        let deadline = Instant::now() + WITHIN;
+        while marked(&mark).iter().filter(|pid| **pid != std::process::id().cast_signed()).count() < 4 {
+            assert!(Instant::now() < deadline, "the grandchildren did not start: {:?}", marked(&mark));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // Dropped with its runtime.
+        workload
+    });
+    let doomed = marked(&mark);
+    drop(workload);
+    doomed.into_iter().try_for_each(ends)
+}
+
+fn a_killed_launcher_takes_all() -> Result<(), Failed> {
+    let scratch = scratch();
+    let mark = format!("1000319{}", std::process::id());
+    let script = format!("(setsid sleep {mark} &) ; echo ready; exec sleep {mark}");
+    let exit = wait(async {
+        let mut workload = spawn(spec(&["sh", "-c", &script], scratch.path(), true)).await.unwrap();
+        assert_eq!(line(&mut workload).await, "ready");
+        let stat = fs::read_to_string(format!("/proc/{}/stat", workload.pid)).unwrap();
+        let launcher: i32 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(1).unwrap().parse().unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(launcher), nix::sys::signal::Signal::SIGKILL).unwrap();
+        workload.exited().await
+    });
+    is(exit.to_string(), "its launcher was killed")?;
+    marked(&mark).into_iter().try_for_each(ends)
+}
+
+fn entering_sees_the_same() -> Result<(), Failed> {
+    let scratch = scratch();
+    fs::write(scratch.path().join("key"), "secret")?;
+    let none = "0000000000000000";
+    wait(async {
+        let workload = spawn(spec(&["sleep", "1000"], scratch.path(), true)).await.unwrap();
+        let pid = workload.namespace_pid.unwrap().to_string();
+        let enter = |verb: &str, argument: &str| {
+            let output = Command::new(executable()).args(["enter", &pid, verb, argument]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap().trim().to_owned()
+        };
+        is(enter("interfaces", ""), "lo")?;
+        is(enter("list", scratch.path().to_str().unwrap()), "0 entries")?;
+        is(enter("status", ""), &format!("{none} {none} {none} {none} {none} 1"))?;
+        is(enter("read", &format!("/proc/{}/environ", std::process::id())), "NotFound")
+    })
+}
+
+fn a_refusal_says_why() -> Result<(), Failed> {
+    let scratch = scratch();
+    wait(async {
+        let workload = spawn(spec(&["sleep", "1000"], scratch.path(), true)).await.unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], 9000));
+        let _held = ask(&workload, Ask::ListenTcp(address)).unwrap();
+        let refused = ask(&workload, Ask::ListenTcp(address)).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
+        is(
+            refused.to_string(),
+            "could not listen on 127.0.0.1:9000 for the workload: Address already in use (os error 98)",
+        )
+    })
+}
