@@ -16,7 +16,7 @@ use countersign_core::{
 use crate::{
     authority, change, decision, doctor,
     error::{Done, Failure},
-    host, init, ledger,
+    exec, host, init, ledger,
     mesh_finder::{self, Place},
     render,
     render::{Output, Paint},
@@ -60,6 +60,8 @@ pub enum Command {
     Host(HostVerb),
     /// Write a small mesh directory that `up` runs
     Init(InitArguments),
+    /// Run a command as a running workload would run it: its namespace, environment and sidecar
+    Exec(exec::Exec),
     /// Show the mesh at a glance
     Status,
     /// Services
@@ -225,6 +227,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     let output = global.output;
     let done = match command {
+        Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
         Command::Host(HostVerb::Invite { ttl, host }) => ask(host::invite(&place(&global)?, ttl, host, output)),
         Command::Status => ask(status::status(&place(&global)?, output)),

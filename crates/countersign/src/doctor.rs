@@ -6,12 +6,12 @@ use std::{
     net::{Ipv4Addr, TcpListener},
     os::unix::fs::MetadataExt,
     path::Path,
-    process::Command,
     time::{Duration, SystemTime},
 };
 
 use serde::Serialize;
 
+use countersign_agent::isolate;
 use countersign_api::{
     local::Status,
     run_file::{AGENT_SOCKET, CONTROL_SOCKET},
@@ -56,8 +56,12 @@ struct Check {
 
 /// Checks everything; fails when a check does.
 pub fn doctor(global: &Global) -> Done {
-    let mut checks = vec![kernel(), user_namespaces(), clock(), loopback(), descriptors(), python()];
-    match cli::place(global) {
+    let place = cli::place(global);
+    // What is kept from workloads is the data directory; before there is one, any directory shows whether that works.
+    let kept = place.as_ref().ok().map(|place| place.data_dir.clone()).filter(|dir| dir.is_dir());
+    let namespaces = user_namespaces(&kept.unwrap_or_else(env::temp_dir))?;
+    let mut checks = vec![kernel(), namespaces, clock(), loopback(), descriptors(), python()];
+    match place {
         Ok(place) => {
             checks.push(mesh_directory(&place));
             checks.extend(data_directory(&place));
@@ -121,20 +125,14 @@ fn kernel() -> Check {
     }
 }
 
-fn user_namespaces() -> Check {
+fn user_namespaces(data_dir: &Path) -> Result<Check, Failure> {
     const WHAT: &str = "user namespaces";
-    let todo = "workloads of one uid are not separated from each other; as root: `sysctl -w kernel.unprivileged_userns_clone=1 \
-                kernel.apparmor_restrict_unprivileged_userns=0 user.max_user_namespaces=10000`";
-    // Another program does it, so that this process and its threads stay where they are.
-    let tried = Command::new("unshare").args(["--user", "--map-root-user", "--net", "true"]).output();
-    match tried {
-        Ok(output) if output.status.success() => ok(WHAT, "a workload gets its own user and network namespace"),
-        Ok(output) => warn(WHAT, String::from_utf8_lossy(&output.stderr).trim(), todo),
-        Err(e) => match fs::read_to_string("/proc/sys/user/max_user_namespaces") {
-            Ok(most) if most.trim() != "0" => ok(WHAT, format!("{} allowed; not tried: `unshare`: {e}", most.trim())),
-            _ => warn(WHAT, "the kernel allows none", todo),
-        },
-    }
+    let isolation = cli::ask(async { Ok(isolate::probe(Path::new("/proc/self/exe"), data_dir).await) })?;
+    Ok(match (isolation.available, isolation.note) {
+        (true, note) if note.is_empty() => ok(WHAT, "each workload gets its own user and network namespace"),
+        (true, note) => ok(WHAT, format!("each workload gets its own user and network namespace; {note}")),
+        (false, note) => warn(WHAT, note, "until then the workloads of one uid are not separated from each other"),
+    })
 }
 
 fn clock() -> Check {

@@ -11,13 +11,17 @@ use std::{error::Error, fmt, process::ExitCode};
 
 use countersign_api::local::Problem;
 
-use crate::render::{Output, Paint};
+use crate::{
+    mistake::Mistake,
+    render::{Output, Paint},
+};
 
 /// Why a command did not do what it was asked.
 #[derive(Debug)]
 pub struct Failure {
     what: String,
     causes: Vec<String>,
+    mistakes: Vec<Mistake>,
     help: Option<String>,
     kind: Kind,
 }
@@ -41,7 +45,7 @@ pub type Done = Result<(), Failure>;
 impl Failure {
     /// `what` names what was tried, lower case, input in backticks.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), causes: Vec::new(), help: None, kind: Kind::Failed }
+        Self { what: what.into(), causes: Vec::new(), mistakes: Vec::new(), help: None, kind: Kind::Failed }
     }
 
     /// Something the command line got wrong.
@@ -69,6 +73,12 @@ impl Failure {
         self
     }
 
+    /// Adds mistakes that stand in files, each of which is shown with its line and a caret.
+    pub fn mistakes(mut self, mistakes: Vec<Mistake>) -> Self {
+        self.mistakes = mistakes;
+        self
+    }
+
     /// Says what to do.
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
@@ -92,7 +102,7 @@ impl Failure {
     /// The text of a failure; JSON when that was asked for, so that a program never has to parse prose.
     pub fn render(&self, output: Output, paint: Paint) -> String {
         if output == Output::Json {
-            let value = serde_json::json!({ "error": self.what, "causes": self.causes, "help": self.help });
+            let value = serde_json::json!({ "error": self.what, "causes": self.causes, "mistakes": self.mistakes, "help": self.help });
             return format!("{value}\n");
         }
         let mut text = format!("{} {}\n", paint.bad("error:"), self.what);
@@ -100,6 +110,10 @@ impl Failure {
             text.push_str(if line.is_empty() { "" } else { "  " });
             text.push_str(line);
             text.push('\n');
+        }
+        for mistake in &self.mistakes {
+            text.push('\n');
+            text.push_str(&mistake.render(paint));
         }
         if let Some(help) = &self.help {
             text.push_str(&format!("  {} {help}\n", paint.note("help:")));
@@ -115,7 +129,13 @@ impl From<Problem> for Failure {
             409 => Kind::Moved,
             _ => Kind::Failed,
         };
-        Self { what: problem.title, causes: problem.detail.into_iter().collect(), help: problem.help, kind }
+        Self {
+            what: problem.title,
+            causes: problem.detail.into_iter().collect(),
+            mistakes: Vec::new(),
+            help: problem.help,
+            kind,
+        }
     }
 }
 

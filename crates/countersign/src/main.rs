@@ -13,10 +13,12 @@ mod diff;
 mod difference;
 mod doctor;
 mod error;
+mod exec;
 mod host;
 mod init;
 mod ledger;
 mod mesh_finder;
+mod mistake;
 mod render;
 mod service;
 mod status;
@@ -29,5 +31,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    cli::main(arguments)
+    match arguments.get(1).and_then(|first| first.to_str()) {
+        Some("launch") => countersign_agent::launch::launch_main(arguments.into_iter().skip(2)),
+        _ => cli::main(arguments),
+    }
 }

@@ -47,6 +47,11 @@ impl Paint {
         Self { colours: terminal && wanted && capable }
     }
 
+    /// Whether it paints.
+    pub fn colours(self) -> bool {
+        self.colours
+    }
+
     fn paint(self, style: Style, text: &str) -> String {
         if self.colours { format!("{style}{text}{style:#}") } else { text.to_owned() }
     }
