@@ -12,6 +12,8 @@
 //! | `memory` | decisions that would be the same again |
 
 mod file;
+#[cfg(test)]
+mod fixture;
 mod law;
 mod library;
 mod memory;

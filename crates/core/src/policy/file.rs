@@ -149,14 +149,10 @@ pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec
     let mut set = cedar_policy::PolicySet::new();
     if set.add(cedar_policy::Policy::from(policy.clone())).is_ok() {
         let verdict = VALIDATOR.validate(&set, cedar_policy::ValidationMode::Strict);
-        mistakes.extend(verdict.validation_errors().map(|error| {
-            let mut mistake = of_diagnostic(error, &whole);
-            // Cedar names the policy in each message; ours are shown beside it.
-            if let Some((_, what)) = mistake.what.split_once("for policy `policy`, ") {
-                mistake.what = what.to_owned();
-            }
-            mistake
-        }));
+        mistakes.extend(verdict.validation_errors().map(|error| of_diagnostic(error, &whole)));
+        // The validator repeats itself for every action that a scope lets through, in no fixed order.
+        mistakes.sort_by(|a, b| (a.span.start, &a.what).cmp(&(b.span.start, &b.what)));
+        mistakes.dedup();
     }
     match id {
         Some(id) if mistakes.is_empty() => {
@@ -313,10 +309,18 @@ fn of_diagnostic(error: &(impl Diagnostic + ?Sized), whole: &Range<usize>) -> Mi
     let label = error.labels().and_then(|mut labels| labels.next());
     let span = label.as_ref().map_or(whole.clone(), |label| label.offset()..label.offset() + label.len());
     let expected = label.as_ref().and_then(|label| label.label()).filter(|label| label.starts_with("expected"));
+    // Cedar names the policy and each action in its messages; ours stand beside the text, once.
+    let plain = |text: String| {
+        let text = text.replace("for policy `policy`, ", "");
+        match text.split_once(" in context for Action::\"").map(|(before, rest)| (before, rest.split_once('"'))) {
+            Some((before, Some((_, after)))) => format!("{before} in context{after}"),
+            _ => text,
+        }
+    };
     Mistake {
         span,
-        what: error.to_string(),
-        help: error.help().map(|help| help.to_string()).or_else(|| expected.map(str::to_owned)),
+        what: plain(error.to_string()),
+        help: error.help().map(|help| plain(help.to_string())).or_else(|| expected.map(str::to_owned)),
     }
 }
 
@@ -425,4 +429,197 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     rows[a.len()][b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    fn told(text: &str, mistakes: &[Mistake]) -> String {
+        let mut told = String::new();
+        for mistake in mistakes {
+            told += &format!("{}: `{}`: {}\n", line_of(text, mistake.span.start), &text[mistake.span.clone()], mistake.what);
+            if let Some(help) = &mistake.help {
+                told += &format!("   help: {help}\n");
+            }
+        }
+        told
+    }
+
+    fn refused(text: &str, expected: Expect) {
+        expected.assert_eq(&told(text, &parse_file("policies/a.cedar", text).unwrap_err()));
+    }
+
+    #[test]
+    fn every_mistake_of_a_file_is_found_at_once() {
+        refused(
+            r#"// first
+@id("a") permit (principal, action, resource);
+permit (principal == Workload::"web", action, resource);
+@id("b") permit (principal = Workload::"web", action, resource);
+@id("c") permit (principal, action == Action::"http:GTE", resource);
+@id("d") permit (principal, action, resource) when { context.request.pth == "/" };
+@id("e") permit (principal, action, resource) when { context.request.size > 3 };
+@id("f") permit (principal, action, resource) when { context.request.path == 3 };
+@id("a") forbid (principal, action, resource);
+@id("g h") forbid (principal, action, resource);
+@id("i") permit (principal in Rolle::"x", action, resource);
+@id("j") permit (principal == ?principal, action, resource);
+@id("k") permit (principal, action, resource) when { ip("x").isLoopback() };
+@id("l") permit (principal, action, resource) when { "unfinished };
+"#,
+            expect![[r#"
+                3: `permit`: the policy has no @id
+                   help: write @id("…") above it: decisions are recorded by that name
+                4: `principal = Workload::"web"`: '=' is not a valid operator in Cedar
+                   help: try using '==' instead
+                5: `Action::"http:GTE"`: unrecognized action `Action::"http:GTE"`
+                   help: did you mean `Action::"http:GET"`?
+                6: `context.request.pth`: attribute `request.pth` in context not found
+                   help: did you mean `path`?
+                7: `context.request.size`: unable to guarantee safety of access to optional attribute `request.size` in context
+                   help: try testing for the attribute's presence with `context.request has size && ..`
+                8: `context.request.path == 3`: the types Long and String are not compatible
+                   help: both operands to a `==` expression must have compatible types. Types must be exactly equal to be compatible
+                9: `@id("a")`: the id `a` is taken
+                   help: the policy at line 2 of `policies/a.cedar` has it
+                10: `@id("g h")`: `g h` is not a policy id
+                   help: use 1 to 128 letters, digits, `-`, `_`, `.` and `/`: @id("web-reads-catalog")
+                11: `Rolle`: unrecognized entity type `Rolle`
+                   help: did you mean `Role`?
+                12: `?principal`: expected a static policy, got a template containing the slot ?principal
+                   help: try removing the template slot(s) from this policy
+                13: `ip("x").isLoopback()`: error during extension function argument validation: failed to parse as IP address: `"x"`
+                   help: valid IP strings are IPv4/IPv6 addresses or CIDR ranges like `127.0.0.1`, `127.0.0.1/24`, or `ffee::/64`
+                14: ``: invalid token
+                   help: try checking that all strings are closed properly
+            "#]],
+        );
+    }
+
+    #[test]
+    fn an_obligation_that_could_not_be_met_is_a_mistake() {
+        refused(
+            r#"@id("a") @step_up("phr") permit (principal, action, resource);
+@id("b") @step_up("strong") forbid (principal, action, resource);
+@id("c") @max_age("5m") forbid (principal, action, resource);
+@id("d") @max_age("0") forbid (principal, action, resource);
+@id("e") @countersign("1") forbid (principal, action, resource);
+@id("f") @stepup("phr") forbid (principal, action, resource);
+@id("g") @owner("payments team") forbid (principal, action, resource);
+"#,
+            expect![[r#"
+                1: `@step_up("phr")`: @step_up stands on a permit
+                   help: an obligation lifts a forbid: write a forbid for what needs assurance
+                2: `@step_up("strong")`: `strong` is not a factor
+                   help: use "mfa", "phr" (phishing-resistant) or "phrh" (phishing-resistant, in hardware)
+                3: `@max_age("5m")`: `5m` is not an age
+                   help: give whole seconds, at least 1: @max_age("300")
+                4: `@max_age("0")`: `0` is not an age
+                   help: give whole seconds, at least 1: @max_age("300")
+                5: `@countersign("1")`: @countersign stands in the request gate
+                   help: changes are countersigned, requests are not: use @step_up, or move it to gate/
+                6: `@stepup("phr")`: unknown annotation @stepup
+                   help: did you mean @step_up?
+            "#]],
+        );
+    }
+
+    #[test]
+    fn semicolons_in_strings_and_comments_end_nothing() {
+        let text = "// a; b \"\n@id(\"a\") // ;\npermit (principal, action, resource) when { context.request.path == \"\\\";é\" };\r\n\n  @id(\"b\")forbid(principal,action,resource);// end";
+        let found = parse_file("x", text).unwrap();
+        let texts: Vec<&str> = found.iter().map(|policy| &*policy.text).collect();
+        assert_eq!(
+            texts,
+            [
+                "@id(\"a\") // ;\npermit (principal, action, resource) when { context.request.path == \"\\\";é\" };",
+                "@id(\"b\")forbid(principal,action,resource);",
+            ]
+        );
+        assert!(found.iter().all(|policy| text[policy.span.clone()] == *policy.text));
+        assert_eq!(parse_file("x", " // nothing\n").unwrap(), []);
+    }
+
+    #[test]
+    fn names_that_do_not_exist_are_mistakes_with_what_was_meant() {
+        let text = r#"@id("a") permit (principal in Role::"raeder", action, resource in Service::"catalogue");
+@id("b") permit (principal == Workload::"wbe", action, resource == Operation::"catlog/items");
+@id("c") permit (principal == Workload::"spiffe://shop.example/web", action, resource == Operation::"catalog");
+@id("d") permit (principal == Workload::"spiffe://Partner.example/x", action, resource == Operation::"catalog/items/*");
+@id("e") permit (principal == Workload::"spiffe://partner.example//x", action, resource) when { principal in Role::"absent" };
+@id("f") permit (principal == Workload::"nothing-like-it", action, resource in Service::"nothing-like-it");
+@id("g") permit (principal == Workload::"spiffe://partner.example/x", action, resource in Namespace::"any");
+@id("h") permit (principal == Workload::"spiffe://shop.example/ns/x", action, resource in Service::"catalog");
+"#;
+        let trust_domain = TrustDomain::parse("shop.example").unwrap();
+        let services = ["web", "catalog"].into_iter().map(|name| ServiceName::parse(name).unwrap()).collect();
+        let roles = BTreeMap::from([("reader".into(), BTreeSet::new())]);
+        let known = Known { trust_domain: &trust_domain, services: &services, roles: &roles };
+        let mut found = String::new();
+        for policy in parse_file("policies/a.cedar", text).unwrap() {
+            found += &told(text, &validate(&policy, &known).err().unwrap_or_default());
+        }
+        expect![[r#"
+            1: `Role::"raeder"`: the role `raeder` does not exist
+               help: did you mean Role::"reader"?
+            1: `Service::"catalogue"`: the service `catalogue` does not exist
+               help: did you mean Service::"catalog"?
+            2: `Workload::"wbe"`: the workload `wbe` does not exist
+               help: did you mean Workload::"web"?
+            2: `Operation::"catlog/items"`: the service `catlog` does not exist
+               help: did you mean Operation::"catalog/items"?
+            3: `Workload::"spiffe://shop.example/web"`: `spiffe://shop.example/web` is a service of the own trust domain
+               help: write Workload::"web"
+            3: `Operation::"catalog"`: `catalog` is not an operation
+               help: an operation is a service and a path: Operation::"catalog/"
+            4: `Workload::"spiffe://Partner.example/x"`: `spiffe://Partner.example/x` is never a caller's id
+               help: write Workload::"spiffe://partner.example/x"
+            4: `Operation::"catalog/items/*"`: `catalog/items/*` means the path with the `*` in it
+               help: for a prefix write resource in Service::"catalog" and when { context.request.path like "/items/*" }
+            5: `Workload::"spiffe://partner.example//x"`: `spiffe://partner.example//x` is not a SPIFFE ID: a path segment is empty
+               help: write it as Workload::"spiffe://<trust domain>/<path>"
+            5: `Role::"absent"`: the role `absent` does not exist
+               help: known are the [roles.*] of roles.toml
+            6: `Workload::"nothing-like-it"`: the workload `nothing-like-it` does not exist
+               help: known are the services of mesh.toml; a foreign one is named by its full SPIFFE ID
+            6: `Service::"nothing-like-it"`: the service `nothing-like-it` does not exist
+               help: services are declared in mesh.toml
+        "#]].assert_eq(&found);
+    }
+
+    #[test]
+    fn a_state_that_names_what_it_does_not_have_is_refused() {
+        let mut library = Library::default();
+        let text: Arc<str> = r#"@id("a") permit (principal in Role::"reader", action, resource);"#.into();
+        let body = crate::canonical::Digest::of(text.as_bytes());
+        let mut state = MeshState { trust_domain: Some(TrustDomain::parse("shop.example").unwrap()), ..Default::default() };
+        let reference = || crate::state::PolicyRef { file: "policies/a.cedar".into(), body };
+        state.policies.insert("a".into(), reference());
+        let told = |state: &MeshState, library: &Library| {
+            mistakes_of_state(state, library).iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+        };
+        assert!(told(&state, &library).contains("is missing"));
+        library.insert(body, &text).unwrap();
+        assert_eq!(told(&state, &library), "policy `a` (policies/a.cedar): the role `reader` does not exist");
+        state.roles.insert("reader".into(), BTreeSet::new());
+        assert_eq!(told(&state, &library), "");
+        state.policies.insert("b".into(), reference());
+        assert_eq!(told(&state, &library), "policy `b` (policies/a.cedar): its text has the id `a`");
+    }
+
+    #[test]
+    fn the_nearest_name_is_proposed_and_a_far_one_is_not() {
+        for (given, expected) in [
+            ("web", None),
+            ("wbe", Some("web")),
+            ("catalogue", Some("catalog")),
+            ("xyz", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(given, ["web", "catalog"].into_iter()), expected, "{given}");
+        }
+    }
 }

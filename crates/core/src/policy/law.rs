@@ -562,3 +562,411 @@ fn datetime(now: i64) -> String {
     let (hour, minute, second) = at.to_hms();
     format!("{year:04}-{:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z", u8::from(month))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use cedar_policy::{Authorizer, Decision as CedarDecision, Effect, PolicySet};
+    use proptest::prelude::*;
+
+    use super::{
+        super::{Factor, Judge, fixture::{Asked, NOW, law, service, view}},
+        *,
+    };
+
+    /// `permit permitted by a b`.
+    fn told(decision: &Decision) -> String {
+        let mut told = format!("{} {}", decision.outcome.as_str(), decision.reason.as_str());
+        for (at, id) in decision.policies.iter().enumerate() {
+            told += if at == 0 { " by " } else { " " };
+            told += id;
+        }
+        told
+    }
+
+    fn check(policies: &str, rows: &[(Asked, &str)]) {
+        let law = law(policies);
+        let mut judge = Judge::new(law.clone());
+        for (asked, expected) in rows {
+            assert_eq!(told(&law.decide(&asked.query())), *expected, "{asked:?}\n{policies}");
+            assert_eq!(told(&judge.decide(&asked.query())), *expected, "judged at first: {asked:?}\n{policies}");
+            assert_eq!(told(&judge.decide(&asked.query())), *expected, "judged again: {asked:?}\n{policies}");
+        }
+    }
+
+    fn asked(principal: &str, action: &str, path: &str) -> Asked {
+        Asked::new(principal, action, path)
+    }
+
+    #[test]
+    fn what_no_policy_permits_is_denied() {
+        check("", &[(asked("web", "http:GET", "/"), "deny no_policy_permits")]);
+        check(
+            r#"@id("other") permit (principal == Workload::"cron", action == Action::"http:PUT", resource in Service::"payments");"#,
+            &[(asked("cron", "http:PUT", "/"), "deny no_policy_permits")],
+        );
+    }
+
+    #[test]
+    fn a_peer_that_is_no_workload_is_denied_whatever_policies_say() {
+        check(
+            r#"@id("all") permit (principal, action, resource);"#,
+            &[
+                (asked("countersign/agent/h1", "http:GET", "/"), "deny not_a_workload"),
+                (asked("countersign/control", "http:GET", "/"), "deny not_a_workload"),
+                (asked("countersign", "http:GET", "/"), "deny not_a_workload"),
+                (asked("spiffe://shop.example", "http:GET", "/"), "deny not_a_workload"),
+                (asked("spiffe://partner.example", "http:GET", "/"), "deny not_a_workload"),
+                (asked("spiffe://partner.example/countersign/x", "http:GET", "/"), "permit permitted by all"),
+                (asked("newcomer", "http:GET", "/"), "permit permitted by all"),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_method_that_no_policy_can_name_is_denied() {
+        check(
+            r#"@id("all") permit (principal, action, resource);"#,
+            &[
+                (asked("web", "http:TRACE", "/"), "deny no_policy_permits"),
+                (asked("web", "http:BREW", "/"), "deny no_policy_permits"),
+                (asked("web", "http:get", "/"), "deny no_policy_permits"),
+                (asked("web", "http:DELETE", "/"), "permit permitted by all"),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_service_that_is_not_declared_any_more_admits_nothing() {
+        let mut gone = view(r#"@id("all") permit (principal, action, resource);"#);
+        gone.spec = None;
+        let law = Law::compile(&gone).unwrap();
+        assert_eq!(told(&law.decide(&asked("web", "http:GET", "/").query())), "deny not_declared");
+        let mut of_other = asked("web", "http:GET", "/");
+        of_other.service = service("payments");
+        let law = self::law(r#"@id("all") permit (principal, action, resource);"#);
+        assert_eq!(told(&law.decide(&of_other.query())), "deny not_declared");
+    }
+
+    #[test]
+    fn scopes_hold_for_whom_and_what_they_name_and_nobody_else() {
+        let policies = r#"
+            @id("a-web-gets") permit (principal == Workload::"web", action == Action::"http:GET", resource in Service::"catalog");
+            @id("b-readers-read-one") permit (principal in Role::"reader", action in Action::"read", resource == Operation::"catalog/one");
+            @id("c-writers") permit (principal is Workload in Role::"writer", action in [Action::"http:PUT", Action::"http:PATCH"], resource is Operation in Namespace::"shop");
+            @id("d-internal") permit (principal == Workload::"audit", action, resource in Sensitivity::"internal");
+            @id("e-other-namespace") permit (principal, action, resource in Namespace::"payments");
+            @id("f-partner") permit (principal == Workload::"spiffe://partner.example/billing", action == Action::"http:POST", resource in Operation::"catalog/bills");
+            @id("g-nobody") permit (principal in Role::"nobody", action, resource);
+        "#;
+        check(
+            policies,
+            &[
+                (asked("web", "http:GET", "/x"), "permit permitted by a-web-gets"),
+                (asked("web", "http:GET", "/one"), "permit permitted by a-web-gets b-readers-read-one"),
+                (asked("web", "http:HEAD", "/one"), "permit permitted by b-readers-read-one"),
+                (asked("web", "http:HEAD", "/one/more"), "deny no_policy_permits"),
+                (asked("web", "http:PUT", "/x"), "permit permitted by c-writers"),
+                (asked("cron", "http:PATCH", "/x"), "permit permitted by c-writers"),
+                (asked("cron", "http:POST", "/x"), "deny no_policy_permits"),
+                (asked("cron", "http:GET", "/one"), "deny no_policy_permits"),
+                (asked("audit", "tcp:connect", "/"), "permit permitted by d-internal"),
+                (asked("stranger", "http:GET", "/one"), "deny no_policy_permits"),
+                (asked("spiffe://partner.example/billing", "http:POST", "/bills"), "permit permitted by f-partner"),
+                (asked("spiffe://partner.example/billing", "http:POST", "/bills/1"), "deny no_policy_permits"),
+                (asked("spiffe://partner.example/billing", "http:GET", "/one"), "permit permitted by b-readers-read-one"),
+                (asked("spiffe://partner.example/web", "http:GET", "/x"), "deny no_policy_permits"),
+                (asked("billing", "http:POST", "/bills"), "deny no_policy_permits"),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_forbid_wins_and_a_fault_denies_before_it() {
+        let policies = r#"
+            @id("a-all") permit (principal, action, resource);
+            @id("b-no-delete") forbid (principal, action == Action::"http:DELETE", resource);
+            @id("c-faults") forbid (principal, action == Action::"http:PUT", resource) when { context.request has size && context.request.size * 9223372036854775807 > 0 };
+            @id("d-faults-to-permit") permit (principal, action == Action::"http:PATCH", resource) when { context.request has size && context.request.size + 9223372036854775807 > 0 };
+        "#;
+        let sized = |action: &str, size| Asked { size, ..asked("web", action, "/") };
+        check(
+            policies,
+            &[
+                (asked("web", "http:DELETE", "/"), "deny forbidden by b-no-delete"),
+                (sized("http:PUT", Some(2)), "deny policy_fault by c-faults"),
+                (sized("http:PATCH", Some(2)), "deny policy_fault by d-faults-to-permit"),
+                (sized("http:PUT", Some(0)), "permit permitted by a-all"),
+                (sized("http:PUT", None), "permit permitted by a-all"),
+            ],
+        );
+    }
+
+    #[test]
+    fn only_annotated_forbids_with_a_permit_behind_them_ask_for_assurance() {
+        let policies = r#"
+            @id("a-readers") permit (principal in Role::"reader", action, resource);
+            @id("b-fresh") @max_age("300") forbid (principal, action in Action::"write", resource);
+            @id("c-strong") @step_up("phr") @max_age("900") forbid (principal, action == Action::"http:DELETE", resource);
+            @id("d-never") forbid (principal, action == Action::"http:PATCH", resource);
+            @id("e-faults") @step_up("mfa") forbid (principal, action == Action::"http:GET", resource) when { context.request has size && context.request.size * 9223372036854775807 > 0 };
+        "#;
+        check(
+            policies,
+            &[
+                (asked("cron", "http:POST", "/"), "deny forbidden by b-fresh"),
+                (asked("web", "http:PATCH", "/"), "deny forbidden by b-fresh d-never"),
+                (Asked { size: Some(2), ..asked("web", "http:GET", "/") }, "deny policy_fault by e-faults"),
+                (asked("web", "http:POST", "/"), "step_up assurance_needed by b-fresh"),
+                (asked("web", "http:DELETE", "/"), "step_up assurance_needed by b-fresh c-strong"),
+                (asked("web", "http:GET", "/"), "permit permitted by a-readers"),
+            ],
+        );
+        let of = |method| law(policies).decide(&asked("web", method, "/").query()).obligation;
+        assert_eq!(of("http:GET"), None);
+        assert_eq!(of("http:POST"), Some(Obligation { factor: None, max_age_seconds: Some(300) }));
+        assert_eq!(of("http:DELETE"), Some(Obligation { factor: Some(Factor::Phr), max_age_seconds: Some(300) }));
+    }
+
+    #[test]
+    fn conditions_see_the_request_the_origin_and_the_time() {
+        let on = |condition: &str| format!("@id(\"a\") permit (principal, action, resource) when {{ {condition} }};");
+        let get = || asked("web", "http:GET", "/items/4");
+        let rpc = || asked("web", "grpc:call", "/shop.Orders/Place");
+        let sized = |size| Asked { size: Some(size), ..get() };
+        for (condition, denied, permitted) in [
+            (r#"context.request.method == "POST""#, get(), rpc()),
+            (r#"context.request.path like "/items/*""#, asked("web", "http:GET", "/other"), get()),
+            (r#"context.request has operation && context.request.operation == "shop.Orders/Place""#, get(), rpc()),
+            (r#"context.request.protocol == "tcp""#, get(), asked("web", "tcp:connect", "/")),
+            (r#"context.request.host == "shop.test""#, get(), Asked { host: "shop.test".into(), ..get() }),
+            ("context.request has size && context.request.size <= 1000", sized(1001), sized(1000)),
+            ("context.request has size && context.request.size > 1000", sized(0), sized(u64::MAX)),
+            (r#"context.origin.ip.isInRange(ip("10.0.0.0/8"))"#, Asked { origin: [192, 168, 0, 1].into(), ..get() }, get()),
+            (
+                r#"context.origin.trust_domain == "partner.example""#,
+                get(),
+                asked("spiffe://partner.example/x", "http:GET", "/items/4"),
+            ),
+            (r#"context.time.now < datetime("2026-11-22T16:30:01Z")"#, Asked { now: NOW + 1, ..get() }, get()),
+            ("context.time.hour == 16", Asked { now: NOW + 1800, ..get() }, Asked { now: NOW + 1799, ..get() }),
+            ("context.time.weekday == 7", Asked { now: NOW + 86_400, ..get() }, get()),
+            ("context.time.weekday == 4 && context.time.hour == 0", get(), Asked { now: 0, ..get() }),
+            ("!context.first_contact", Asked { first_contact: true, ..get() }, get()),
+            (r#"principal in Role::"writer""#, asked("billing", "http:GET", "/"), get()),
+            (r#"resource in Namespace::"shop" && principal == Workload::"web""#, asked("cron", "http:GET", "/"), get()),
+            (r#"action in Action::"write""#, get(), asked("web", "http:PUT", "/")),
+            (r#"resource == Operation::"catalog/items/4""#, asked("web", "http:GET", "/items/5"), get()),
+            (
+                r#"Workload::"cron" in Role::"writer" && principal == Workload::"web""#,
+                asked("cron", "http:GET", "/"),
+                get(),
+            ),
+        ] {
+            check(&on(condition), &[(denied, "deny no_policy_permits"), (permitted, "permit permitted by a")]);
+        }
+    }
+
+    #[test]
+    fn a_decision_says_what_it_depends_on() {
+        let reads = |condition: &str| {
+            law(&format!("@id(\"a\") permit (principal, action, resource) when {{ {condition} }};"))
+                .decide(&asked("web", "http:GET", "/").query())
+                .reads
+        };
+        for (condition, expected) in [
+            ("true", Reads::NOTHING),
+            (r#"principal in Role::"reader" && action in Action::"read""#, Reads::NOTHING),
+            (r#"resource in [Service::"catalog", Service::"other"] || resource in Namespace::"shop""#, Reads::NOTHING),
+            ("principal is Workload", Reads::NOTHING),
+            ("context has token", Reads::NOTHING),
+            (r#"principal in Workload::"web""#, Reads::PRINCIPAL),
+            (r#"resource in Operation::"catalog/x""#, Reads::PATH),
+            ("context.time.hour > 7", Reads::CLOCK),
+            (r#"context.time.now > datetime("2026-01-01")"#, Reads::NOW),
+            ("context.request has size", Reads::SIZE),
+            ("context has request.size", Reads::SIZE),
+            ("context.origin.ip.isLoopback()", Reads::IP),
+            (r#"context.origin.trust_domain like "*.example" || context.first_contact"#, Reads::TRUST_DOMAIN.and(Reads::FIRST_CONTACT)),
+            ("if context.first_contact then context.request.host == \"x\" else false", Reads::FIRST_CONTACT.and(Reads::HOST)),
+            ("context has request", Reads::REQUEST),
+            ("[context.time].contains(context.time)", Reads::TIME),
+        ] {
+            assert_eq!(reads(condition), expected, "{condition}");
+        }
+        assert_eq!(format!("{}", Reads::NOW.and(Reads::PATH)), "resource, time.now");
+    }
+
+    #[test]
+    fn a_view_whose_text_is_another_policys_does_not_compile() {
+        let mut view = view(r#"@id("a") permit (principal, action, resource);"#);
+        view.policies[0].id = "b".into();
+        assert_eq!(
+            Law::compile(&view).err().unwrap()[0].to_string(),
+            "policy `b` (policies/test.cedar): its text has the id `a`"
+        );
+        view.policies[0].text = "@id(\"b\") permit (principal, action, resource) when { context.token };".into();
+        assert!(Law::compile(&view).is_err());
+    }
+
+    #[test]
+    fn a_time_before_1970_or_after_9999_is_still_judged() {
+        let law = law(r#"@id("a") permit (principal, action, resource) when { context.time.now > datetime("2026-01-01") };"#);
+        for (now, expected) in [(i64::MIN, "deny no_policy_permits"), (i64::MAX, "permit permitted by a")] {
+            assert_eq!(told(&law.decide(&Asked { now, ..asked("web", "http:GET", "/") }.query())), expected);
+        }
+    }
+
+    /// The law of the request gate as the design states it, over the whole policy set and with Cedar's authorizer.
+    fn naive(law: &Law, set: &PolicySet, query: &Query<'_>) -> (Outcome, Reason, BTreeSet<String>) {
+        let Some((request, entities)) = law.whole_question(query) else {
+            let refusal = law.decide(query);
+            return (refusal.outcome, refusal.reason, BTreeSet::new());
+        };
+        let (request, entities) = (request.into(), entities.into());
+        let response = Authorizer::new().is_authorized(&request, set, &entities);
+        let by: BTreeSet<String> = response.diagnostics().reason().map(ToString::to_string).collect();
+        let faults: BTreeSet<String> = response
+            .diagnostics()
+            .errors()
+            .map(|cedar_policy::AuthorizationError::PolicyEvaluationError(error)| error.policy_id().to_string())
+            .collect();
+        if !faults.is_empty() {
+            return (Outcome::Deny, Reason::PolicyFault, faults);
+        }
+        if response.decision() == CedarDecision::Allow {
+            return (Outcome::Permit, Reason::Permitted, by);
+        }
+        if by.is_empty() {
+            return (Outcome::Deny, Reason::NoPolicyPermits, by);
+        }
+        let annotated =
+            |policy: &cedar_policy::Policy| policy.annotation("step_up").or(policy.annotation("max_age")).is_some();
+        let all_annotated = by.iter().all(|id| annotated(set.policy(&id.parse().unwrap()).unwrap()));
+        let without = PolicySet::from_policies(
+            set.policies().filter(|policy| policy.effect() == Effect::Permit || !annotated(policy)).cloned(),
+        )
+        .unwrap();
+        let second = Authorizer::new().is_authorized(&request, &without, &entities);
+        if all_annotated && second.decision() == CedarDecision::Allow {
+            (Outcome::StepUp, Reason::AssuranceNeeded, by)
+        } else {
+            (Outcome::Deny, Reason::Forbidden, by)
+        }
+    }
+
+    const PRINCIPALS: [&str; 8] = [
+        "principal",
+        "principal is Workload",
+        r#"principal == Workload::"web""#,
+        r#"principal == Workload::"spiffe://partner.example/billing""#,
+        r#"principal in Workload::"cron""#,
+        r#"principal in Role::"reader""#,
+        r#"principal is Workload in Role::"writer""#,
+        r#"principal in Role::"nobody""#,
+    ];
+    const ACTION_SCOPES: [&str; 6] = [
+        "action",
+        r#"action == Action::"http:GET""#,
+        r#"action in Action::"read""#,
+        r#"action in [Action::"write", Action::"grpc:call"]"#,
+        r#"action == Action::"tcp:connect""#,
+        r#"action in [Action::"http:GET", Action::"http:PUT"]"#,
+    ];
+    const RESOURCES: [&str; 9] = [
+        "resource",
+        "resource is Operation",
+        r#"resource == Operation::"catalog/one""#,
+        r#"resource in Operation::"catalog/two""#,
+        r#"resource in Service::"catalog""#,
+        r#"resource in Service::"payments""#,
+        r#"resource is Operation in Namespace::"shop""#,
+        r#"resource in Sensitivity::"internal""#,
+        r#"resource == Operation::"catalogue/one""#,
+    ];
+    const CONDITIONS: [&str; 17] = [
+        "",
+        "",
+        "",
+        r#"when { context.request.path like "/o*" }"#,
+        r#"when { principal in Role::"reader" }"#,
+        r#"unless { principal == Workload::"web" }"#,
+        r#"when { resource in Service::"catalog" && action in Action::"read" }"#,
+        r#"when { resource == Operation::"catalog/two" }"#,
+        "when { context.request has size && context.request.size * 4611686018427387904 > 0 }",
+        "when { context.time.hour < 12 }",
+        r#"when { context.time.now > datetime("2026-11-22T16:30:00Z") }"#,
+        r#"unless { context.origin.ip.isInRange(ip("10.0.0.0/8")) }"#,
+        r#"when { context.origin.trust_domain == "shop.example" }"#,
+        "when { context.first_contact }",
+        r#"when { Workload::"cron" in Role::"writer" && principal in [Role::"reader", Role::"writer"] }"#,
+        r#"when { context.request has operation || context.request.host == "catalog.mesh" }"#,
+        r#"when { context.request.method == "GET" && context.request.protocol == "http" }"#,
+    ];
+    const ANNOTATIONS: [&str; 5] = ["", "", "", r#"@step_up("phr")"#, r#"@max_age("60")"#];
+
+    fn policy_text() -> impl Strategy<Value = String> {
+        let of = |all: &'static [&'static str]| prop::sample::select(all);
+        (
+            any::<bool>(),
+            of(&PRINCIPALS),
+            of(&ACTION_SCOPES),
+            of(&RESOURCES),
+            of(&CONDITIONS),
+            of(&ANNOTATIONS),
+        )
+            .prop_map(|(permit, principal, action, resource, condition, annotation)| {
+                let (effect, annotation) = if permit { ("permit", "") } else { ("forbid", annotation) };
+                format!("{annotation} {effect} ({principal}, {action}, {resource}) {condition};")
+            })
+    }
+
+    fn any_asked() -> impl Strategy<Value = Asked> {
+        const CALLERS: [&str; 6] =
+            ["web", "cron", "newcomer", "spiffe://partner.example/billing", "spiffe://partner.example/web", "countersign/control"];
+        const ACTIONS: [&str; 6] = ["http:GET", "http:PUT", "http:HEAD", "http:TRACE", "grpc:call", "tcp:connect"];
+        (
+            prop::sample::select(&CALLERS[..]),
+            prop::sample::select(&ACTIONS[..]),
+            prop::sample::select(&["/", "/one", "/two", "/other"][..]),
+            prop::sample::select(&[None, Some(0), Some(1), Some(2)][..]),
+            prop::sample::select(&[[10, 0, 0, 7], [192, 168, 1, 1]][..]),
+            prop::sample::select(&[NOW, NOW + 1, NOW - 6 * 3_600][..]),
+            any::<bool>(),
+        )
+            .prop_map(|(principal, action, path, size, origin, now, first_contact)| Asked {
+                size,
+                origin: origin.into(),
+                now,
+                first_contact,
+                ..Asked::new(principal, action, path)
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// PROVES (remembered-equals-evaluated) and that the index loses nothing.
+        #[test]
+        fn the_index_and_the_memory_answer_as_cedar_does_over_the_whole_set(
+            texts in prop::collection::vec(policy_text(), 0..24),
+            all_asked in prop::collection::vec(any_asked(), 1..24),
+        ) {
+            let text: String =
+                texts.iter().enumerate().map(|(at, text)| format!("@id(\"p{at:02}\") {text}\n")).collect();
+            let law = law(&text);
+            let set = PolicySet::from_policies(law.policies.iter().map(|policy| policy.parsed.policy.clone().into())).unwrap();
+            let mut judge = Judge::new(law.clone());
+            for asked in &all_asked {
+                let query = asked.query();
+                let (outcome, reason, by) = naive(&law, &set, &query);
+                for decision in [law.decide(&query), judge.decide(&query), judge.decide(&query)] {
+                    prop_assert_eq!((decision.outcome, decision.reason), (outcome, reason), "{:?} {}", asked, text);
+                    let named: BTreeSet<String> = decision.policies.iter().map(ToString::to_string).collect();
+                    prop_assert_eq!(&named, &by, "{:?} {}", asked, text);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! A small mesh for the tests of this room.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{Action, Context, Law, Query, parse_file};
+use crate::{
+    change::{Member, Revision},
+    identity::{ServiceName, SpiffeId, TrustDomain},
+    service::{Protocol, ServiceSpec},
+    view::{View, ViewPolicy},
+};
+
+/// 2026-11-22T16:30:00Z, a Sunday.
+pub(super) const NOW: i64 = 1_795_365_000;
+
+pub(super) fn service(name: &str) -> ServiceName {
+    ServiceName::parse(name).unwrap()
+}
+
+/// The view of `catalog` in shop.example, in namespace `shop`, of sensitivity `internal`. `web` and a partner's
+/// `billing` are readers; `web` and `cron` are writers.
+pub(super) fn view(policies: &str) -> View {
+    let mut spec = ServiceSpec::new(Protocol::Http);
+    spec.namespace = Some("shop".into());
+    spec.sensitivity = Some("internal".into());
+    let members = |names: &[&str]| names.iter().map(|name| Member::try_from((*name).to_owned()).unwrap()).collect();
+    let policies = parse_file("policies/test.cedar", policies).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
+    View {
+        revision: Revision(7),
+        trust_domain: TrustDomain::parse("shop.example").unwrap(),
+        service: service("catalog"),
+        spec: Some(spec),
+        policies: policies
+            .into_iter()
+            .map(|policy| ViewPolicy { id: policy.id, file: "policies/test.cedar".into(), text: policy.text })
+            .collect(),
+        roles: BTreeMap::from([
+            ("reader".into(), members(&["web", "spiffe://partner.example/billing"])),
+            ("writer".into(), members(&["web", "cron"])),
+            ("nobody".into(), members(&[])),
+        ]),
+        services: BTreeMap::new(),
+        routes: BTreeMap::new(),
+    }
+}
+
+pub(super) fn law(policies: &str) -> Arc<Law> {
+    Arc::new(Law::compile(&view(policies)).unwrap_or_else(|errors| panic!("{errors:#?}")))
+}
+
+/// What a query is made from.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    pub(super) principal: SpiffeId,
+    pub(super) action: String,
+    pub(super) service: ServiceName,
+    pub(super) path: String,
+    pub(super) host: String,
+    pub(super) size: Option<u64>,
+    pub(super) origin: std::net::IpAddr,
+    pub(super) now: i64,
+    pub(super) first_contact: bool,
+}
+
+impl Asked {
+    /// `asked("web", "http:GET", "/items")`: from 10.0.0.7 at [`NOW`], of catalog.
+    pub(super) fn new(principal: &str, action: &str, path: &str) -> Self {
+        let principal =
+            if principal.contains("://") { principal.to_owned() } else { format!("spiffe://shop.example/{principal}") };
+        Self {
+            principal: SpiffeId::parse(&principal).unwrap(),
+            action: action.into(),
+            service: service("catalog"),
+            path: path.into(),
+            host: "catalog.mesh".into(),
+            size: None,
+            origin: [10, 0, 0, 7].into(),
+            now: NOW,
+            first_contact: false,
+        }
+    }
+
+    pub(super) fn query(&self) -> Query<'_> {
+        let (action, method, protocol) = match self.action.as_str() {
+            "grpc:call" => (Action::GrpcCall, "POST", Protocol::Grpc),
+            "tcp:connect" => (Action::TcpConnect, "CONNECT", Protocol::Tcp),
+            http => {
+                let method = http.strip_prefix("http:").unwrap();
+                (Action::Http(method), method, Protocol::Http)
+            }
+        };
+        Query {
+            principal: &self.principal,
+            action,
+            service: &self.service,
+            path: &self.path,
+            context: Context {
+                method,
+                host: &self.host,
+                protocol,
+                size: self.size,
+                origin: self.origin,
+                now: self.now,
+                first_contact: self.first_contact,
+            },
+        }
+    }
+}
