@@ -9,6 +9,8 @@
 //!
 //! | room | holds |
 //! |---|---|
+//! | `sidecar` | the process: what it gives up, where its log goes |
+//! | [`link`] | the conversation with the agent |
 //! | [`shared`] | what the agent told this proxy; orders to the workers |
 //! | [`view`] | a view made ready for the path |
 //! | [`workers`] | the threads
@@ -20,9 +22,12 @@
 pub mod counts;
 pub mod decided;
 pub mod record;
+pub mod link;
 mod route;
 pub mod shared;
+mod sidecar;
 pub mod view;
 pub mod workers;
 
+pub use sidecar::sidecar_main;
 pub use shared::{App, Door, Endpoint, Setup, Shared};

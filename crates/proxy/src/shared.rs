@@ -24,7 +24,7 @@ use countersign_core::{
     view::View,
 };
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::{counts::Counts, view::Compiled};
 
@@ -83,6 +83,7 @@ pub struct Shared {
     fresh_at_ms: AtomicU64, // on `began`'s clock, plus one; 0: never
     began: Instant,
     draining: AtomicBool,
+    app_doubt: Notify,
     workers: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
 }
 
@@ -123,6 +124,7 @@ impl Shared {
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
             draining: AtomicBool::new(false),
+            app_doubt: Notify::new(),
             workers: Mutex::default(),
         }
     }
@@ -209,6 +211,16 @@ impl Shared {
     pub fn age(&self) -> Option<Duration> {
         let at = self.fresh_at_ms.load(Ordering::Relaxed).checked_sub(1)?;
         Some(self.began.elapsed().saturating_sub(Duration::from_millis(at)))
+    }
+
+    /// The workload could not be reached: whoever watches it should look.
+    pub(crate) fn doubt_app(&self) {
+        self.app_doubt.notify_one();
+    }
+
+    /// Waits until the workload could not be reached.
+    pub(crate) async fn app_doubted(&self) {
+        self.app_doubt.notified().await;
     }
 
     /// Accepts on `listener` as well, in every worker.

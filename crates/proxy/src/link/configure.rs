@@ -1,0 +1,164 @@
+//! The agent's first order, parsed, and the listeners it asks for. All of them are bound before the sidecar says where
+//! it listens.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+};
+
+use countersign_api::sidecar::{Configure, Listening};
+use countersign_core::identity::{InstanceId, NameError, ServiceName};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::shared::{App, Door, Shared};
+
+/// Most threads of one sidecar.
+const WORKERS_MAX: u32 = 256;
+/// Connections that wait to be accepted on one listener.
+const BACKLOG: i32 = 1024;
+
+/// A `Configure`, parsed.
+pub(super) struct Configuration {
+    pub instance: InstanceId,
+    pub worker_count: usize,
+    pub app: Option<App>,
+    pub records_dir: PathBuf,
+    pub records_bytes_max: u64,
+    inbound: SocketAddr,
+    outbound_http: SocketAddr,
+    upstreams: BTreeMap<ServiceName, SocketAddr>,
+    admin: SocketAddr,
+}
+
+/// Every listener, bound and not yet open.
+pub(super) struct Listeners {
+    doors: Vec<(Door, TcpListener, SocketAddr)>,
+    pub admin: (TcpListener, SocketAddr),
+}
+
+/// Why a sidecar cannot be as the agent wants it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigureError {
+    /// A name that is none.
+    #[error("`{member}` is wrong")]
+    Name {
+        /// The member of `Configure`.
+        member: &'static str,
+        /// The rule that it breaks.
+        source: NameError,
+    },
+    /// An address that is none.
+    #[error("`{member}` must be `ip:port`, not `{given}`")]
+    Address {
+        /// The member of `Configure`.
+        member: &'static str,
+        /// What was given.
+        given: String,
+    },
+    /// A number of threads out of bounds.
+    #[error("`workers` must be 1 to {WORKERS_MAX}, not {0}")]
+    Workers(u32),
+    /// An address that is taken, or not of this host.
+    #[error("could not listen on {address} for {door}")]
+    Listen {
+        /// What for.
+        door: String,
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl Configuration {
+    pub fn parse(given: Configure) -> Result<Self, ConfigureError> {
+        let app = (!given.app_address.is_empty()).then(|| address("app_address", &given.app_address)).transpose()?;
+        Ok(Self {
+            instance: InstanceId::parse(&given.instance)
+                .map_err(|source| ConfigureError::Name { member: "instance", source })?,
+            worker_count: match given.workers {
+                workers @ 1..=WORKERS_MAX => workers as usize,
+                workers => return Err(ConfigureError::Workers(workers)),
+            },
+            app: app.map(|address| App { address, socket: Box::new(move || tcp_socket(address)) }),
+            records_dir: given.records_dir.into(),
+            records_bytes_max: given.records_bytes_max,
+            inbound: address("inbound_listen", &given.inbound_listen)?,
+            outbound_http: address("outbound_http_listen", &given.outbound_http_listen)?,
+            upstreams: upstreams(&given.upstreams)?,
+            admin: address("admin_listen", &given.admin_listen)?,
+        })
+    }
+}
+
+impl Listeners {
+    /// Binds every listener, or says which one could not be.
+    pub fn bind(wanted: &Configuration) -> Result<Self, ConfigureError> {
+        let upstreams = wanted.upstreams.iter().map(|(service, address)| (Door::Upstream(service.clone()), *address));
+        let doors = [(Door::Inbound, wanted.inbound), (Door::ForwardProxy, wanted.outbound_http)];
+        let doors = doors.into_iter().chain(upstreams).map(|(door, address)| {
+            let (listener, bound) = listen(&format!("{door:?}"), address)?;
+            Ok((door, listener, bound))
+        });
+        Ok(Self {
+            doors: doors.collect::<Result<_, ConfigureError>>()?,
+            admin: listen("the admin pages", wanted.admin)?,
+        })
+    }
+
+    /// Where everything listens.
+    pub fn listening(&self) -> Listening {
+        let mut listening = Listening { admin: format!("http://{}", self.admin.1), ..Listening::default() };
+        for (door, _, address) in &self.doors {
+            match door {
+                Door::Inbound => listening.inbound = address.to_string(),
+                Door::ForwardProxy => listening.outbound_http = address.to_string(),
+                Door::Upstream(service) => {
+                    listening.upstreams.insert(service.to_string(), address.to_string());
+                }
+            }
+        }
+        listening
+    }
+
+    /// Lets the workers accept.
+    pub fn open(self, shared: &Shared) -> (TcpListener, SocketAddr) {
+        for (door, listener, _) in self.doors {
+            shared.open(door, listener);
+        }
+        self.admin
+    }
+}
+
+fn upstreams(given: &HashMap<String, String>) -> Result<BTreeMap<ServiceName, SocketAddr>, ConfigureError> {
+    let parse = |(service, listen): (&String, &String)| {
+        let service =
+            ServiceName::parse(service).map_err(|source| ConfigureError::Name { member: "upstreams", source })?;
+        Ok((service, address("upstreams", listen)?))
+    };
+    given.iter().map(parse).collect()
+}
+
+fn address(member: &'static str, given: &str) -> Result<SocketAddr, ConfigureError> {
+    given.parse().map_err(|_| ConfigureError::Address { member, given: given.chars().take(100).collect() })
+}
+
+fn listen(door: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ConfigureError> {
+    let bound = || {
+        let socket = tcp_socket(address)?;
+        socket.set_reuse_address(true)?; // a restarted sidecar takes up where connections of the last one still linger
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        let listener = TcpListener::from(socket);
+        let bound = listener.local_addr()?;
+        Ok((listener, bound))
+    };
+    bound().map_err(|source| ConfigureError::Listen { door: door.into(), address, source })
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
+}
