@@ -18,9 +18,13 @@
 //! | [`record`] | decision records: queued, kept, reported, read back |
 //! | [`decided`] | one decision as the data path hands it to the record |
 //! | [`counts`] | what a worker counts |
+//! | [`listen`] | sockets, of this host's network or of the workload's namespace |
+//! | [`dns`] | `*.mesh` inside that namespace |
 
 pub mod counts;
 pub mod decided;
+pub mod dns;
+pub mod listen;
 pub mod record;
 pub mod link;
 mod route;
