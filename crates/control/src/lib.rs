@@ -1,1 +1,500 @@
-//! .
+//! The control plane: one ledger, one authority, and the streams by which agents follow them.
+//!
+//! | room | does | never |
+//! |---|---|---|
+//! | [`gate`] | judges change-sets; the only maker of `Admitted` | writes |
+//! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
+//! | [`store`] | keeps everything, on a thread of its own | decides |
+//! | [`authority`] | signs; seals its keys | decides who may have what |
+//! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
+//! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
+//! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
+//! | [`agents`] | the mutual TLS listener of agents | trusts what an SVID does not say |
+//! | [`decisions`] | takes decision records in, answers questions | slows an agent |
+//! | [`local_api`] | JSON over `control.sock` | answers another uid |
+//! | [`metrics`] | what Prometheus reads | |
+//! | [`clock`] | the one reader of the time | |
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    io,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::JoinSet,
+};
+
+use countersign_api::{
+    local::{Applied, Apply, Invitation, Problem},
+    run_file::CONTROL_SOCKET,
+    svid::TlsIdentity,
+};
+use countersign_core::{
+    identity::{ServiceName, TrustDomain},
+    ledger::Entry,
+};
+
+pub mod agents;
+pub mod authority;
+pub mod clock;
+pub mod decisions;
+pub mod enrol;
+pub mod gate;
+pub mod ledger;
+pub mod local_api;
+pub mod metrics;
+pub mod publish;
+pub mod registry;
+pub mod store;
+
+use authority::{
+    Authority, AuthorityError, SVID_LIFETIME,
+    seal::{KeyFileError, Sealer},
+};
+use clock::Clock;
+use decisions::Decisions;
+use ledger::{Ledger, OpenError};
+use metrics::{LevelsNow, Metrics};
+use publish::Publisher;
+use registry::Registry;
+use store::{Storage, StoreError, sqlite::SqliteStore};
+
+/// The file below the data directory that holds everything but the key-encryption key.
+pub const STORE_FILE: &str = "control.db";
+/// The file below the data directory that a running control plane holds locked.
+pub const LOCK_FILE: &str = "control.lock";
+/// Where the key-encryption key lies below the data directory unless told otherwise.
+pub const KEY_FILE: &str = "keys/kek";
+
+/// How a control plane is started.
+#[derive(Debug, Clone)]
+pub struct ControlConfig {
+    /// Where everything is kept; made with mode 0700 when it is missing.
+    pub data_dir: PathBuf,
+    /// Where agents connect; port 0 picks one.
+    pub listen: SocketAddr,
+    /// Where Prometheus reads `/metrics`; not served unless given.
+    pub metrics_listen: Option<SocketAddr>,
+    /// The key-encryption key; `keys/kek` below the data directory unless given.
+    pub key_file: Option<PathBuf>,
+    /// The trust domain of a mesh that is not created yet, so that agents can join before the first change. One that
+    /// exists must be this one.
+    pub trust_domain: Option<TrustDomain>,
+}
+
+/// A running control plane.
+pub struct Control {
+    /// Where agents connect.
+    pub listen: SocketAddr,
+    /// Where Prometheus reads.
+    pub metrics: Option<SocketAddr>,
+    plane: Arc<Plane>,
+    tasks: Mutex<JoinSet<&'static str>>,
+    stop: watch::Sender<bool>,
+    socket: PathBuf,
+    _lock: File,
+}
+
+/// Why a control plane does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A directory or file cannot be used.
+    #[error("could not use `{path}`")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has it.
+    #[error("another control plane runs on `{0}`")]
+    Running(PathBuf),
+    /// An address is taken or not ours.
+    #[error("could not listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The store cannot be used.
+    #[error("could not open the store")]
+    Store(#[from] StoreError),
+    /// The ledger is not what was written.
+    #[error(transparent)]
+    Ledger(#[from] OpenError),
+    /// The key-encryption key cannot be used.
+    #[error(transparent)]
+    KeyFile(#[from] KeyFileError),
+    /// The authority's keys cannot be used.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// The mesh in the ledger is another one.
+    #[error("the ledger in `{data_dir}` is of mesh `{found}`, not of `{wanted}`")]
+    OtherMesh {
+        /// The data directory.
+        data_dir: PathBuf,
+        /// As the ledger says.
+        found: TrustDomain,
+        /// As asked for.
+        wanted: TrustDomain,
+    },
+}
+
+impl StartError {
+    /// What to do about it.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::Io { path, .. } => format!("check that {} exists and belongs to this user", path.display()),
+            Self::Running(_) => "stop it first, or use another --data-dir".into(),
+            Self::Listen { address, .. } => {
+                format!("see what uses port {} with `ss -ltnp`, or choose another", address.port())
+            }
+            Self::Store(error) => error.help().into(),
+            Self::Ledger(OpenError::Store { source, .. }) => source.help().into(),
+            Self::Ledger(OpenError::Damaged { .. }) => {
+                "nothing was started; restore the data directory from a copy, or move it away and apply again \
+                 (agents then have to join again)"
+                    .into()
+            }
+            Self::Ledger(OpenError::Clock { .. }) => {
+                "set this machine's clock (`timedatectl`); if it is right, the entry was made with a wrong one".into()
+            }
+            Self::KeyFile(error) => error.help(),
+            Self::Authority(AuthorityError::Sealed(_)) => {
+                "use the key file that the keys were sealed with (`keys/kek` in a copy of the data directory)".into()
+            }
+            Self::Authority(_) => "restore the data directory from a copy".into(),
+            Self::OtherMesh { .. } => {
+                "a trust domain is for life: correct `trust_domain` in mesh.toml, or use another --data-dir".into()
+            }
+        })
+    }
+}
+
+/// What the rooms share.
+pub struct Plane {
+    /// The one reader of the time.
+    pub clock: Clock,
+    /// The door to the store.
+    pub storage: Storage,
+    /// The ledger.
+    pub ledger: Arc<Ledger>,
+    /// Tells agents.
+    pub publisher: Arc<Publisher>,
+    /// Decision records.
+    pub decisions: Decisions,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// When it started, in milliseconds since 1970.
+    pub started_at_ms: u64,
+    /// Where agents connect.
+    pub listen: SocketAddr,
+    sealer: Arc<Sealer>,
+    authority: RwLock<Option<Arc<Authority>>>,
+    identity: watch::Sender<Option<Arc<TlsIdentity>>>,
+    warnings: RwLock<std::collections::BTreeMap<&'static str, String>>,
+}
+
+/// Starts a control plane and returns when it serves.
+pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
+    start_with_clock(config, Clock::system()).await
+}
+
+/// As [`start`], with the time told by `clock`.
+pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
+    let ControlConfig { data_dir, listen, metrics_listen, key_file, trust_domain } = config;
+    make_private_dir(&data_dir)?;
+    let lock = lock(&data_dir)?;
+    let metrics = Arc::new(Metrics::default());
+    let path = data_dir.join(STORE_FILE);
+    let opened = tokio::task::spawn_blocking(move || SqliteStore::open(&path)).await;
+    let store = opened.map_err(|_| StoreError::Closed)??;
+    let storage = Storage::start(Box::new(store), metrics.store.clone()).map_err(|source| in_dir(&data_dir, source))?;
+
+    let now_ms = clock.now_ms();
+    let (hosts, instances) = storage.run("restore", |store| Ok((store.hosts()?, store.instances()?))).await?;
+    let publisher = Arc::new(Publisher::new(Registry::restore(hosts, instances, now_ms)));
+    let publish = publisher.clone();
+    let ledger = Ledger::open(storage.clone(), clock.clone(), move |head, entries| publish.entries(head, entries)).await?;
+    let ledger = Arc::new(ledger);
+    publisher.begin(ledger.head());
+    let created = ledger.head().follower.state().trust_domain.clone();
+    if let (Some(found), Some(wanted)) = (&created, &trust_domain)
+        && found != wanted
+    {
+        return Err(StartError::OtherMesh { data_dir, found: found.clone(), wanted: wanted.clone() });
+    }
+
+    let sealed = storage.run("authority_keys", |store| store.has_keys()).await?;
+    let key_file = key_file.unwrap_or_else(|| data_dir.join(KEY_FILE));
+    let sealer = Arc::new(Sealer::open(&key_file, !sealed)?);
+
+    let listener = TcpListener::bind(listen).await.map_err(|source| StartError::Listen { address: listen, source })?;
+    let listen = listener.local_addr().map_err(|source| StartError::Listen { address: listen, source })?;
+    let metrics_listener = match metrics_listen {
+        None => None,
+        Some(address) => {
+            Some(TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, source })?)
+        }
+    };
+    let metrics_address = metrics_listener.as_ref().and_then(|listener| listener.local_addr().ok());
+
+    let decisions = Decisions::start(storage.clone(), publisher.clone(), metrics.clone(), clock.clone());
+    let plane = Arc::new(Plane {
+        clock,
+        storage,
+        ledger,
+        publisher,
+        decisions,
+        metrics,
+        started_at_ms: now_ms,
+        listen,
+        sealer,
+        authority: RwLock::new(None),
+        identity: watch::Sender::new(None),
+        warnings: RwLock::default(),
+    });
+    if let Some(wanted) = created.or(trust_domain) {
+        plane.begin_authority(&wanted).await?;
+    }
+
+    let socket = data_dir.join(CONTROL_SOCKET);
+    let local = local_api::bind(&socket).map_err(|source| StartError::Io { path: socket.clone(), source })?;
+    let (stop, stopping) = watch::channel(false);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(named("the local API", local_api::serve(local, plane.clone())));
+    tasks.spawn(named("the listener for agents", serve_agents(plane.clone(), listener, stopping)));
+    tasks.spawn(named("the heartbeat", beat(plane.clone())));
+    tasks.spawn(named("the renewal of its own SVID", renew(plane.clone())));
+    if let Some(listener) = metrics_listener {
+        let of = plane.clone();
+        tasks.spawn(named("the metrics listener", metrics::serve(listener, move || of.metrics.page(of.levels()))));
+    }
+    tracing::info!(%listen, revision = plane.ledger.head().follower.revision().0, "control plane started");
+    Ok(Control { listen, metrics: metrics_address, plane, tasks: Mutex::new(tasks), stop, socket, _lock: lock })
+}
+
+impl Control {
+    /// Makes a join token that is good once, for `ttl`, for `host` only when given.
+    pub async fn invite(&self, ttl: Duration, host: Option<ServiceName>) -> Result<Invitation, Problem> {
+        enrol::invite(&self.plane, ttl, host).await
+    }
+
+    /// Returns, with what ended, when a part of the control plane has ended by itself: then it is of no use any more.
+    pub async fn wait_failed(&self) -> String {
+        let ended = std::future::poll_fn(|cx| self.tasks.lock().poll_join_next(cx)).await;
+        match ended {
+            Some(Ok(part)) => format!("{part} ended"),
+            Some(Err(error)) => format!("a part of the control plane ended: {error}"),
+            None => "the control plane has stopped".into(),
+        }
+    }
+
+    /// Stops serving. Agents go on from what they hold.
+    pub async fn stop(self) {
+        let _ = self.stop.send(true);
+        let mut tasks = std::mem::take(&mut *self.tasks.lock());
+        tasks.abort_all();
+        while tasks.join_next().await.is_some() {}
+        if let Some(instances) = self.plane.publisher.unsaved_instances() {
+            let _ = self.plane.storage.run("put_instances", move |store| store.put_instances(&instances)).await;
+        }
+        let _ = fs::remove_file(&self.socket);
+        tracing::info!("control plane stopped");
+    }
+}
+
+impl Plane {
+    /// The authority, once there is a mesh.
+    pub fn authority(&self) -> Option<Arc<Authority>> {
+        self.authority.read().clone()
+    }
+
+    /// What is not as it should be.
+    pub fn warnings(&self) -> Vec<String> {
+        let unprotected = "the mesh is unprotected: whoever owns the data directory can change everything";
+        std::iter::once(unprotected.to_owned()).chain(self.warnings.read().values().cloned()).collect()
+    }
+
+    /// The flow of a change: gate, ledger, and the authority when the mesh was just created.
+    pub async fn apply(&self, asked: Apply) -> Result<Applied, Problem> {
+        let authority = self.authority();
+        let own = authority.as_ref().map(|authority| authority.trust_domain());
+        let head = self.ledger.head();
+        let admitted = gate::admit(asked, &head, own).map_err(local_api::gate_problem)?;
+        let appended = match self.ledger.append(admitted).await {
+            Ok(head) => head,
+            Err(error) => {
+                tracing::warn!(%error, "a change was not written");
+                self.note("store", matches!(error, ledger::AppendError::Store(_)).then(|| error_chain(&error)));
+                return Err(local_api::append_problem(error));
+            }
+        };
+        self.note("store", None);
+        self.metrics.applied.inc();
+        let (revision, state) = (appended.follower.revision(), appended.follower.state());
+        if let (None, Some(trust_domain)) = (authority, &state.trust_domain)
+            && let Err(error) = self.begin_authority(trust_domain).await
+        {
+            // The mesh exists; its keys do not. The next start makes them.
+            tracing::error!(error = %error_chain(&error), "the authority could not be made");
+            self.note("authority", Some(format!("the authority could not be made: {}", error_chain(&error))));
+        }
+        let last = appended.follower.snapshot().and_then(|snapshot| Entry::parse(&snapshot.last_entry).ok());
+        let digest = last.map(|entry| entry.digest).unwrap_or_default();
+        tracing::info!(revision = revision.0, digest = %digest.short(), actor = gate::LOCAL, "change applied");
+        Ok(Applied { revision, digest, protected: false })
+    }
+
+    /// Opens the authority, or makes it, and lets agents in.
+    async fn begin_authority(&self, wanted: &TrustDomain) -> Result<(), AuthorityError> {
+        let stored = Authority::open(self.storage.clone(), self.sealer.clone(), self.clock.clone()).await?;
+        let authority = match stored {
+            Some(stored) if stored.trust_domain() != wanted => {
+                let stored = stored.trust_domain().clone();
+                return Err(AuthorityError::OtherTrustDomain { stored, wanted: wanted.clone() });
+            }
+            Some(stored) => stored,
+            None => {
+                let (storage, sealer, clock) = (self.storage.clone(), self.sealer.clone(), self.clock.clone());
+                Authority::create(wanted.clone(), storage, sealer, clock).await?
+            }
+        };
+        let identity = authority.control_identity().await?;
+        self.metrics.issued("control");
+        self.publisher.trust(authority.bundle().to_message());
+        *self.authority.write() = Some(Arc::new(authority));
+        self.identity.send_replace(Some(identity));
+        Ok(())
+    }
+
+    fn note(&self, what: &'static str, warning: Option<String>) {
+        let mut warnings = self.warnings.write();
+        match warning {
+            Some(text) => drop(warnings.insert(what, text)),
+            None => drop(warnings.remove(what)),
+        }
+    }
+
+    fn levels(&self) -> LevelsNow {
+        let revision = self.ledger.head().follower.revision().0;
+        let proxies = self.publisher.proxies();
+        let (agents, streams_cut) = self.publisher.stream_counts();
+        let slowest = proxies.iter().map(|proxy| proxy.revision.0).min().unwrap_or(revision);
+        LevelsNow {
+            revision,
+            agents: agents as u64,
+            streams_cut,
+            proxies: proxies.len() as u64,
+            behind: revision.saturating_sub(slowest),
+        }
+    }
+}
+
+/// Agents are let in as soon as there is an authority.
+async fn serve_agents(plane: Arc<Plane>, listener: TcpListener, stop: watch::Receiver<bool>) {
+    let mut identity = plane.identity.subscribe();
+    let Ok(identity) = identity.wait_for(Option::is_some).await.map(|identity| identity.clone()) else { return };
+    if let Some(identity) = identity {
+        agents::serve(plane, listener, identity, stop).await;
+    }
+}
+
+/// Once a second: says that we are there, takes out who is not, writes down who is.
+async fn beat(plane: Arc<Plane>) {
+    let mut every_second = tokio::time::interval(Duration::from_secs(1));
+    every_second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every_second.tick().await;
+        let now_ms = plane.clock.now_ms();
+        plane.publisher.sweep(now_ms);
+        plane.publisher.heartbeat(now_ms);
+        if let Some(instances) = plane.publisher.unsaved_instances() {
+            let written = plane.storage.run("put_instances", move |store| store.put_instances(&instances)).await;
+            if let Err(error) = written {
+                tracing::warn!(%error, "instances could not be written down");
+            }
+        }
+    }
+}
+
+/// Renews the control plane's own SVID at half its life, and the intermediate in time.
+async fn renew(plane: Arc<Plane>) {
+    let half_life_ms = SVID_LIFETIME.as_millis() as u64 / 2;
+    let mut identity = plane.identity.subscribe();
+    let Ok(identity) = identity.wait_for(Option::is_some).await.map(|identity| identity.clone()) else { return };
+    let Some(identity) = identity else { return };
+    loop {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let Some(authority) = plane.authority() else { continue };
+        let expires_at_ms = u64::try_from(identity.svid().not_after()).unwrap_or(0) * 1000;
+        // Looked at often rather than slept towards: a machine that was asleep renews at once.
+        if plane.clock.now_ms() + half_life_ms < expires_at_ms {
+            continue;
+        }
+        let renewed = match authority.rotate().await {
+            Ok(_) => authority.issue_control().await,
+            Err(error) => Err(error),
+        };
+        match renewed {
+            Ok(svid) => {
+                identity.renew(svid);
+                plane.metrics.issued("control");
+                plane.note("svid", None);
+            }
+            Err(error) => {
+                tracing::error!(error = %error_chain(&error), "the control plane's own SVID could not be renewed");
+                plane.note("svid", Some(format!("its own SVID could not be renewed: {}", error_chain(&error))));
+            }
+        }
+    }
+}
+
+async fn named(part: &'static str, task: impl Future<Output = ()>) -> &'static str {
+    task.await;
+    part
+}
+
+fn in_dir(dir: &Path, source: io::Error) -> StartError {
+    StartError::Io { path: dir.into(), source }
+}
+
+fn make_private_dir(dir: &Path) -> Result<(), StartError> {
+    match DirBuilder::new().mode(0o700).recursive(true).create(dir) {
+        Ok(()) => Ok(()),
+        Err(source) => Err(in_dir(dir, source)),
+    }
+}
+
+/// One control plane for each data directory; the kernel forgets the lock with the process.
+fn lock(data_dir: &Path) -> Result<File, StartError> {
+    let path = data_dir.join(LOCK_FILE);
+    let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = opened.map_err(|source| StartError::Io { path: path.clone(), source })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::Running(data_dir.into())),
+        Err(TryLockError::Error(source)) => Err(StartError::Io { path, source }),
+    }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}

@@ -1,0 +1,496 @@
+//! The listener for agents: TLS 1.3 where a client certificate is optional, because a newcomer has none. Such a
+//! connection reaches [`Enrolment`] and nothing else; everything of [`mesh::mesh_server::Mesh`] demands the verified SVID of an agent.
+//!
+//! What an agent may ask for follows from its SVID alone: it speaks for its own host.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, BufMut, Bytes};
+use futures_util::{StreamExt, stream};
+use prost::Message;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Request, Response, Status, Streaming,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    server::{Grpc, NamedService, StreamingService},
+    transport::server::Connected,
+};
+
+use countersign_api::{
+    mesh::{self, follow_event::Event, follow_request::Message as Said},
+    svid::{ClientCertificate, TlsIdentity, VerifiedPeer},
+};
+use countersign_core::{
+    change::Revision,
+    identity::{InstanceId, ServiceName},
+};
+
+use crate::{
+    Plane,
+    authority::{AuthorityError, SigningRequest},
+    enrol::Enrolment,
+    ledger::PAGE_ENTRIES,
+    publish::Joined,
+};
+
+/// Handshakes that are under way at the same time at most.
+const HANDSHAKES_MAX: usize = 256;
+/// How long a handshake may take.
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a connection without an SVID may stay: it enrols or it goes.
+const STRANGER_STAYS: Duration = Duration::from_secs(30);
+/// Connections without an SVID at the same time at most.
+const STRANGERS_MAX: usize = 256;
+/// How long an agent may take to say hello on a new stream.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// Longest message an agent can send, in bytes.
+const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Serves agents until `stop` says so.
+pub async fn serve(plane: Arc<Plane>, listener: TcpListener, identity: Arc<TlsIdentity>, mut stop: watch::Receiver<bool>) {
+    let (accepted, incoming) = mpsc::channel(HANDSHAKES_MAX);
+    let accepting = tokio::spawn(accept(listener, identity, accepted));
+    let service = Agents(plane.clone());
+    let done = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .http2_max_header_list_size(16 * 1024)
+        .http2_max_pending_accept_reset_streams(Some(20))
+        .max_concurrent_streams(64)
+        .initial_stream_window_size(1024 * 1024)
+        .initial_connection_window_size(4 * 1024 * 1024)
+        .add_service(MeshDoor { follow: service.clone(), rest: mesh::mesh_server::MeshServer::new(service) })
+        .add_service(mesh::enrolment_server::EnrolmentServer::new(Enrolment(plane)))
+        .serve_with_incoming_shutdown(ReceiverStream::new(incoming).map(Ok::<_, Infallible>), async move {
+            // The sender lives as long as the control plane; its end means the same.
+            let _ = stop.wait_for(|stop| *stop).await;
+        })
+        .await;
+    accepting.abort();
+    if let Err(error) = done {
+        tracing::error!(%error, "the listener for agents ended");
+    }
+}
+
+async fn accept(listener: TcpListener, identity: Arc<TlsIdentity>, accepted: mpsc::Sender<Connection>) {
+    let acceptor = TlsAcceptor::from(identity.server_config(ClientCertificate::Optional, &[b"h2"]));
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    loop {
+        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+        let (stream, origin) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or the client left already: neither is a reason to spin.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (acceptor, accepted, strangers) = (acceptor.clone(), accepted.clone(), strangers.clone());
+        tokio::spawn(async move {
+            let _ = stream.set_nodelay(true);
+            let handshake = tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await;
+            drop(permit);
+            let stream = match handshake {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => return tracing::info!(%origin, %error, "a handshake was refused"),
+                Err(_) => return tracing::info!(%origin, "a handshake took too long"),
+            };
+            let peer = VerifiedPeer::of_connection(stream.get_ref().1);
+            let leaves = match &peer {
+                Some(_) => None,
+                None => match strangers.try_acquire_owned() {
+                    Ok(permit) => Some((Box::pin(tokio::time::sleep(STRANGER_STAYS)), permit)),
+                    Err(_) => return tracing::info!(%origin, "too many connections without an SVID"),
+                },
+            };
+            // The server is gone when nobody takes it.
+            let _ = accepted.send(Connection { stream, peer: peer.map(Arc::new), leaves }).await;
+        });
+    }
+}
+
+/// One TLS connection with who is at its other end.
+struct Connection {
+    stream: TlsStream<TcpStream>,
+    peer: Option<Arc<VerifiedPeer>>,
+    leaves: Option<(Pin<Box<tokio::time::Sleep>>, tokio::sync::OwnedSemaphorePermit)>,
+}
+
+/// Who is at the other end of the connection that a request came on.
+#[derive(Clone)]
+struct Peer(Option<Arc<VerifiedPeer>>);
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+    fn connect_info(&self) -> Peer {
+        Peer(self.peer.clone())
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        if let Some((leaves, _)) = &mut self.leaves
+            && leaves.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(std::io::ErrorKind::TimedOut.into()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[derive(Clone)]
+struct Agents(Arc<Plane>);
+
+impl Agents {
+    /// The host whose agent sent this request.
+    ///
+    /// INVARIANT (agent-speaks-for-its-host): every request of the mesh service passes here, and what it may touch is
+    /// decided by the host this returns.
+    fn host_of<T>(&self, request: &Request<T>) -> Result<ServiceName, Status> {
+        let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.clone());
+        let refuse = |what: &str| {
+            self.0.metrics.refused("peer");
+            Status::unauthenticated(what)
+        };
+        let peer = peer.ok_or_else(|| refuse("show the agent's SVID; without one a host can only join"))?;
+        // A connection outlives the handshake that verified it: the SVID must not have expired since.
+        if u64::try_from(peer.not_after()).unwrap_or(0) * 1000 < self.0.clock.now_ms() {
+            return Err(refuse("the SVID of this connection has expired; connect again with a new one"));
+        }
+        peer.id().agent_host().ok_or_else(|| {
+            self.0.metrics.refused("peer");
+            Status::permission_denied(format!("`{}` is not an agent", peer.id()))
+        })
+    }
+
+    async fn follow(&self, request: Request<Streaming<mesh::FollowRequest>>) -> Result<Response<EventStream>, Status> {
+        let host = self.host_of(&request)?;
+        let expires_at_ms = expiry_of(&request);
+        let mut said = request.into_inner();
+        let first = tokio::time::timeout(HELLO_WITHIN, said.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello came"))??;
+        let Some(mesh::FollowRequest { message: Some(Said::Hello(hello)) }) = first else {
+            return Err(Status::invalid_argument("the first message of a stream is a hello"));
+        };
+        if hello.host != host.as_str() {
+            return Err(Status::permission_denied(format!("this SVID speaks for host `{host}`, not for `{}`", hello.host)));
+        }
+        let plane = self.0.clone();
+        same_history(&plane, &hello)?;
+        let joined = plane.publisher.join(&hello, &host, plane.clock.now_ms());
+        let number = joined.number;
+        let leaving = Leaving { plane: plane.clone(), host: host.clone(), number };
+        let cut = joined.cut.clone();
+        note_host(&plane, &joined);
+        let (welcome, events) = match welcome(&plane, &hello, joined).await {
+            Ok(welcome) => welcome,
+            Err(error) => return Err(Status::unavailable(format!("the ledger cannot be read: {error}"))),
+        };
+        tracing::info!(host = %host, revision = hello.revision, version = hello.version, "agent follows");
+        let expires_in = Duration::from_millis(expires_at_ms.saturating_sub(plane.clock.now_ms()));
+        tokio::spawn(async move {
+            tokio::select! {
+                () = hear(said, &leaving) => {}
+                () = cut.cancelled() => {}
+                // What the handshake proved holds no longer than the SVID; by then the agent has a new one.
+                () = tokio::time::sleep(expires_in) => {}
+            }
+        });
+        let events = ReceiverStream::new(events).map(Ok);
+        // The queue closes only when the agent did not keep up, when another stream of its host took over, or at the end.
+        let cut = stream::once(async { Err(Status::aborted("this stream is cut off; follow again from what is held")) });
+        Ok(Response::new(Box::pin(stream::iter(welcome).map(Ok).chain(events).chain(cut))))
+    }
+}
+
+type EventStream = Pin<Box<dyn futures_util::Stream<Item = Result<Bytes, Status>> + Send>>;
+
+/// Ends an agent's stream in the registry, however it ends.
+struct Leaving {
+    plane: Arc<Plane>,
+    host: ServiceName,
+    number: u64,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.plane.publisher.leave(&self.host, self.number, self.plane.clock.now_ms());
+        tracing::info!(host = %self.host, "agent left");
+    }
+}
+
+/// When the SVID of the connection expires, in milliseconds since 1970.
+fn expiry_of<T>(request: &Request<T>) -> u64 {
+    let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.clone());
+    peer.map_or(0, |peer| u64::try_from(peer.not_after()).unwrap_or(0) * 1000)
+}
+
+/// Whether what the agent holds is a beginning of our ledger.
+fn same_history(plane: &Plane, hello: &mesh::FollowHello) -> Result<(), Status> {
+    if hello.revision == 0 {
+        return Ok(());
+    }
+    let held = Revision(hello.revision);
+    let ours = plane.ledger.root_at(held);
+    if ours.is_some_and(|root| root.0[..] == hello.root[..]) {
+        return Ok(());
+    }
+    plane.metrics.refused("history");
+    let own = plane.ledger.head().follower.revision();
+    tracing::error!(
+        host = hello.host, revision = hello.revision, own_revision = own.0,
+        "an agent holds another history than this ledger: either was rolled back or forged"
+    );
+    Err(Status::failed_precondition(match ours {
+        None => format!("the agent holds revision {held}, this ledger ends at {own}: it was rolled back or is another mesh's"),
+        Some(_) => format!("the agent holds another history up to revision {held} than this ledger"),
+    }))
+}
+
+/// The encoded events that bring an agent up to where its queue begins.
+async fn welcome(
+    plane: &Plane,
+    hello: &mesh::FollowHello,
+    joined: Joined,
+) -> Result<(Vec<Bytes>, mpsc::Receiver<Bytes>), crate::store::StoreError> {
+    let follower = &joined.head.follower;
+    let size = follower.revision().0;
+    let nothing_new = || mesh::Entries {
+        first_index: size,
+        size,
+        root: Bytes::copy_from_slice(&follower.root().0),
+        ..mesh::Entries::default()
+    };
+    let mut pages = Vec::new();
+    let mut snapshot = None;
+    if hello.revision == 0 {
+        snapshot = follower.snapshot().map(|snapshot| mesh::Snapshot {
+            revision: snapshot.revision.0,
+            state_json: snapshot.state.into(),
+            bodies: snapshot.bodies.iter().map(|(_, text)| text.to_string()).collect(),
+            frontier: snapshot.frontier.into_iter().map(Bytes::from).collect(),
+            last_entry: snapshot.last_entry.into(),
+        });
+    } else {
+        let mut from = hello.revision;
+        while from < size {
+            let page = plane.ledger.entries(from, size.min(from + u64::from(PAGE_ENTRIES))).await?;
+            from = page.size;
+            pages.push(page);
+        }
+    }
+    let mut pages = pages.into_iter();
+    let welcome = mesh::Welcome {
+        snapshot,
+        entries: Some(pages.next().unwrap_or_else(nothing_new)),
+        discovery: Some(joined.discovery),
+        bundle: joined.bundle,
+    };
+    let events = [Event::Welcome(welcome)].into_iter().chain(pages.map(Event::Entries));
+    let encoded = events.map(|event| mesh::FollowEvent { event: Some(event) }.encode_to_vec().into()).collect();
+    Ok((encoded, joined.events))
+}
+
+/// Writes the host down; the stream does not wait for it.
+fn note_host(plane: &Arc<Plane>, joined: &Joined) {
+    let (storage, host) = (plane.storage.clone(), joined.host.clone());
+    tokio::spawn(async move {
+        if let Err(error) = storage.run("put_host", move |store| store.put_host(&host)).await {
+            tracing::warn!(%error, "a host could not be written down");
+        }
+    });
+}
+
+/// Hears what an agent says until it leaves.
+async fn hear(mut said: Streaming<mesh::FollowRequest>, leaving: &Leaving) {
+    let Leaving { plane, host, .. } = leaving;
+    loop {
+        let message = match said.message().await {
+            Ok(Some(mesh::FollowRequest { message: Some(message) })) => message,
+            Ok(Some(_)) => continue, // a kind of message that a later version knows
+            Ok(None) | Err(_) => return,
+        };
+        if let Said::Report(report) = message {
+            plane.decisions.take(report);
+            continue;
+        }
+        if let Err(refused) = plane.publisher.hear(host, message, plane.clock.now_ms()) {
+            plane.metrics.refused("message");
+            tracing::warn!(host = %host, %refused, "what an agent said is not taken");
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl mesh::mesh_server::Mesh for Agents {
+    type FollowStream = Pin<Box<dyn futures_util::Stream<Item = Result<mesh::FollowEvent, Status>> + Send>>;
+
+    async fn follow(&self, _: Request<Streaming<mesh::FollowRequest>>) -> Result<Response<Self::FollowStream>, Status> {
+        // Follow is answered by `MeshDoor`, which sends bytes that were encoded once for all.
+        Err(Status::internal("follow is answered elsewhere"))
+    }
+
+    async fn issue_x509_svid(
+        &self,
+        request: Request<mesh::IssueX509SvidRequest>,
+    ) -> Result<Response<mesh::IssueX509SvidResponse>, Status> {
+        let host = self.host_of(&request)?;
+        let asked = request.into_inner();
+        let plane = &self.0;
+        let refuse = |status: Status| {
+            plane.metrics.refused("issue");
+            status
+        };
+        let instance = InstanceId::parse(&asked.instance)
+            .map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
+        let service = instance.service();
+        if !plane.ledger.head().follower.state().services.contains_key(&service) {
+            let what = format!("service `{service}` is not declared in this mesh; declare it in mesh.toml and apply");
+            return Err(refuse(Status::permission_denied(what)));
+        }
+        plane
+            .publisher
+            .registry(|registry| registry.issuing(&host, &instance))
+            .map_err(|e| refuse(Status::permission_denied(e.to_string())))?;
+        let signing_request = SigningRequest::parse(&asked.csr_der).map_err(|e| refuse(refused(&e)))?;
+        let authority = plane.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
+        let issued = authority.issue_workload(&instance, &signing_request).await.map_err(|e| refused(&e))?;
+        plane.publisher.registry(|registry| registry.issued(&host, &instance, issued.expires_at_ms));
+        plane.metrics.issued("workload");
+        tracing::info!(instance = %instance, host = %host, expires_at_ms = issued.expires_at_ms, "svid issued");
+        Ok(Response::new(authority.to_message(issued)))
+    }
+
+    async fn renew_agent(
+        &self,
+        request: Request<mesh::RenewAgentRequest>,
+    ) -> Result<Response<mesh::IssueX509SvidResponse>, Status> {
+        let host = self.host_of(&request)?;
+        let signing_request = SigningRequest::parse(&request.into_inner().csr_der).map_err(|e| refused(&e))?;
+        let authority = self.0.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
+        let issued = authority.issue_agent(&host, &signing_request).await.map_err(|e| refused(&e))?;
+        self.0.metrics.issued("agent");
+        Ok(Response::new(authority.to_message(issued)))
+    }
+}
+
+fn refused(error: &AuthorityError) -> Status {
+    match error {
+        AuthorityError::Request(_) => Status::invalid_argument(error.to_string()),
+        _ => {
+            tracing::error!(%error, "an SVID could not be signed");
+            Status::unavailable("the SVID could not be signed")
+        }
+    }
+}
+
+/// The mesh service, with one difference to the generated one: `Follow` sends events that are encoded already.
+#[derive(Clone)]
+struct MeshDoor {
+    follow: Agents,
+    rest: mesh::mesh_server::MeshServer<Agents>,
+}
+
+impl NamedService for MeshDoor {
+    const NAME: &'static str = <mesh::mesh_server::MeshServer<Agents> as NamedService>::NAME;
+}
+
+impl tower::Service<http::Request<tonic::body::Body>> for MeshDoor {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        if request.uri().path() != "/countersign.v1.Mesh/Follow" {
+            return tower::Service::call(&mut self.rest, request);
+        }
+        let follow = Follow(self.follow.clone());
+        Box::pin(async move {
+            let mut grpc = Grpc::new(EncodedEvents).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            Ok(grpc.streaming(follow, request).await)
+        })
+    }
+}
+
+struct Follow(Agents);
+
+impl StreamingService<mesh::FollowRequest> for Follow {
+    type Response = Bytes;
+    type ResponseStream = EventStream;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<EventStream>, Status>> + Send>>;
+
+    fn call(&mut self, request: Request<Streaming<mesh::FollowRequest>>) -> Self::Future {
+        let agents = self.0.clone();
+        Box::pin(async move { agents.follow(request).await })
+    }
+}
+
+/// Sends bytes as they are; reads [`mesh::FollowRequest`]s.
+#[derive(Clone, Copy)]
+struct EncodedEvents;
+
+impl Codec for EncodedEvents {
+    type Encode = Bytes;
+    type Decode = mesh::FollowRequest;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for EncodedEvents {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, event: Bytes, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        to.put(event);
+        Ok(())
+    }
+}
+
+impl Decoder for EncodedEvents {
+    type Item = mesh::FollowRequest;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<mesh::FollowRequest>, Status> {
+        let message = from.copy_to_bytes(from.remaining());
+        mesh::FollowRequest::decode(message).map(Some).map_err(|e| Status::invalid_argument(e.to_string()))
+    }
+}
+

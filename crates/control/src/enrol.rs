@@ -1,0 +1,126 @@
+//! How a host becomes part of the mesh: a join token that an operator hands out is traded, once, for the agent's own
+//! SVID. Of a token only the hash of its secret is kept; the token also names our root, so that the newcomer knows us.
+
+use std::{sync::Arc, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+
+use countersign_api::{
+    local::{Invitation, Problem},
+    mesh,
+};
+use countersign_core::{canonical::Digest, identity::ServiceName};
+
+use crate::{
+    Plane,
+    authority::SigningRequest,
+    local_api::problem,
+    store::{Spent, StoreError},
+};
+
+/// Longest time a join token can be good for.
+pub const INVITATION_LIFETIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+const SECRET_BYTES: usize = 32;
+const PREFIX: &str = "csj1";
+/// Longest token we read, in bytes.
+const TOKEN_BYTES_MAX: usize = 256;
+
+/// Makes a join token.
+pub async fn invite(plane: &Plane, ttl: Duration, host: Option<ServiceName>) -> Result<Invitation, Problem> {
+    if ttl.is_zero() || ttl > INVITATION_LIFETIME_MAX {
+        let help = "give a time between one second and a day, for example `--ttl 10m`";
+        return Err(problem(422, "a join token is good for a day at most", None, Some(help)));
+    }
+    let authority = plane.authority().ok_or_else(|| {
+        let help = "apply a mesh directory first: `countersign apply DIR`";
+        problem(409, "there is no mesh yet to join", None, Some(help))
+    })?;
+    let mut secret = zeroize::Zeroizing::new([0; SECRET_BYTES]);
+    aws_lc_rs::rand::fill(&mut *secret).expect("INVARIANT: the system's random source does not fail");
+    let hash = Digest::of(&*secret);
+    let now_ms = plane.clock.now_ms();
+    let expires_at_ms = now_ms + ttl.as_millis() as u64;
+    let kept = plane
+        .storage
+        .run("put_invitation", move |store| store.put_invitation(&hash, expires_at_ms, host.as_ref(), now_ms))
+        .await
+        .map_err(|error| crate::local_api::store_problem(&error))?;
+    if !kept {
+        let help = "wait until some have expired";
+        return Err(problem(429, "too many join tokens are open", None, Some(help)));
+    }
+    let token = format!(
+        "{PREFIX}.{}.{}",
+        URL_SAFE_NO_PAD.encode(*secret),
+        URL_SAFE_NO_PAD.encode(authority.root_sha256().0)
+    );
+    Ok(Invitation { token, expires_at_ms, control: format!("https://{}", plane.listen) })
+}
+
+/// The hash of the secret of a well-formed token for our root.
+fn hash_of(token: &str, root: Digest) -> Option<Digest> {
+    if token.len() > TOKEN_BYTES_MAX {
+        return None;
+    }
+    let [PREFIX, secret, claimed_root] = token.split('.').collect::<Vec<_>>()[..] else { return None };
+    let secret = zeroize::Zeroizing::new(URL_SAFE_NO_PAD.decode(secret).ok()?);
+    let claimed_root = URL_SAFE_NO_PAD.decode(claimed_root).ok()?;
+    (secret.len() == SECRET_BYTES && claimed_root == root.0).then(|| Digest::of(&secret))
+}
+
+/// The service that answers a newcomer.
+#[derive(Clone)]
+pub struct Enrolment(pub Arc<Plane>);
+
+#[tonic::async_trait]
+impl mesh::enrolment_server::Enrolment for Enrolment {
+    async fn join(
+        &self,
+        request: tonic::Request<mesh::JoinRequest>,
+    ) -> Result<tonic::Response<mesh::JoinResponse>, tonic::Status> {
+        let asked = request.into_inner();
+        let answer = join(&self.0, asked).await;
+        if answer.is_err() {
+            self.0.metrics.refused("join");
+        }
+        answer.map(tonic::Response::new)
+    }
+}
+
+async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinResponse, tonic::Status> {
+    let authority = plane.authority().ok_or_else(|| tonic::Status::unavailable("there is no mesh yet"))?;
+    // Everything that can be wrong with the request is found before the token is spent.
+    let host = ServiceName::parse(&asked.host).map_err(|e| tonic::Status::invalid_argument(e.to_string()))?;
+    let request = SigningRequest::parse(&asked.csr_der).map_err(|e| tonic::Status::invalid_argument(e.to_string()))?;
+    let unknown = || tonic::Status::unauthenticated("the join token is not one of this mesh");
+    // The secret has 256 random bits and is looked up by its hash: how long the lookup takes tells nothing of it.
+    let hash = hash_of(&asked.token, authority.root_sha256()).ok_or_else(unknown)?;
+    let now_ms = plane.clock.now_ms();
+    let for_host = host.clone();
+    let spent = plane
+        .storage
+        .run("spend_invitation", move |store| store.spend_invitation(&hash, &for_host, now_ms))
+        .await
+        .map_err(unavailable)?;
+    match spent {
+        Spent::Admitted => {}
+        Spent::Unknown => return Err(unknown()),
+        Spent::Used => {
+            tracing::warn!(%host, "a join token was shown a second time: whoever used it first may not be who was invited");
+            return Err(tonic::Status::unauthenticated("the join token was used before; a token is good for one join"));
+        }
+        Spent::Expired => return Err(tonic::Status::unauthenticated("the join token has expired")),
+        Spent::OtherHost => return Err(tonic::Status::permission_denied("the join token is good for another host")),
+    }
+    let issued = authority.issue_agent(&host, &request).await.map_err(|e| {
+        tracing::error!(error = %e, "an agent's SVID could not be signed");
+        tonic::Status::unavailable("the SVID could not be signed")
+    })?;
+    plane.metrics.issued("agent");
+    tracing::info!(host = %host, "host joined");
+    Ok(mesh::JoinResponse { svid: Some(authority.to_message(issued)) })
+}
+
+fn unavailable(error: StoreError) -> tonic::Status {
+    tonic::Status::unavailable(error.to_string())
+}

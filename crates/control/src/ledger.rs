@@ -1,0 +1,360 @@
+//! The control plane's end of the ledger: folded and verified whole at start, appended to one admitted change-set at a
+//! time. What is published has been written and fsynced before; what was answered survives a crash.
+//!
+//! No change is judged here: an [`Admitted`] comes from the gate, and appending takes it by value.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
+
+use countersign_api::mesh;
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, ChangeSet, Revision},
+    ledger::{Batch, Draft, DraftError, Entry, Follower, Frontier, LedgerError, hash_leaf},
+};
+
+use crate::{
+    clock::Clock,
+    gate::Admitted,
+    store::{NewEntry, Storage, StoreError, StoredEntry, StoredHead},
+};
+
+/// Entries read from the store at once.
+pub const PAGE_ENTRIES: u32 = 256;
+/// How far the clock may lie before the newest entry until it is called wrong.
+pub const CLOCK_BEHIND_MAX_MS: u64 = 5 * 60 * 1000;
+
+/// The ledger as folded so far.
+#[derive(Debug, Clone, Default)]
+pub struct Head {
+    /// State, tree and texts in force.
+    pub follower: Follower,
+    /// When the newest entry was admitted, in milliseconds since 1970.
+    pub newest_at_ms: u64,
+}
+
+/// The one ledger of this control plane.
+pub struct Ledger {
+    storage: Storage,
+    clock: Clock,
+    head: watch::Sender<Arc<Head>>,
+    /// The root after each entry: what an agent that holds `n` entries must hold too.
+    roots: RwLock<Vec<Digest>>,
+    /// Held while appending: positions are given out one by one.
+    appending: tokio::sync::Mutex<()>,
+    /// An entry of which the store did not say whether it kept it.
+    uncertain: Mutex<Option<Draft>>,
+    publish: Box<dyn Fn(&Arc<Head>, mesh::Entries) + Send + Sync>,
+}
+
+/// Why the ledger is not opened. The control plane does not start on it.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The store cannot be read.
+    #[error("the ledger in `{place}` could not be read")]
+    Store {
+        /// The store.
+        place: String,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// What is stored is not what was admitted.
+    #[error("the ledger in `{place}` is damaged or was edited: {what}")]
+    Damaged {
+        /// The store.
+        place: String,
+        /// What does not add up.
+        what: String,
+    },
+    /// The newest entry lies in the future.
+    #[error("the clock is wrong: the newest ledger entry was made {ahead_seconds} s after what this machine says is now")]
+    Clock {
+        /// How far ahead the newest entry is.
+        ahead_seconds: u64,
+    },
+}
+
+/// Why an admitted change-set did not become an entry.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AppendError {
+    /// Another change-set came first.
+    #[error("planned on revision {base}, but the mesh is at revision {held}")]
+    Moved {
+        /// The revision it was planned on.
+        base: Revision,
+        /// The revision now.
+        held: Revision,
+    },
+    /// It does not fold, or is too large.
+    #[error("the change-set cannot become an entry: {0}")]
+    Draft(DraftError),
+    /// It could not be written. Nothing changed.
+    #[error("the change could not be written")]
+    Store(#[from] StoreError),
+    /// The machine's clock jumped back.
+    #[error("the clock is {behind_seconds} s before the newest ledger entry")]
+    Clock {
+        /// How far it is behind.
+        behind_seconds: u64,
+    },
+    /// The control plane is stopping.
+    #[error("the control plane is stopping")]
+    Stopping,
+}
+
+impl Ledger {
+    /// Folds the whole stored ledger and compares every hash on the way. `publish` is called for each new entry, in
+    /// order, after it was written.
+    ///
+    /// INVARIANT (edited-ledger-refused): a store whose entries, change-sets or texts are not those that were admitted,
+    /// in their order and number, opens no ledger.
+    pub async fn open(
+        storage: Storage,
+        clock: Clock,
+        publish: impl Fn(&Arc<Head>, mesh::Entries) + Send + Sync + 'static,
+    ) -> Result<Self, OpenError> {
+        let place = storage.place().to_owned();
+        let unread = |source| OpenError::Store { place: place.clone(), source };
+        let damaged = |what: String| OpenError::Damaged { place: place.clone(), what };
+        let stored = storage.run("head", |store| store.head()).await.map_err(unread)?;
+        let mut head = Head::default();
+        let mut tree = Frontier::default();
+        let mut roots = Vec::new();
+        loop {
+            let from = tree.size();
+            let page = storage.run("entries", move |store| store.entries(from, PAGE_ENTRIES)).await.map_err(unread)?;
+            if page.is_empty() {
+                break;
+            }
+            let bodies = texts_of(&storage, &page).await.map_err(unread)?;
+            fold_page(&mut head, &mut tree, &mut roots, &page, &bodies).map_err(damaged)?;
+        }
+        let folded = StoredHead { size: tree.size(), root: tree.root() };
+        match stored {
+            None if folded.size == 0 => {}
+            Some(stored) if stored == folded => {}
+            None => return Err(damaged(format!("{} entries are there, but no head", folded.size))),
+            Some(StoredHead { size, .. }) if size != folded.size => {
+                return Err(damaged(format!("{size} entries were written, {} are there", folded.size)));
+            }
+            Some(StoredHead { root, .. }) => {
+                return Err(damaged(format!("its root was {}, the entries add up to {}", root.short(), folded.root.short())));
+            }
+        }
+        let ahead_ms = head.newest_at_ms.saturating_sub(clock.now_ms());
+        if ahead_ms > CLOCK_BEHIND_MAX_MS {
+            return Err(OpenError::Clock { ahead_seconds: ahead_ms / 1000 });
+        }
+        Ok(Self {
+            storage,
+            clock,
+            head: watch::Sender::new(Arc::new(head)),
+            roots: RwLock::new(roots),
+            appending: tokio::sync::Mutex::new(()),
+            uncertain: Mutex::new(None),
+            publish: Box::new(publish),
+        })
+    }
+
+    /// The ledger as folded so far.
+    pub fn head(&self) -> Arc<Head> {
+        self.head.borrow().clone()
+    }
+
+    /// The root of the first `size` entries.
+    pub fn root_at(&self, size: Revision) -> Option<Digest> {
+        match size.0.checked_sub(1) {
+            None => Some(Frontier::default().root()),
+            Some(last) => self.roots.read().get(usize::try_from(last).ok()?).copied(),
+        }
+    }
+
+    /// Appends one admitted change-set on exactly the base it was planned on.
+    ///
+    /// INVARIANT (acknowledged-is-durable): it returns, and publishes, only after the store has fsynced the entry.
+    pub async fn append(self: &Arc<Self>, admitted: Admitted) -> Result<Arc<Head>, AppendError> {
+        let ledger = self.clone();
+        // A task of its own: whoever asked may hang up between the commit and the publication.
+        tokio::spawn(async move { ledger.append_whole(admitted).await }).await.map_err(|_| AppendError::Stopping)?
+    }
+
+    async fn append_whole(&self, admitted: Admitted) -> Result<Arc<Head>, AppendError> {
+        let _one_by_one = self.appending.lock().await;
+        self.settle().await?;
+        let head = self.head();
+        let now_ms = self.clock.now_ms();
+        if now_ms + CLOCK_BEHIND_MAX_MS < head.newest_at_ms {
+            return Err(AppendError::Clock { behind_seconds: (head.newest_at_ms - now_ms) / 1000 });
+        }
+        let (change_set, bodies, actor) = admitted.into_parts();
+        // Small steps back of the clock do not make time run backwards in the ledger.
+        let at_ms = now_ms.max(head.newest_at_ms);
+        let draft = head.follower.draft(at_ms, &actor, &change_set, &bodies).map_err(|error| match error {
+            DraftError::Moved { base, held } => AppendError::Moved { base, held },
+            other => AppendError::Draft(other),
+        })?;
+        let entry = NewEntry {
+            index: draft.entry.index,
+            entry: draft.bytes.clone(),
+            leaf: hash_leaf(&draft.bytes),
+            root: draft.next.root(),
+            digest: draft.entry.digest,
+            change_set: draft.change_set.clone(),
+            bodies: bodies.iter().map(|(digest, text)| (*digest, text.clone())).collect(),
+        };
+        match self.storage.run("append", move |store| store.append(&entry)).await {
+            Ok(()) => Ok(self.take_up(draft, &bodies)),
+            Err(error) => {
+                *self.uncertain.lock() = Some(draft);
+                // "Failed" may also mean that the answer was lost: what the store holds decides.
+                if self.settle().await? { Ok(self.head()) } else { Err(error.into()) }
+            }
+        }
+    }
+
+    /// Finds out whether the uncertain entry was kept, and takes it up if so.
+    async fn settle(&self) -> Result<bool, AppendError> {
+        let Some(draft) = self.uncertain.lock().clone() else { return Ok(false) };
+        let stored = self.storage.run("head", |store| store.head()).await?;
+        self.uncertain.lock().take();
+        let kept = stored.is_some_and(|stored| stored.root == draft.next.root());
+        if kept {
+            let bodies = draft.next.bodies().clone();
+            self.take_up(draft, &bodies);
+        }
+        Ok(kept)
+    }
+
+    fn take_up(&self, draft: Draft, bodies: &Bodies) -> Arc<Head> {
+        let entries = mesh::Entries {
+            first_index: draft.entry.index,
+            entries: vec![draft.bytes.into()],
+            change_sets: vec![draft.change_set.into()],
+            bodies: bodies.iter().map(|(_, text)| text.to_string()).collect(),
+            size: draft.next.revision().0,
+            root: Bytes::copy_from_slice(&draft.next.root().0),
+        };
+        self.roots.write().push(draft.next.root());
+        let head = Arc::new(Head { follower: draft.next, newest_at_ms: draft.entry.at_ms });
+        self.head.send_replace(head.clone());
+        (self.publish)(&head, entries);
+        head
+    }
+
+    /// Entries from `from` up to `to` (exclusive) as agents take them, at most a page. Texts that are not in force
+    /// any more travel too: an agent keeps what its state refers to.
+    pub async fn entries(&self, from: u64, to: u64) -> Result<mesh::Entries, StoreError> {
+        let limit = u32::try_from(to.saturating_sub(from)).unwrap_or(u32::MAX).min(PAGE_ENTRIES);
+        let page = self.storage.run("entries", move |store| store.entries(from, limit)).await?;
+        let bodies = texts_of(&self.storage, &page).await?;
+        let size = from + page.len() as u64;
+        let root = self.root_at(Revision(size)).unwrap_or_default();
+        let (entries, change_sets) = page.into_iter().map(|e| (e.entry.into(), e.change_set.into())).unzip();
+        Ok(mesh::Entries {
+            first_index: from,
+            entries,
+            change_sets,
+            bodies: bodies.iter().map(|(_, text)| text.to_string()).collect(),
+            size,
+            root: Bytes::copy_from_slice(&root.0),
+        })
+    }
+
+    /// Stored entries as they are, from `from`, at most `limit`.
+    pub async fn stored(&self, from: u64, limit: u32) -> Result<Vec<StoredEntry>, StoreError> {
+        self.storage.run("entries", move |store| store.entries(from, limit)).await
+    }
+
+    /// The mesh as it was at `revision`, folded again; `None` when there is no such revision.
+    pub async fn at(&self, revision: Revision) -> Result<Option<Arc<Head>>, StoreError> {
+        let head = self.head();
+        if revision == head.follower.revision() {
+            return Ok(Some(head));
+        }
+        if revision > head.follower.revision() {
+            return Ok(None);
+        }
+        let damaged = |what| StoreError::Damaged { path: self.storage.place().to_owned(), what };
+        let (mut past, mut tree, mut roots) = (Head::default(), Frontier::default(), Vec::new());
+        while tree.size() < revision.0 {
+            let limit = (revision.0 - tree.size()).min(u64::from(PAGE_ENTRIES)) as u32;
+            let page = self.stored(tree.size(), limit).await?;
+            let bodies = texts_of(&self.storage, &page).await?;
+            fold_page(&mut past, &mut tree, &mut roots, &page, &bodies).map_err(damaged)?;
+        }
+        Ok(Some(Arc::new(past)))
+    }
+}
+
+/// Texts that the change-sets of `page` refer to. A change-set that does not parse is reported by the fold.
+async fn texts_of(storage: &Storage, page: &[StoredEntry]) -> Result<BTreeMap<Digest, Arc<str>>, StoreError> {
+    let digests: Vec<Digest> = page
+        .iter()
+        .filter_map(|entry| serde_json::from_slice::<ChangeSet>(&entry.change_set).ok())
+        .flat_map(|set| set.changes.iter().filter_map(|change| change.body()).collect::<Vec<_>>())
+        .collect();
+    Ok(storage.run("bodies", move |store| store.bodies(&digests)).await?.into_iter().collect())
+}
+
+/// Folds stored entries one after the other; says which one is not as it was written.
+fn fold_page(
+    head: &mut Head,
+    tree: &mut Frontier,
+    roots: &mut Vec<Digest>,
+    page: &[StoredEntry],
+    texts: &BTreeMap<Digest, Arc<str>>,
+) -> Result<(), String> {
+    let first_index = tree.size();
+    for (entry, index) in page.iter().zip(first_index..) {
+        if entry.index != index {
+            return Err(format!("entry {index} is missing"));
+        }
+        if hash_leaf(&entry.entry) != entry.leaf {
+            return Err(format!("entry {index} is not what was hashed when it was written"));
+        }
+        tree.append(entry.leaf);
+        roots.push(tree.root());
+    }
+    let mut bodies = Bodies::default();
+    for (digest, text) in texts {
+        if bodies.insert(text.clone()) != *digest {
+            return Err(format!("text {} does not hash to its name", digest.short()));
+        }
+    }
+    let change_sets: Vec<&[u8]> = page.iter().map(|entry| &*entry.change_set).collect();
+    let missing = change_sets
+        .iter()
+        .zip(first_index..)
+        .filter_map(|(bytes, index)| serde_json::from_slice::<ChangeSet>(bytes).ok().map(|set| (set, index)))
+        .flat_map(|(set, index)| set.changes.into_iter().filter_map(move |change| Some((change.body()?, index))))
+        .find(|(digest, _)| bodies.get(digest).is_none());
+    if let Some((digest, index)) = missing {
+        return Err(format!("text {} of entry {index} is missing", digest.short()));
+    }
+    let entries: Vec<&[u8]> = page.iter().map(|entry| &*entry.entry).collect();
+    let batch = Batch {
+        first_index,
+        entries: &entries,
+        change_sets: &change_sets,
+        bodies: &bodies,
+        size: tree.size(),
+        root: tree.root(),
+    };
+    let followed = head.follower.extend(&batch).map_err(|error| chain(&error))?;
+    head.newest_at_ms = followed.last().map_or(head.newest_at_ms, |entry: &Entry| entry.at_ms);
+    Ok(())
+}
+
+fn chain(error: &LedgerError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}

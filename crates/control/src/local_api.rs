@@ -1,0 +1,416 @@
+//! The local API: JSON over `control.sock` for commands of the mesh's own uid. What each request means is decided in the
+//! other rooms; here it becomes HTTP, and every failure a [`Problem`] that says what to do.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{DefaultBodyLimit, Path as UrlPath, Query, State},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, stream};
+use http::{StatusCode, header};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::broadcast::error::RecvError,
+};
+
+use countersign_api::local::{
+    Applied, Apply, AuthorityView, ChangeDetail, ChangeSummary, DecisionDetail, Invitation, Invite, LedgerLine, Mesh,
+    Problem, RecordFilter, ServiceView, Status, TailEvent, Waited,
+};
+use countersign_core::{
+    change::{Bodies, ChangeSet, Revision},
+    ledger::Entry,
+    policy::Library,
+};
+
+use crate::{
+    Plane, decisions, enrol, gate,
+    ledger::{AppendError, Head, PAGE_ENTRIES},
+    store::{StoreError, StoredEntry},
+};
+
+/// Longest request body, in bytes: a change-set of the largest mesh with all its texts.
+const BODY_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Longest time one request can wait for a revision.
+const WAIT_MAX: Duration = Duration::from_secs(10 * 60);
+/// Revisions of one list at most.
+const CHANGES_MAX: u32 = 1_000;
+
+type Answer<T> = Result<Json<T>, Refusal>;
+
+/// A [`Problem`] as an answer.
+#[derive(Debug)]
+pub struct Refusal(Problem);
+
+impl From<Problem> for Refusal {
+    fn from(problem: Problem) -> Self {
+        Self(problem)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, [(header::CONTENT_TYPE, "application/problem+json")], Json(self.0)).into_response()
+    }
+}
+
+/// Builds a problem.
+pub fn problem(status: u16, title: impl Into<String>, detail: Option<String>, help: Option<&str>) -> Problem {
+    Problem { title: title.into(), status, detail, help: help.map(str::to_owned) }
+}
+
+/// The problem of a store that did not do what was asked.
+pub fn store_problem(error: &StoreError) -> Problem {
+    let status = match error {
+        StoreError::Full(_) | StoreError::ReadOnly(_) => 507,
+        StoreError::Taken(_) => 409,
+        _ => 500,
+    };
+    problem(status, error.to_string(), None, Some(error.help()))
+}
+
+fn stored(error: StoreError) -> Refusal {
+    Refusal(store_problem(&error))
+}
+
+fn not_found(what: String, help: &str) -> Refusal {
+    Refusal(problem(404, what, None, Some(help)))
+}
+
+/// All requests.
+pub fn router(plane: Arc<Plane>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/mesh", get(mesh))
+        .route("/v1/changes", get(changes).post(apply))
+        .route("/v1/changes/{revision}", get(change))
+        .route("/v1/changes/{revision}/wait", get(wait))
+        .route("/v1/decisions", get(list_decisions))
+        .route("/v1/decisions/tail", get(tail))
+        .route("/v1/decisions/{id}", get(decision))
+        .route("/v1/authority", get(authority))
+        .route("/v1/ledger", get(ledger))
+        .route("/v1/hosts/invitations", post(invite))
+        .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(plane)
+}
+
+/// Binds the socket, with mode 0600 from its first moment on. A socket left by a process that is gone is replaced: the
+/// lock on the data directory says that it is gone.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    // Bound under another name and renamed: nobody can connect before the mode is set.
+    let new = path.with_extension("sock.new");
+    let _ = fs::remove_file(&new);
+    let listener = UnixListener::bind(&new)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o600))?;
+    fs::rename(&new, path)?;
+    Ok(listener)
+}
+
+/// Serves until the task is dropped.
+pub async fn serve(listener: UnixListener, plane: Arc<Plane>) {
+    if let Err(error) = axum::serve(OwnUid(listener), router(plane)).await {
+        tracing::error!(%error, "the local API ended");
+    }
+}
+
+/// Takes connections of this process's own uid only: the mode of the socket says so already, and root is not us.
+struct OwnUid(UnixListener);
+
+impl axum::serve::Listener for OwnUid {
+    type Io = UnixStream;
+    type Addr = tokio::net::unix::SocketAddr;
+
+    async fn accept(&mut self) -> (UnixStream, Self::Addr) {
+        loop {
+            let (stream, address) = axum::serve::Listener::accept(&mut self.0).await;
+            let own = rustix::process::geteuid().as_raw();
+            match stream.peer_cred() {
+                Ok(peer) if peer.uid() == own => return (stream, address),
+                Ok(peer) => tracing::warn!(peer.uid = peer.uid(), "a connection of another user was closed"),
+                Err(error) => tracing::warn!(%error, "a connection without credentials was closed"),
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        self.0.local_addr()
+    }
+}
+
+async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
+    let head = plane.ledger.head();
+    let follower = &head.follower;
+    let state = follower.state();
+    let mut library = Library::default();
+    let policies: Vec<_> = state
+        .policies
+        .iter()
+        .filter_map(|(id, policy)| {
+            let text = follower.bodies().get(&policy.body)?;
+            Some((id, library.insert(policy.body, text).ok()?))
+        })
+        .collect();
+    let services = state.services.iter().filter_map(|(name, service)| {
+        let concerns = policies.iter().filter(|(_, policy)| policy.concerns(name, &service.spec));
+        Some(ServiceView {
+            name: name.clone(),
+            id: state.trust_domain.as_ref()?.workload(name),
+            protocol: service.spec.protocol.to_string(),
+            state: "active".into(),
+            instances: plane.publisher.instances_of(name),
+            policies: concerns.map(|(id, _)| id.to_string()).collect(),
+            upstreams: service.spec.upstreams.iter().cloned().collect(),
+        })
+    });
+    Json(Status {
+        trust_domain: state.trust_domain.clone(),
+        revision: follower.revision(),
+        root: follower.root(),
+        protected: false,
+        version: env!("CARGO_PKG_VERSION").into(),
+        started_at_ms: plane.started_at_ms,
+        hosts: plane.publisher.hosts(),
+        services: services.collect(),
+        warnings: plane.warnings(),
+    })
+}
+
+fn mesh_of(head: &Head) -> Mesh {
+    let follower = &head.follower;
+    Mesh { revision: follower.revision(), state: follower.state().clone(), bodies: follower.bodies().clone() }
+}
+
+async fn mesh(State(plane): State<Arc<Plane>>) -> Json<Mesh> {
+    Json(mesh_of(&plane.ledger.head()))
+}
+
+async fn apply(State(plane): State<Arc<Plane>>, body: Bytes) -> Answer<Applied> {
+    let asked: Apply = serde_json::from_slice(&body).map_err(|error| {
+        let help = "is the command of the same version as the control plane?";
+        Refusal(problem(400, "the request is no change-set", Some(error.to_string()), Some(help)))
+    })?;
+    Ok(Json(plane.apply(asked).await?))
+}
+
+/// What the gate's refusal says to the operator.
+pub fn gate_problem(refused: gate::Refused) -> Problem {
+    match refused {
+        gate::Refused::Moved { base, held } => moved(base, held),
+        gate::Refused::Unlawful(mistakes) => {
+            let help = "nothing was changed; correct the mesh directory and apply again";
+            problem(422, "the change-set is refused", Some(mistakes.join("\n")), Some(help))
+        }
+    }
+}
+
+/// What a failed append says to the operator.
+pub fn append_problem(error: AppendError) -> Problem {
+    match error {
+        AppendError::Moved { base, held } => moved(base, held),
+        AppendError::Draft(ref cause) => {
+            let help = "nothing was changed; correct the mesh directory and apply again";
+            problem(422, "the change-set is refused", Some(cause.to_string()), Some(help))
+        }
+        AppendError::Store(error) => Problem {
+            title: "the change could not be written; nothing was changed".into(),
+            detail: Some(error.to_string()),
+            ..store_problem(&error)
+        },
+        AppendError::Clock { .. } => {
+            problem(500, error.to_string(), None, Some("set this machine's clock; nothing was changed"))
+        }
+        AppendError::Stopping => problem(503, error.to_string(), None, Some("start it again and look at the revision")),
+    }
+}
+
+fn moved(base: Revision, held: Revision) -> Problem {
+    let title = format!("planned on revision {base}, but the mesh is at revision {held}");
+    problem(409, title, None, Some("someone changed the mesh in between; plan and apply again"))
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limit {
+    limit: Option<u32>,
+}
+
+async fn changes(
+    State(plane): State<Arc<Plane>>,
+    Query(Limit { limit }): Query<Limit>,
+) -> Answer<Vec<ChangeSummary>> {
+    let size = plane.ledger.head().follower.revision().0;
+    let limit = limit.unwrap_or(50).min(CHANGES_MAX);
+    let entries = plane.ledger.stored(size.saturating_sub(limit.into()), limit).await.map_err(stored)?;
+    let summaries: Result<Vec<_>, _> =
+        entries.iter().rev().map(|entry| read(&plane, entry).map(|(summary, _)| summary)).collect();
+    Ok(Json(summaries?))
+}
+
+fn read(plane: &Plane, stored: &StoredEntry) -> Result<(ChangeSummary, ChangeSet), Refusal> {
+    let unread = |what: String| {
+        let path = plane.storage.place().to_owned();
+        Refusal(store_problem(&StoreError::Damaged { path, what }))
+    };
+    let entry = Entry::parse(&stored.entry).map_err(|e| unread(e.to_string()))?;
+    let change_set: ChangeSet = serde_json::from_slice(&stored.change_set).map_err(|e| unread(e.to_string()))?;
+    let proxies = plane.publisher.proxies();
+    let revision = entry.revision();
+    let summary = ChangeSummary {
+        revision,
+        at_ms: entry.at_ms,
+        actor: entry.actor,
+        digest: entry.digest,
+        changes: change_set.changes.iter().map(|change| format!("{} {}", change.kind(), change.subject())).collect(),
+        acknowledged: proxies.iter().filter(|proxy| proxy.revision >= revision).count() as u32,
+        connected: proxies.len() as u32,
+    };
+    Ok((summary, change_set))
+}
+
+fn revision_of(given: &str) -> Result<Revision, Refusal> {
+    let wrong = || Refusal(problem(400, format!("`{given}` is not a revision"), None, Some("give a number, for example 4")));
+    given.parse().map(Revision).map_err(|_| wrong())
+}
+
+async fn change(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<ChangeDetail> {
+    let revision = revision_of(&given)?;
+    let help = "`countersign change list` shows those that are there";
+    let missing = || not_found(format!("there is no revision {revision}"), help);
+    let index = revision.0.checked_sub(1).ok_or_else(missing)?;
+    let entries = plane.ledger.stored(index, 1).await.map_err(stored)?;
+    let entry = entries.first().ok_or_else(missing)?;
+    let (summary, change_set) = read(&plane, entry)?;
+    let digests: Vec<_> = change_set.changes.iter().filter_map(|change| change.body()).collect();
+    let texts = plane.storage.run("bodies", move |store| store.bodies(&digests)).await.map_err(stored)?;
+    let mut bodies = Bodies::default();
+    for (_, text) in texts {
+        bodies.insert(text);
+    }
+    let entry = String::from_utf8_lossy(&entry.entry).into_owned();
+    Ok(Json(ChangeDetail { summary, change_set, bodies, entry, proxies: plane.publisher.proxies() }))
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Timeout {
+    timeout_ms: Option<u64>,
+}
+
+async fn wait(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(given): UrlPath<String>,
+    Query(Timeout { timeout_ms }): Query<Timeout>,
+) -> Answer<Waited> {
+    let revision = revision_of(&given)?;
+    let within = Duration::from_millis(timeout_ms.unwrap_or(10_000)).min(WAIT_MAX);
+    let deadline = tokio::time::Instant::now() + within;
+    let (missing, connected) = plane.publisher.enforced(revision, deadline).await;
+    let reached = plane.ledger.head().follower.revision() >= revision;
+    Ok(Json(Waited { enforced: reached && missing.is_empty(), revision, connected: connected as u32, missing }))
+}
+
+async fn list_decisions(
+    State(plane): State<Arc<Plane>>,
+    Query(filter): Query<RecordFilter>,
+) -> Answer<Vec<countersign_core::record::DecisionRecord>> {
+    Ok(Json(plane.decisions.list(filter).await.map_err(stored)?))
+}
+
+async fn decision(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>) -> Answer<DecisionDetail> {
+    let filter = RecordFilter { id: Some(id.clone()), limit: Some(2), ..RecordFilter::default() };
+    let mut found = plane.decisions.list(filter).await.map_err(stored)?;
+    if found.len() > 1 {
+        let help = "give more of its digits";
+        return Err(problem(409, format!("several decisions begin with `{id}`"), None, Some(help)).into());
+    }
+    let help = "records are kept until newer ones need their room; `countersign decision list` shows those that are there";
+    let record = found.pop().ok_or_else(|| not_found(format!("no decision `{id}` is kept"), help))?;
+    let head = plane.ledger.at(record.revision).await.map_err(stored)?;
+    let head = head.ok_or_else(|| {
+        not_found(format!("the decision names revision {}, which this ledger does not have", record.revision), help)
+    })?;
+    Ok(Json(DecisionDetail { record, mesh: mesh_of(&head) }))
+}
+
+async fn tail(State(plane): State<Arc<Plane>>, Query(filter): Query<RecordFilter>) -> Response {
+    let events = stream::unfold(plane.decisions.tail(), |mut events| async {
+        match events.recv().await {
+            Ok(event) => Some((event, events)),
+            // A reader that does not keep up is told how much it missed.
+            Err(RecvError::Lagged(missed)) => Some((TailEvent::Shed(missed), events)),
+            Err(RecvError::Closed) => None,
+        }
+    });
+    let shown = events.filter(move |event| std::future::ready(decisions::shows(&filter, event)));
+    lines(shown.map(Ok))
+}
+
+async fn authority(State(plane): State<Arc<Plane>>) -> Answer<AuthorityView> {
+    let help = "apply a mesh directory first: `countersign apply DIR`";
+    let authority = plane.authority().ok_or_else(|| not_found("there is no mesh yet".into(), help))?;
+    let view = authority.view().map_err(|e| problem(500, e.to_string(), None, None))?;
+    Ok(Json(view))
+}
+
+async fn ledger(State(plane): State<Arc<Plane>>) -> Response {
+    let head = plane.ledger.head();
+    let (size, root) = (head.follower.revision().0, head.follower.root());
+    let pages = stream::try_unfold(0, move |from| {
+        let plane = plane.clone();
+        async move {
+            if from >= size {
+                return Ok::<_, StoreError>(None);
+            }
+            let limit = (size - from).min(u64::from(PAGE_ENTRIES)) as u32;
+            let page = plane.ledger.stored(from, limit).await?;
+            let next = from + page.len().max(1) as u64;
+            Ok(Some((page, next)))
+        }
+    });
+    let lines_of = move |page: Vec<StoredEntry>| {
+        let line = move |stored: StoredEntry| LedgerLine {
+            entry: String::from_utf8_lossy(&stored.entry).into_owned(),
+            change_set: String::from_utf8_lossy(&stored.change_set).into_owned(),
+            root: (stored.index + 1 == size).then_some(root),
+        };
+        stream::iter(page.into_iter().map(line).map(Ok::<_, io::Error>).collect::<Vec<_>>())
+    };
+    let entries = pages.map(move |page| page.map_err(io::Error::other).map(lines_of)).flat_map(|page| match page {
+        Ok(lines) => lines.left_stream(),
+        Err(error) => stream::iter([Err(error)]).right_stream(),
+    });
+    lines(entries)
+}
+
+/// Newline-delimited JSON, until the stream ends or the client leaves.
+fn lines<T: serde::Serialize>(items: impl Stream<Item = io::Result<T>> + Send + 'static) -> Response {
+    let encoded = items.map(|item| {
+        let mut line = serde_json::to_vec(&item?)?;
+        line.push(b'\n');
+        io::Result::Ok(Bytes::from(line))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(encoded)).into_response()
+}
+
+async fn invite(State(plane): State<Arc<Plane>>, Json(Invite { ttl_seconds, host }): Json<Invite>) -> Answer<Invitation> {
+    Ok(Json(enrol::invite(&plane, Duration::from_secs(ttl_seconds), host).await?))
+}

@@ -1,0 +1,347 @@
+//! What the control plane tells agents: the ledger as it grows, discovery, and that it is still there. Every event is
+//! encoded once and the same bytes go to every agent; nothing is computed per agent or per proxy.
+//!
+//! Each agent has a bounded queue. One that does not keep up is cut off and starts again from what it holds, so that it
+//! slows nobody down. No event is ever left out of a stream: a stream with a gap ends.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use countersign_api::{
+    local::{HostView, InstanceView, ProxyRevision},
+    mesh::{self, follow_event::Event},
+};
+use countersign_core::{
+    change::Revision,
+    identity::{InstanceId, ServiceName},
+};
+
+use crate::{
+    ledger::Head,
+    registry::{Moved, Refused, Registry},
+    store::{StoredHost, StoredInstance},
+};
+
+/// Events that wait for one agent at most.
+pub const QUEUE_EVENTS_MAX: usize = 1_024;
+/// Answers that wait for one question at most.
+const ANSWERS_MAX: usize = 256;
+
+/// Tells agents, and hears what they say.
+pub struct Publisher {
+    inner: Mutex<Inner>,
+    /// Bumped whenever something that a waiting command looks at has moved.
+    moved: watch::Sender<u64>,
+}
+
+struct Inner {
+    registry: Registry,
+    head: Arc<Head>,
+    bundle: Option<mesh::Bundle>,
+    discovery_sequence: u64,
+    streams: HashMap<ServiceName, Stream>,
+    next_stream: u64,
+    questions: BTreeMap<u64, Question>,
+    next_question: u64,
+    unsaved: bool,
+    dropped: u64,
+}
+
+struct Stream {
+    number: u64,
+    queue: mpsc::Sender<Bytes>,
+    /// Ends the other half, which hears the agent, when this half goes.
+    _cut: DropGuard,
+}
+
+struct Question {
+    answers: mpsc::Sender<Vec<Bytes>>,
+    waiting: Vec<ServiceName>,
+}
+
+/// One agent's place in the broadcast: every event after `head` and `discovery` comes through `events`.
+pub struct Joined {
+    /// Names this stream; a host's later stream replaces it.
+    pub number: u64,
+    /// Encoded events.
+    pub events: mpsc::Receiver<Bytes>,
+    /// Cancelled when the stream is cut off or replaced.
+    pub cut: CancellationToken,
+    /// The ledger when it joined.
+    pub head: Arc<Head>,
+    /// Everything reachable when it joined.
+    pub discovery: mesh::Discovery,
+    /// The keys of the trust domain.
+    pub bundle: Option<mesh::Bundle>,
+    /// What to write down of the host.
+    pub host: StoredHost,
+}
+
+/// Answers of hosts to one question.
+pub struct Asked {
+    /// Encoded records, as they arrive; ends when every host has answered or left.
+    pub answers: mpsc::Receiver<Vec<Bytes>>,
+    /// The question, to be withdrawn.
+    pub number: u64,
+    /// How many hosts were asked.
+    pub host_count: usize,
+}
+
+impl Publisher {
+    /// Begins with what is known from before.
+    pub fn new(registry: Registry) -> Self {
+        let inner = Inner {
+            registry,
+            head: Arc::default(),
+            bundle: None,
+            discovery_sequence: 1,
+            streams: HashMap::new(),
+            next_stream: 0,
+            questions: BTreeMap::new(),
+            next_question: 0,
+            unsaved: false,
+            dropped: 0,
+        };
+        Self { inner: Mutex::new(inner), moved: watch::Sender::new(0) }
+    }
+
+    /// The ledger as opened at start.
+    pub fn begin(&self, head: Arc<Head>) {
+        self.inner.lock().head = head;
+    }
+
+    /// The keys that agents verify with.
+    pub fn trust(&self, bundle: mesh::Bundle) {
+        let mut inner = self.inner.lock();
+        inner.bundle = Some(bundle.clone());
+        inner.tell(Event::Bundle(bundle));
+    }
+
+    /// The ledger grew.
+    pub fn entries(&self, head: &Arc<Head>, entries: mesh::Entries) {
+        let mut inner = self.inner.lock();
+        inner.head = head.clone();
+        inner.tell(Event::Entries(entries));
+        drop(inner);
+        self.bump();
+    }
+
+    /// Nothing changed; we are there.
+    pub fn heartbeat(&self, now_ms: u64) {
+        let mut inner = self.inner.lock();
+        let follower = &inner.head.follower;
+        let heartbeat = mesh::Heartbeat {
+            size: follower.revision().0,
+            root: Bytes::copy_from_slice(&follower.root().0),
+            discovery_sequence: inner.discovery_sequence,
+            at_ms: now_ms,
+        };
+        inner.tell(Event::Heartbeat(heartbeat));
+    }
+
+    /// An agent's stream opened. Its place is taken before its first word is written, so that no event falls between
+    /// what it is welcomed with and what it then hears.
+    pub fn join(&self, hello: &mesh::FollowHello, host: &ServiceName, now_ms: u64) -> Joined {
+        let mut inner = self.inner.lock();
+        let (queue, events) = mpsc::channel(QUEUE_EVENTS_MAX);
+        inner.next_stream += 1;
+        let number = inner.next_stream;
+        let cut = CancellationToken::new();
+        inner.streams.insert(host.clone(), Stream { number, queue, _cut: cut.clone().drop_guard() });
+        let stored = inner.registry.connect(hello, host, now_ms);
+        let discovery = mesh::Discovery {
+            sequence: inner.discovery_sequence,
+            full: true,
+            up: inner.registry.reachable(),
+            down: Vec::new(),
+        };
+        let (head, bundle) = (inner.head.clone(), inner.bundle.clone());
+        let joined = Joined { number, events, cut, head, discovery, bundle, host: stored };
+        drop(inner);
+        self.bump();
+        joined
+    }
+
+    /// An agent's stream ended. Says nothing of a later stream of the same host.
+    pub fn leave(&self, host: &ServiceName, number: u64, now_ms: u64) {
+        let mut inner = self.inner.lock();
+        if inner.streams.get(host).is_none_or(|stream| stream.number == number) {
+            inner.cut(host, now_ms);
+        }
+        drop(inner);
+        self.bump();
+    }
+
+    /// Hears one message of an agent's stream.
+    pub fn hear(&self, host: &ServiceName, said: mesh::follow_request::Message, now_ms: u64) -> Result<(), Refused> {
+        use mesh::follow_request::Message as Said;
+        let mut inner = self.inner.lock();
+        inner.registry.heard(host, now_ms);
+        match said {
+            Said::Acknowledgement(given) => inner.registry.acknowledge(host, &given)?,
+            Said::Up(up) => {
+                let moved = inner.registry.up(host, &up)?;
+                inner.discover(moved);
+            }
+            Said::Down(down) => {
+                let moved = inner.registry.down(host, &down)?;
+                inner.discover(moved);
+            }
+            Said::Records(answer) => inner.answered(host, answer),
+            // A second hello changes nothing; reports go to the decisions room.
+            Said::Hello(_) | Said::Report(_) => {}
+        }
+        drop(inner);
+        self.bump();
+        Ok(())
+    }
+
+    /// Takes out what its agent did not speak of in time.
+    pub fn sweep(&self, now_ms: u64) {
+        let mut inner = self.inner.lock();
+        let moved = inner.registry.sweep(now_ms);
+        if moved.down.is_empty() {
+            return;
+        }
+        inner.discover(moved);
+        drop(inner);
+        self.bump();
+    }
+
+    /// Asks every connected host for records.
+    pub fn ask(&self, filter_json: String) -> Asked {
+        let mut inner = self.inner.lock();
+        let (answers, receiver) = mpsc::channel(ANSWERS_MAX);
+        inner.next_question += 1;
+        let number = inner.next_question;
+        let waiting: Vec<ServiceName> = inner.streams.keys().cloned().collect();
+        let host_count = waiting.len();
+        if host_count > 0 {
+            inner.questions.insert(number, Question { answers, waiting });
+            inner.tell(Event::RecordsQuery(mesh::RecordsQuery { query: number, filter_json }));
+        }
+        Asked { answers: receiver, number, host_count }
+    }
+
+    /// Withdraws a question: later answers are dropped.
+    pub fn withdraw(&self, question: u64) {
+        self.inner.lock().questions.remove(&question);
+    }
+
+    /// Looks at, or notes something in, the registry.
+    pub fn registry<T>(&self, act: impl FnOnce(&mut Registry) -> T) -> T {
+        act(&mut self.inner.lock().registry)
+    }
+
+    /// What each connected proxy enforces.
+    pub fn proxies(&self) -> Vec<ProxyRevision> {
+        self.inner.lock().registry.proxies().collect()
+    }
+
+    /// Every host, for people.
+    pub fn hosts(&self) -> Vec<HostView> {
+        self.inner.lock().registry.hosts()
+    }
+
+    /// Instances of a service for people.
+    pub fn instances_of(&self, service: &ServiceName) -> Vec<InstanceView> {
+        self.inner.lock().registry.instances_of(service)
+    }
+
+    /// Agents whose stream is open, and streams that were cut off because they did not keep up.
+    pub fn stream_counts(&self) -> (usize, u64) {
+        let inner = self.inner.lock();
+        (inner.streams.len(), inner.dropped)
+    }
+
+    /// The instances to write down, if they changed since the last call.
+    pub fn unsaved_instances(&self) -> Option<Vec<StoredInstance>> {
+        let mut inner = self.inner.lock();
+        std::mem::take(&mut inner.unsaved).then(|| inner.registry.stored_instances())
+    }
+
+    /// Waits until every connected proxy enforces `revision`, or the deadline; returns those that do not, and how many
+    /// are connected.
+    pub async fn enforced(
+        &self,
+        revision: Revision,
+        deadline: tokio::time::Instant,
+    ) -> (Vec<ProxyRevision>, usize) {
+        let mut moved = self.moved.subscribe();
+        loop {
+            moved.mark_unchanged();
+            let proxies = self.proxies();
+            let connected = proxies.len();
+            let missing: Vec<_> = proxies.into_iter().filter(|proxy| proxy.revision < revision).collect();
+            if missing.is_empty() && self.inner.lock().head.follower.revision() >= revision {
+                return (missing, connected);
+            }
+            if tokio::time::timeout_at(deadline, moved.changed()).await.is_err() {
+                return (missing, connected);
+            }
+        }
+    }
+
+    fn bump(&self) {
+        self.moved.send_modify(|count| *count += 1);
+    }
+}
+
+impl Inner {
+    /// INVARIANT (same-bytes-to-all): an event is encoded here, once, and every open stream gets those bytes or ends.
+    fn tell(&mut self, event: Event) {
+        let bytes = Bytes::from(mesh::FollowEvent { event: Some(event) }.encode_to_vec());
+        let behind: Vec<ServiceName> = self
+            .streams
+            .iter()
+            .filter(|(_, stream)| stream.queue.try_send(bytes.clone()).is_err())
+            .map(|(host, _)| host.clone())
+            .collect();
+        for host in behind {
+            tracing::warn!(host = %host, "agent does not keep up and is cut off; it starts again from what it holds");
+            self.dropped += 1;
+            self.streams.remove(&host);
+        }
+    }
+
+    fn discover(&mut self, moved: Moved) {
+        if moved == Moved::default() {
+            return;
+        }
+        self.unsaved = true;
+        self.discovery_sequence += 1;
+        let down = moved.down.iter().map(InstanceId::to_string).collect();
+        self.tell(Event::Discovery(mesh::Discovery { sequence: self.discovery_sequence, full: false, up: moved.up, down }));
+    }
+
+    fn answered(&mut self, host: &ServiceName, answer: mesh::RecordsAnswer) {
+        let Some(question) = self.questions.get_mut(&answer.query) else { return };
+        if question.waiting.contains(host) {
+            // A question that is flooded loses answers, never the control plane its memory.
+            let _ = question.answers.try_send(answer.records_json);
+        }
+        if answer.last {
+            question.waiting.retain(|waiting| waiting != host);
+            if question.waiting.is_empty() {
+                self.questions.remove(&answer.query);
+            }
+        }
+    }
+
+    fn cut(&mut self, host: &ServiceName, now_ms: u64) {
+        self.streams.remove(host);
+        self.registry.disconnect(host, now_ms);
+        self.questions.retain(|_, question| {
+            question.waiting.retain(|waiting| waiting != host);
+            !question.waiting.is_empty()
+        });
+    }
+}

@@ -1,0 +1,309 @@
+//! Which hosts are there, which instances they run, where those are reached and what they enforce. Facts that come and
+//! go without a change, so they are not in the ledger.
+//!
+//! No clock, no socket, no lock: each function takes what happened and returns what agents must be told.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use countersign_api::{
+    local::{HostView, InstanceView, ProxyRevision},
+    mesh,
+};
+use countersign_core::{
+    change::Revision,
+    identity::{InstanceId, ServiceName},
+};
+
+use crate::store::{StoredHost, StoredInstance};
+
+/// How long the instances of a host stay when its stream ends: an agent that reconnects cuts no traffic.
+pub const GRACE_MS: u64 = 5_000;
+/// How long the instances of an earlier run stay until their agents have reported again.
+pub const RESTART_GRACE_MS: u64 = 20_000;
+/// Instances of one host at most.
+pub const INSTANCES_PER_HOST_MAX: usize = 10_000;
+/// Longest text that an agent may have kept here: a version, an address, a reason; in bytes.
+const TEXT_BYTES_MAX: usize = 512;
+
+/// Hosts and instances.
+#[derive(Debug, Default)]
+pub struct Registry {
+    hosts: BTreeMap<ServiceName, Host>,
+    instances: BTreeMap<InstanceId, Instance>,
+}
+
+#[derive(Debug)]
+struct Host {
+    stored: StoredHost,
+    connected: bool,
+}
+
+#[derive(Debug)]
+struct Instance {
+    host: ServiceName,
+    /// Where it is reached; `None` until its proxy listens.
+    endpoint: Option<Endpoint>,
+    revision: Revision,
+    error: Option<String>,
+    svid_expires_at_ms: u64,
+    /// When it leaves unless its agent speaks of it again.
+    leaves_at_ms: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Endpoint {
+    address: SocketAddr,
+    ready: bool,
+    admin: String,
+    isolation: String,
+}
+
+/// What changed in discovery.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Moved {
+    /// Instances to be reached, new or different.
+    pub up: Vec<mesh::Endpoint>,
+    /// Instances that are gone.
+    pub down: Vec<InstanceId>,
+}
+
+/// Why an agent's word is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Not an instance id.
+    #[error(transparent)]
+    Name(#[from] countersign_core::identity::NameError),
+    /// Not an address.
+    #[error("`{0}` is not an address of the form ip:port")]
+    Address(String),
+    /// It runs elsewhere.
+    #[error("instance `{0}` runs on another host")]
+    OtherHost(InstanceId),
+    /// Too many.
+    #[error("a host runs at most {INSTANCES_PER_HOST_MAX} instances")]
+    TooMany,
+}
+
+impl Registry {
+    /// Goes on from what was last written down.
+    pub fn restore(hosts: Vec<StoredHost>, instances: Vec<StoredInstance>, now_ms: u64) -> Self {
+        let mut registry = Self::default();
+        for stored in hosts {
+            registry.hosts.insert(stored.host.clone(), Host { stored, connected: false });
+        }
+        for stored in instances {
+            let Ok(address) = stored.address.parse() else { continue };
+            let (ready, admin, isolation) = (stored.ready, stored.admin, stored.isolation);
+            let instance = Instance {
+                endpoint: Some(Endpoint { address, ready, admin, isolation }),
+                leaves_at_ms: Some(now_ms + RESTART_GRACE_MS),
+                ..Instance::of(stored.host)
+            };
+            registry.instances.insert(stored.instance, instance);
+        }
+        registry
+    }
+
+    /// An agent's stream opened. It will speak of each of its instances; those it does not speak of leave.
+    pub fn connect(&mut self, hello: &mesh::FollowHello, host: &ServiceName, now_ms: u64) -> StoredHost {
+        let joined_at_ms = self.hosts.get(host).map_or(now_ms, |known| known.stored.joined_at_ms);
+        let stored = StoredHost {
+            host: host.clone(),
+            joined_at_ms,
+            heard_at_ms: now_ms,
+            version: short(&hello.version),
+            isolation: short(&hello.isolation),
+            isolation_note: short(&hello.isolation_note),
+        };
+        self.hosts.insert(host.clone(), Host { stored: stored.clone(), connected: true });
+        self.expect_again(host, now_ms);
+        stored
+    }
+
+    /// Its stream ended.
+    pub fn disconnect(&mut self, host: &ServiceName, now_ms: u64) {
+        if let Some(known) = self.hosts.get_mut(host) {
+            known.connected = false;
+            known.stored.heard_at_ms = now_ms;
+        }
+        self.expect_again(host, now_ms);
+    }
+
+    /// It said something.
+    pub fn heard(&mut self, host: &ServiceName, now_ms: u64) {
+        if let Some(known) = self.hosts.get_mut(host) {
+            known.stored.heard_at_ms = now_ms;
+        }
+    }
+
+    /// An SVID is about to be signed for an instance.
+    pub fn issuing(&mut self, host: &ServiceName, instance: &InstanceId) -> Result<(), Refused> {
+        self.of_host(host, instance).map(drop)
+    }
+
+    /// It was signed.
+    pub fn issued(&mut self, host: &ServiceName, instance: &InstanceId, expires_at_ms: u64) {
+        if let Ok(known) = self.of_host(host, instance) {
+            known.svid_expires_at_ms = expires_at_ms;
+            if known.endpoint.is_none() {
+                known.leaves_at_ms = Some(expires_at_ms);
+            }
+        }
+    }
+
+    /// An instance's proxy listens, or its workload began or ceased to accept connections.
+    pub fn up(&mut self, host: &ServiceName, up: &mesh::InstanceUp) -> Result<Moved, Refused> {
+        let id = InstanceId::parse(&up.instance)?;
+        let address = up.address.parse().map_err(|_| Refused::Address(short(&up.address)))?;
+        let endpoint =
+            Endpoint { address, ready: up.ready, admin: short(&up.admin), isolation: short(&up.isolation) };
+        let instance = self.of_host(host, &id)?;
+        instance.leaves_at_ms = None;
+        let before = instance.endpoint.replace(endpoint.clone());
+        let same = before.is_some_and(|before| (before.address, before.ready) == (address, up.ready));
+        let up = if same { Vec::new() } else { vec![endpoint.message(&id)] };
+        Ok(Moved { up, down: Vec::new() })
+    }
+
+    /// An instance ended.
+    pub fn down(&mut self, host: &ServiceName, down: &mesh::InstanceDown) -> Result<Moved, Refused> {
+        let id = InstanceId::parse(&down.instance)?;
+        if self.instances.get(&id).is_some_and(|instance| instance.host != *host) {
+            return Err(Refused::OtherHost(id));
+        }
+        let gone = self.instances.remove(&id).is_some_and(|instance| instance.endpoint.is_some());
+        Ok(Moved { up: Vec::new(), down: if gone { vec![id] } else { Vec::new() } })
+    }
+
+    /// Proxies of a host enforce, or failed to take up, a revision.
+    pub fn acknowledge(&mut self, host: &ServiceName, given: &mesh::Acknowledgement) -> Result<(), Refused> {
+        for acknowledged in &given.instances {
+            let id = InstanceId::parse(&acknowledged.instance)?;
+            let instance = self.of_host(host, &id)?;
+            instance.revision = instance.revision.max(Revision(acknowledged.revision));
+            instance.error = (!acknowledged.error.is_empty()).then(|| short(&acknowledged.error));
+        }
+        Ok(())
+    }
+
+    /// Takes out what its agent did not speak of in time.
+    pub fn sweep(&mut self, now_ms: u64) -> Moved {
+        let mut down = Vec::new();
+        self.instances.retain(|id, instance| {
+            let stays = instance.leaves_at_ms.is_none_or(|at| now_ms < at);
+            if !stays && instance.endpoint.is_some() {
+                down.push(id.clone());
+            }
+            stays
+        });
+        Moved { up: Vec::new(), down }
+    }
+
+    /// Everything that can be reached.
+    pub fn reachable(&self) -> Vec<mesh::Endpoint> {
+        self.instances.iter().filter_map(|(id, instance)| Some(instance.endpoint.as_ref()?.message(id))).collect()
+    }
+
+    /// What each proxy of a connected host enforces.
+    pub fn proxies(&self) -> impl Iterator<Item = ProxyRevision> + '_ {
+        let connected = |instance: &&Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
+        self.instances.iter().filter(move |(_, i)| i.endpoint.is_some() && connected(i)).map(|(id, instance)| {
+            ProxyRevision { instance: id.clone(), revision: instance.revision, error: instance.error.clone() }
+        })
+    }
+
+    /// Every host, for people.
+    pub fn hosts(&self) -> Vec<HostView> {
+        let view = |host: &Host| HostView {
+            host: host.stored.host.clone(),
+            connected: host.connected,
+            version: host.stored.version.clone(),
+            isolation: host.stored.isolation.clone(),
+            isolation_note: host.stored.isolation_note.clone(),
+            heard_at_ms: host.stored.heard_at_ms,
+        };
+        self.hosts.values().map(view).collect()
+    }
+
+    /// The instances of `service`, for people.
+    pub fn instances_of(&self, service: &ServiceName) -> Vec<InstanceView> {
+        let of_service = self.instances.iter().filter(|(id, _)| id.service() == *service);
+        of_service
+            .filter_map(|(id, instance)| {
+                let endpoint = instance.endpoint.as_ref()?;
+                Some(InstanceView {
+                    instance: id.clone(),
+                    host: instance.host.clone(),
+                    address: endpoint.address.to_string(),
+                    ready: endpoint.ready,
+                    revision: instance.revision,
+                    error: instance.error.clone(),
+                    svid_expires_at_ms: instance.svid_expires_at_ms,
+                    isolation: endpoint.isolation.clone(),
+                    admin: endpoint.admin.clone(),
+                })
+            })
+            .collect()
+    }
+
+    /// The instances as they are written down.
+    pub fn stored_instances(&self) -> Vec<StoredInstance> {
+        let stored = |(id, instance): (&InstanceId, &Instance)| {
+            let endpoint = instance.endpoint.as_ref()?;
+            Some(StoredInstance {
+                instance: id.clone(),
+                host: instance.host.clone(),
+                address: endpoint.address.to_string(),
+                ready: endpoint.ready,
+                admin: endpoint.admin.clone(),
+                isolation: endpoint.isolation.clone(),
+            })
+        };
+        self.instances.iter().filter_map(stored).collect()
+    }
+
+    fn expect_again(&mut self, host: &ServiceName, now_ms: u64) {
+        for instance in self.instances.values_mut().filter(|instance| instance.host == *host) {
+            instance.leaves_at_ms = Some(now_ms + GRACE_MS);
+        }
+    }
+
+    fn of_host(&mut self, host: &ServiceName, id: &InstanceId) -> Result<&mut Instance, Refused> {
+        match self.instances.get(id) {
+            Some(instance) if instance.host != *host => return Err(Refused::OtherHost(id.clone())),
+            Some(_) => {}
+            None if self.instances.values().filter(|i| i.host == *host).count() >= INSTANCES_PER_HOST_MAX => {
+                return Err(Refused::TooMany);
+            }
+            None => {}
+        }
+        Ok(self.instances.entry(id.clone()).or_insert_with(|| Instance::of(host.clone())))
+    }
+}
+
+impl Instance {
+    fn of(host: ServiceName) -> Self {
+        Self {
+            host,
+            endpoint: None,
+            revision: Revision(0),
+            error: None,
+            svid_expires_at_ms: 0,
+            leaves_at_ms: None,
+        }
+    }
+}
+
+impl Endpoint {
+    fn message(&self, id: &InstanceId) -> mesh::Endpoint {
+        mesh::Endpoint { instance: id.to_string(), address: self.address.to_string(), ready: self.ready }
+    }
+}
+
+fn short(text: &str) -> String {
+    let mut end = text.len().min(TEXT_BYTES_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}

@@ -1,0 +1,286 @@
+//! Where the control plane keeps everything: the ledger, the texts it refers to, sealed keys, and the high-churn tables
+//! beside it. One trait, so that another database is another implementation and one test-suite.
+//!
+//! The runtime never waits for a disk: a [`Storage`] owns a [`Store`] on a thread of its own and runs one job after the
+//! other. No rule is decided here, and no secret is ever stored unsealed.
+
+use std::{sync::Arc, time::Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use countersign_api::local::RecordFilter;
+use countersign_core::{
+    canonical::Digest,
+    identity::{InstanceId, ServiceName, SpiffeId},
+    record::{DecisionRecord, EdgeCount},
+};
+
+use crate::metrics::StoreLatency;
+
+pub mod sqlite;
+
+/// Jobs that may wait for the storage thread; more, and those who ask wait with them.
+const JOBS_MAX: usize = 256;
+/// Denials and step-ups that are kept; the oldest make room.
+pub const RECORDS_MAX: u32 = 50_000;
+/// Edges (caller, service, action) that are counted; the longest unseen make room.
+pub const EDGES_MAX: u32 = 50_000;
+
+/// One ledger entry as it lies on the disk; unverified until the ledger has folded it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredEntry {
+    /// Its position.
+    pub index: u64,
+    /// The exact bytes, as hashed.
+    pub entry: Vec<u8>,
+    /// The leaf hash written with it.
+    pub leaf: Digest,
+    /// The canonical change-set it names.
+    pub change_set: Vec<u8>,
+}
+
+/// What is written, whole or not at all, when a change was admitted.
+#[derive(Debug, Clone)]
+pub struct NewEntry {
+    /// Its position: the ledger's size before.
+    pub index: u64,
+    /// The exact bytes, as hashed.
+    pub entry: Vec<u8>,
+    /// Its leaf hash.
+    pub leaf: Digest,
+    /// The ledger's root with it.
+    pub root: Digest,
+    /// The digest of the change-set.
+    pub digest: Digest,
+    /// The canonical change-set.
+    pub change_set: Vec<u8>,
+    /// The texts it brings.
+    pub bodies: Vec<(Digest, Arc<str>)>,
+}
+
+/// The ledger's size and root as last written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredHead {
+    /// Entries.
+    pub size: u64,
+    /// The Merkle root over them.
+    pub root: Digest,
+}
+
+/// A host that enrolled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredHost {
+    /// Its name.
+    pub host: ServiceName,
+    /// When it enrolled, in milliseconds since 1970.
+    pub joined_at_ms: u64,
+    /// When it was last heard, in milliseconds since 1970.
+    pub heard_at_ms: u64,
+    /// The version of its agent.
+    pub version: String,
+    /// How it isolates workloads.
+    pub isolation: String,
+    /// Why.
+    pub isolation_note: String,
+}
+
+/// An instance that was in discovery when it was last written down: what a restarted control plane goes on from until
+/// the agents have reported again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredInstance {
+    /// Its id.
+    pub instance: InstanceId,
+    /// Its host.
+    pub host: ServiceName,
+    /// Its proxy's listener.
+    pub address: String,
+    /// Whether its workload accepts connections.
+    pub ready: bool,
+    /// Its proxy's admin pages.
+    pub admin: String,
+    /// `namespace` or `none`.
+    pub isolation: String,
+}
+
+/// A certificate that was signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IssuedSerial {
+    /// Its serial number, hexadecimal.
+    pub serial: String,
+    /// Whom it names.
+    pub id: SpiffeId,
+    /// For which instance, if any.
+    pub instance: Option<InstanceId>,
+    /// When, in milliseconds since 1970.
+    pub issued_at_ms: u64,
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+}
+
+/// What became of the attempt to use a join token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spent {
+    /// It was good and is used up now.
+    Admitted,
+    /// No such token was ever given out (or it was long ago).
+    Unknown,
+    /// It was used before.
+    Used,
+    /// Its time is over.
+    Expired,
+    /// It is good for another host only, and still is.
+    OtherHost,
+}
+
+/// Why the store did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// No room is left on the device.
+    #[error("no space is left for `{0}`")]
+    Full(String),
+    /// The files cannot be written.
+    #[error("`{0}` is read-only")]
+    ReadOnly(String),
+    /// The file is not what was written.
+    #[error("`{path}` is damaged: {what}")]
+    Damaged {
+        /// The file.
+        path: String,
+        /// What does not add up.
+        what: String,
+    },
+    /// It was written by a later version.
+    #[error("`{path}` has schema version {found}, this version knows {known}")]
+    Newer {
+        /// The file.
+        path: String,
+        /// The version found.
+        found: u32,
+        /// The newest version known.
+        known: u32,
+    },
+    /// Another entry stands at this position.
+    #[error("entry {0} exists already")]
+    Taken(u64),
+    /// Anything else the database says.
+    #[error("the store failed: {0}")]
+    Failed(String),
+    /// The storage thread ended.
+    #[error("the store is closed")]
+    Closed,
+}
+
+impl StoreError {
+    /// What to do about it.
+    pub fn help(&self) -> &'static str {
+        match self {
+            Self::Full(_) => "free some space; nothing that was acknowledged is lost and nothing has to be restarted",
+            Self::ReadOnly(_) => "make the data directory writable for this user; reads go on meanwhile",
+            Self::Damaged { .. } => "restore the data directory from a copy, or start with a new one and apply again",
+            Self::Newer { .. } => "run the version of countersign that wrote it, or a later one",
+            Self::Taken(_) => "plan again on the current revision",
+            Self::Failed(_) | Self::Closed => "see the control plane's log; `countersign doctor` checks the files",
+        }
+    }
+}
+
+/// A database of the control plane. Every call is whole or not at all, and durable when it returns.
+pub trait Store: Send {
+    /// Where it is, for people.
+    fn place(&self) -> String;
+
+    /// The size and root written with the last entry; `None` while there is none.
+    fn head(&mut self) -> Result<Option<StoredHead>, StoreError>;
+    /// Entries with their change-sets, in order, at most `limit` from index `from`.
+    fn entries(&mut self, from: u64, limit: u32) -> Result<Vec<StoredEntry>, StoreError>;
+    /// Writes one entry, its texts and the new head. [`StoreError::Taken`] when the position is not free.
+    fn append(&mut self, entry: &NewEntry) -> Result<(), StoreError>;
+    /// The texts of `digests`; those that are missing are left out. Not verified.
+    fn bodies(&mut self, digests: &[Digest]) -> Result<Vec<(Digest, Arc<str>)>, StoreError>;
+
+    /// Whether any key is kept: then the key-encryption key must be the one that sealed it.
+    fn has_keys(&mut self) -> Result<bool, StoreError>;
+    /// A sealed secret or a public certificate of the authority.
+    fn key(&mut self, name: &str) -> Result<Option<Vec<u8>>, StoreError>;
+    /// Keeps several of them at once.
+    fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError>;
+
+    /// Keeps an invitation by the hash of its secret; false when too many are open.
+    fn put_invitation(
+        &mut self,
+        hash: &Digest,
+        expires_at_ms: u64,
+        host: Option<&ServiceName>,
+        now_ms: u64,
+    ) -> Result<bool, StoreError>;
+    /// Uses an invitation up, if it is good for `host` now.
+    fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError>;
+
+    /// Every host that enrolled.
+    fn hosts(&mut self) -> Result<Vec<StoredHost>, StoreError>;
+    /// Adds or replaces a host.
+    fn put_host(&mut self, host: &StoredHost) -> Result<(), StoreError>;
+
+    /// The instances last written down.
+    fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError>;
+    /// Replaces them.
+    fn put_instances(&mut self, instances: &[StoredInstance]) -> Result<(), StoreError>;
+
+    /// Notes a certificate before it is handed out, and forgets those that expired a day ago.
+    fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError>;
+
+    /// Keeps denials and step-ups, and adds to the edges.
+    fn put_report(&mut self, records: &[DecisionRecord], edges: &[EdgeCount], now_ms: u64) -> Result<(), StoreError>;
+    /// Kept records that `filter` asks for, newest first.
+    fn records(&mut self, filter: &RecordFilter) -> Result<Vec<DecisionRecord>, StoreError>;
+    /// Every counted edge.
+    fn edges(&mut self) -> Result<Vec<EdgeCount>, StoreError>;
+}
+
+type Job = Box<dyn FnOnce(&mut dyn Store) + Send>;
+
+/// The door to the store for tasks: jobs run one after the other on one thread.
+#[derive(Clone)]
+pub struct Storage {
+    jobs: mpsc::Sender<Job>,
+    latency: StoreLatency,
+    place: Arc<str>,
+}
+
+impl Storage {
+    /// Starts the storage thread.
+    pub fn start(mut store: Box<dyn Store>, latency: StoreLatency) -> std::io::Result<Self> {
+        let (jobs, mut waiting) = mpsc::channel::<Job>(JOBS_MAX);
+        let place = store.place().into();
+        std::thread::Builder::new().name("countersign-store".into()).spawn(move || {
+            while let Some(job) = waiting.blocking_recv() {
+                job(&mut *store);
+            }
+        })?;
+        Ok(Self { jobs, latency, place })
+    }
+
+    /// Where the store is, for people.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Runs `job` on the storage thread. The job runs to its end even when the caller stops waiting.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (done, answer) = oneshot::channel();
+        let latency = self.latency.clone();
+        let job: Job = Box::new(move |store| {
+            let began = Instant::now();
+            let result = job(store);
+            latency.observe(name, began.elapsed());
+            // The caller may be gone; what was written stays written.
+            let _ = done.send(result);
+        });
+        self.jobs.send(job).await.map_err(|_| StoreError::Closed)?;
+        answer.await.map_err(|_| StoreError::Closed)?
+    }
+}

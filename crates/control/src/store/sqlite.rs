@@ -1,0 +1,479 @@
+//! The embedded store: one SQLite file in WAL mode with `synchronous=FULL`, so that a commit that returned has been
+//! fsynced. The schema is versioned; a file of a later version is refused, an earlier one is brought up to date.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, ToSql, TransactionBehavior, params};
+
+use countersign_api::local::RecordFilter;
+use countersign_core::{
+    canonical::Digest,
+    change::Revision,
+    identity::{InstanceId, NameError, ServiceName},
+    record::{DecisionRecord, EdgeCount},
+};
+
+use super::{
+    EDGES_MAX, IssuedSerial, NewEntry, RECORDS_MAX, Spent, Store, StoreError, StoredEntry, StoredHead, StoredHost,
+    StoredInstance,
+};
+
+/// Each step brings the schema from its index to the next version. Steps are never edited, only added.
+const SCHEMA: &[&str] = &["
+    CREATE TABLE entries (
+        idx    INTEGER PRIMARY KEY CHECK (idx >= 0),
+        entry  BLOB NOT NULL,
+        leaf   BLOB NOT NULL CHECK (length(leaf) = 32),
+        digest BLOB NOT NULL CHECK (length(digest) = 32)
+    ) STRICT;
+    CREATE TABLE head (
+        one  INTEGER PRIMARY KEY CHECK (one = 1),
+        size INTEGER NOT NULL,
+        root BLOB NOT NULL CHECK (length(root) = 32)
+    ) STRICT;
+    -- Change-sets and texts, by the SHA-256 of their bytes.
+    CREATE TABLE bodies (
+        digest BLOB PRIMARY KEY CHECK (length(digest) = 32),
+        bytes  BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    -- Certificates, and private keys sealed by the key-encryption key.
+    CREATE TABLE keys (
+        name  TEXT PRIMARY KEY,
+        bytes BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE invitations (
+        hash          BLOB PRIMARY KEY CHECK (length(hash) = 32),
+        expires_at_ms INTEGER NOT NULL,
+        host          TEXT,
+        used_at_ms    INTEGER
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE hosts (
+        host           TEXT PRIMARY KEY,
+        joined_at_ms   INTEGER NOT NULL,
+        heard_at_ms    INTEGER NOT NULL,
+        version        TEXT NOT NULL,
+        isolation      TEXT NOT NULL,
+        isolation_note TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE instances (
+        instance  TEXT PRIMARY KEY,
+        host      TEXT NOT NULL,
+        address   TEXT NOT NULL,
+        ready     INTEGER NOT NULL,
+        admin     TEXT NOT NULL,
+        isolation TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE serials (
+        serial        TEXT PRIMARY KEY,
+        id            TEXT NOT NULL,
+        instance      TEXT,
+        issued_at_ms  INTEGER NOT NULL,
+        expires_at_ms INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX serials_expiry ON serials (expires_at_ms);
+    CREATE TABLE records (
+        seq    INTEGER PRIMARY KEY AUTOINCREMENT,
+        id     TEXT NOT NULL UNIQUE,
+        at_ms  INTEGER NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX records_time ON records (at_ms);
+    CREATE TABLE edges (
+        principal TEXT NOT NULL,
+        service   TEXT NOT NULL,
+        action    TEXT NOT NULL,
+        permits   INTEGER NOT NULL,
+        revision  INTEGER NOT NULL,
+        seen_at_ms INTEGER NOT NULL,
+        PRIMARY KEY (principal, service, action)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX edges_seen ON edges (seen_at_ms);
+"];
+
+/// Join tokens that may be open at the same time.
+const INVITATIONS_MAX: u32 = 1_000;
+/// Records that one question reads at most before its filter is satisfied.
+const RECORDS_READ_MAX: u32 = RECORDS_MAX;
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// One SQLite file.
+pub struct SqliteStore {
+    connection: Connection,
+    path: String,
+}
+
+impl SqliteStore {
+    /// Opens the file, creates it when it is missing, and brings its schema up to date.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let shown = path.display().to_string();
+        let wrong = |e| sort(e, &shown);
+        let mut connection = Connection::open(path).map_err(wrong)?;
+        connection.busy_timeout(Duration::from_secs(5)).map_err(wrong)?;
+        connection.pragma_update(None, "journal_mode", "wal").map_err(wrong)?;
+        connection.pragma_update(None, "synchronous", "full").map_err(wrong)?;
+        connection.pragma_update(None, "trusted_schema", false).map_err(wrong)?;
+        connection.pragma_update(None, "cell_size_check", true).map_err(wrong)?;
+        migrate(&mut connection, &shown)?;
+        Ok(Self { connection, path: shown })
+    }
+
+    fn write<T>(
+        &mut self,
+        act: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        // A commit that fails rolls back when the transaction drops: nothing of it is seen again.
+        let done = self.connection.transaction_with_behavior(TransactionBehavior::Immediate).and_then(|transaction| {
+            let value = act(&transaction)?;
+            transaction.commit()?;
+            Ok(value)
+        });
+        done.map_err(|e| sort(e, &self.path))
+    }
+
+    fn rows<T>(
+        &mut self,
+        sql: &str,
+        params: &[&dyn ToSql],
+        read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Vec<T>, StoreError> {
+        let rows = self
+            .connection
+            .prepare_cached(sql)
+            .and_then(|mut statement| statement.query_map(params, read)?.collect::<rusqlite::Result<Vec<T>>>());
+        rows.map_err(|e| sort(e, &self.path))
+    }
+}
+
+impl Store for SqliteStore {
+    fn place(&self) -> String {
+        self.path.clone()
+    }
+
+    fn head(&mut self) -> Result<Option<StoredHead>, StoreError> {
+        let rows = self.rows("SELECT size, root FROM head", &[], |row| {
+            Ok(StoredHead { size: unsigned(row, 0)?, root: digest(row, 1)? })
+        })?;
+        Ok(rows.into_iter().next())
+    }
+
+    fn entries(&mut self, from: u64, limit: u32) -> Result<Vec<StoredEntry>, StoreError> {
+        let sql = "SELECT e.idx, e.entry, e.leaf, b.bytes FROM entries e LEFT JOIN bodies b ON b.digest = e.digest
+                   WHERE e.idx >= ?1 ORDER BY e.idx LIMIT ?2";
+        self.rows(sql, &[&signed(from), &limit], |row| {
+            Ok(StoredEntry {
+                index: unsigned(row, 0)?,
+                entry: row.get(1)?,
+                leaf: digest(row, 2)?,
+                change_set: row.get::<_, Option<Vec<u8>>>(3)?.unwrap_or_default(),
+            })
+        })
+    }
+
+    fn append(&mut self, new: &NewEntry) -> Result<(), StoreError> {
+        let appended = self.write(|t| {
+            let size: Option<i64> = t.query_row("SELECT size FROM head", [], |row| row.get(0)).optional()?;
+            if size.unwrap_or(0) != signed(new.index) {
+                return Ok(false);
+            }
+            let mut body = t.prepare_cached("INSERT INTO bodies VALUES (?1, ?2) ON CONFLICT DO NOTHING")?;
+            body.execute(params![new.digest.0, new.change_set])?;
+            for (digest, text) in &new.bodies {
+                body.execute(params![digest.0, text.as_bytes()])?;
+            }
+            t.execute(
+                "INSERT INTO entries VALUES (?1, ?2, ?3, ?4)",
+                params![signed(new.index), new.entry, new.leaf.0, new.digest.0],
+            )?;
+            t.execute(
+                "INSERT INTO head VALUES (1, ?1, ?2) ON CONFLICT DO UPDATE SET size = ?1, root = ?2",
+                params![signed(new.index + 1), new.root.0],
+            )?;
+            Ok(true)
+        })?;
+        if appended { Ok(()) } else { Err(StoreError::Taken(new.index)) }
+    }
+
+    fn bodies(&mut self, digests: &[Digest]) -> Result<Vec<(Digest, Arc<str>)>, StoreError> {
+        let mut found = Vec::with_capacity(digests.len());
+        for digest in digests {
+            let bytes: Option<Vec<u8>> = self
+                .connection
+                .prepare_cached("SELECT bytes FROM bodies WHERE digest = ?1")
+                .and_then(|mut s| s.query_row([digest.0], |row| row.get(0)).optional())
+                .map_err(|e| sort(e, &self.path))?;
+            let Some(bytes) = bytes else { continue };
+            let text = String::from_utf8(bytes)
+                .map_err(|_| StoreError::Damaged { path: self.path.clone(), what: format!("text {digest} is no UTF-8") })?;
+            found.push((*digest, text.into()));
+        }
+        Ok(found)
+    }
+
+    fn has_keys(&mut self) -> Result<bool, StoreError> {
+        Ok(!self.rows("SELECT 1 FROM keys LIMIT 1", &[], |_| Ok(()))?.is_empty())
+    }
+
+    fn key(&mut self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.rows("SELECT bytes FROM keys WHERE name = ?1", &[&name], |row| row.get(0))?.into_iter().next())
+    }
+
+    fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError> {
+        self.write(|t| {
+            for (name, bytes) in keys {
+                t.execute("INSERT OR REPLACE INTO keys VALUES (?1, ?2)", params![name, bytes])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn put_invitation(
+        &mut self,
+        hash: &Digest,
+        expires_at_ms: u64,
+        host: Option<&ServiceName>,
+        now_ms: u64,
+    ) -> Result<bool, StoreError> {
+        self.write(|t| {
+            // Kept for a day after their end, so that a late holder learns why it is refused.
+            t.execute("DELETE FROM invitations WHERE expires_at_ms < ?1", [signed(now_ms.saturating_sub(DAY_MS))])?;
+            let open: u32 = t.query_row(
+                "SELECT count(*) FROM invitations WHERE used_at_ms IS NULL AND expires_at_ms >= ?1",
+                [signed(now_ms)],
+                |row| row.get(0),
+            )?;
+            if open >= INVITATIONS_MAX {
+                return Ok(false);
+            }
+            t.execute(
+                "INSERT INTO invitations VALUES (?1, ?2, ?3, NULL)",
+                params![hash.0, signed(expires_at_ms), host.map(ServiceName::as_str)],
+            )?;
+            Ok(true)
+        })
+    }
+
+    fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError> {
+        self.write(|t| {
+            let found = t
+                .query_row("SELECT expires_at_ms, host, used_at_ms FROM invitations WHERE hash = ?1", [hash.0], |row| {
+                    Ok((unsigned(row, 0)?, row.get::<_, Option<String>>(1)?, row.get::<_, Option<i64>>(2)?))
+                })
+                .optional()?;
+            let Some((expires_at_ms, only_host, used)) = found else { return Ok(Spent::Unknown) };
+            if used.is_some() {
+                return Ok(Spent::Used);
+            }
+            if now_ms > expires_at_ms {
+                return Ok(Spent::Expired);
+            }
+            if only_host.is_some_and(|only| only != host.as_str()) {
+                return Ok(Spent::OtherHost);
+            }
+            t.execute("UPDATE invitations SET used_at_ms = ?2 WHERE hash = ?1", params![hash.0, signed(now_ms)])?;
+            Ok(Spent::Admitted)
+        })
+    }
+
+    fn hosts(&mut self) -> Result<Vec<StoredHost>, StoreError> {
+        self.rows("SELECT * FROM hosts ORDER BY host", &[], |row| {
+            Ok(StoredHost {
+                host: name(row, 0, ServiceName::parse)?,
+                joined_at_ms: unsigned(row, 1)?,
+                heard_at_ms: unsigned(row, 2)?,
+                version: row.get(3)?,
+                isolation: row.get(4)?,
+                isolation_note: row.get(5)?,
+            })
+        })
+    }
+
+    fn put_host(&mut self, host: &StoredHost) -> Result<(), StoreError> {
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO hosts VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO UPDATE SET
+                 heard_at_ms = ?3, version = ?4, isolation = ?5, isolation_note = ?6",
+                params![
+                    host.host.as_str(),
+                    signed(host.joined_at_ms),
+                    signed(host.heard_at_ms),
+                    host.version,
+                    host.isolation,
+                    host.isolation_note
+                ],
+            )
+            .map(drop)
+        })
+    }
+
+    fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError> {
+        self.rows("SELECT * FROM instances ORDER BY instance", &[], |row| {
+            Ok(StoredInstance {
+                instance: name(row, 0, InstanceId::parse)?,
+                host: name(row, 1, ServiceName::parse)?,
+                address: row.get(2)?,
+                ready: row.get(3)?,
+                admin: row.get(4)?,
+                isolation: row.get(5)?,
+            })
+        })
+    }
+
+    fn put_instances(&mut self, instances: &[StoredInstance]) -> Result<(), StoreError> {
+        self.write(|t| {
+            t.execute("DELETE FROM instances", [])?;
+            let mut insert = t.prepare_cached("INSERT INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+            for i in instances {
+                insert.execute(params![
+                    i.instance.as_str(),
+                    i.host.as_str(),
+                    i.address,
+                    i.ready,
+                    i.admin,
+                    i.isolation
+                ])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError> {
+        self.write(|t| {
+            let day_ago = serial.issued_at_ms.saturating_sub(DAY_MS);
+            t.execute("DELETE FROM serials WHERE expires_at_ms < ?1", [signed(day_ago)])?;
+            t.execute(
+                "INSERT INTO serials VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![
+                    serial.serial,
+                    serial.id.as_str(),
+                    serial.instance.as_ref().map(InstanceId::as_str),
+                    signed(serial.issued_at_ms),
+                    signed(serial.expires_at_ms)
+                ],
+            )
+            .map(drop)
+        })
+    }
+
+    fn put_report(&mut self, records: &[DecisionRecord], edges: &[EdgeCount], now_ms: u64) -> Result<(), StoreError> {
+        let encoded: Vec<_> = records
+            .iter()
+            .map(|record| serde_json::to_vec(record).map(|bytes| (record, bytes)))
+            .collect::<Result<_, _>>()
+            .map_err(|e| StoreError::Failed(e.to_string()))?;
+        self.write(|t| {
+            let mut insert =
+                t.prepare_cached("INSERT INTO records (id, at_ms, record) VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING")?;
+            for (record, bytes) in &encoded {
+                insert.execute(params![&*record.id, signed(record.at_ms), bytes])?;
+            }
+            let mut add = t.prepare_cached(
+                "INSERT INTO edges VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO UPDATE SET
+                 permits = permits + ?4, revision = max(revision, ?5), seen_at_ms = ?6",
+            )?;
+            for edge in edges {
+                add.execute(params![
+                    edge.principal.as_str(),
+                    edge.service.as_str(),
+                    &*edge.action,
+                    signed(edge.permits),
+                    signed(edge.revision.0),
+                    signed(now_ms)
+                ])?;
+            }
+            t.execute("DELETE FROM records WHERE seq <= (SELECT max(seq) FROM records) - ?1", [RECORDS_MAX])?;
+            t.execute(
+                "DELETE FROM edges WHERE (principal, service, action) IN (SELECT principal, service, action FROM edges
+                 ORDER BY seen_at_ms LIMIT max(0, (SELECT count(*) FROM edges) - ?1))",
+                [EDGES_MAX],
+            )?;
+            Ok(())
+        })
+    }
+
+    fn records(&mut self, filter: &RecordFilter) -> Result<Vec<DecisionRecord>, StoreError> {
+        let limit = crate::decisions::limit_of(filter);
+        let since = signed(filter.since_ms.unwrap_or(0));
+        let sql = "SELECT record FROM records WHERE at_ms >= ?1 ORDER BY at_ms DESC, id DESC LIMIT ?2";
+        let read = (|| {
+            let mut statement = self.connection.prepare_cached(sql)?;
+            let mut rows = statement.query(params![since, RECORDS_READ_MAX])?;
+            let mut found: Vec<DecisionRecord> = Vec::new();
+            while let Some(row) = rows.next()? {
+                let Ok(record) = serde_json::from_slice(row.get_ref(0)?.as_blob()?) else { continue };
+                if crate::decisions::matches(filter, &record) {
+                    found.push(record);
+                    if found.len() >= limit {
+                        break;
+                    }
+                }
+            }
+            Ok(found)
+        })();
+        read.map_err(|e| sort(e, &self.path))
+    }
+
+    fn edges(&mut self) -> Result<Vec<EdgeCount>, StoreError> {
+        let sql = "SELECT principal, service, action, permits, revision FROM edges ORDER BY 1, 2, 3";
+        self.rows(sql, &[], |row| {
+            Ok(EdgeCount {
+                principal: name(row, 0, countersign_core::identity::SpiffeId::parse)?,
+                service: name(row, 1, ServiceName::parse)?,
+                action: row.get::<_, String>(2)?.into(),
+                permits: unsigned(row, 3)?,
+                revision: Revision(unsigned(row, 4)?),
+            })
+        })
+    }
+}
+
+fn migrate(connection: &mut Connection, path: &str) -> Result<(), StoreError> {
+    let wrong = |e| sort(e, path);
+    let known = SCHEMA.len() as u32;
+    let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(wrong)?;
+    if found > known {
+        return Err(StoreError::Newer { path: path.into(), found, known });
+    }
+    for (step, sql) in SCHEMA.iter().enumerate().skip(found as usize) {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(wrong)?;
+        transaction.execute_batch(sql).map_err(wrong)?;
+        transaction.pragma_update(None, "user_version", step as u32 + 1).map_err(wrong)?;
+        transaction.commit().map_err(wrong)?;
+    }
+    Ok(())
+}
+
+fn sort(error: rusqlite::Error, path: &str) -> StoreError {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => StoreError::Full(path.into()),
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+            StoreError::ReadOnly(path.into())
+        }
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            StoreError::Damaged { path: path.into(), what: error.to_string() }
+        }
+        Some(_) => StoreError::Failed(error.to_string()),
+        // A column that does not hold what the schema says was not written by us.
+        None => StoreError::Damaged { path: path.into(), what: error.to_string() },
+    }
+}
+
+/// SQLite integers are signed; no count or time of ours comes near the sign.
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
+    let n: i64 = row.get(column)?;
+    u64::try_from(n).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(column, n))
+}
+
+fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
+    row.get(column).map(Digest)
+}
+
+fn name<T>(row: &Row<'_>, column: usize, parse: fn(&str) -> Result<T, NameError>) -> rusqlite::Result<T> {
+    let text: String = row.get(column)?;
+    parse(&text).map_err(|e| {
+        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e))
+    })
+}
