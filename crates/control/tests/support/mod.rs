@@ -1,0 +1,324 @@
+//! A control plane on a directory of its own, and the two who talk to it: an operator over the socket, an agent over TLS.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    sync::mpsc,
+};
+use tonic::transport::{Channel, Endpoint};
+
+use countersign_api::{
+    local::{Applied, Apply, Invitation, Problem, Status},
+    mesh::{
+        self, enrolment_client::EnrolmentClient, follow_event::Event, follow_request::Message as Said,
+        mesh_client::MeshClient,
+    },
+    svid::{Bundle, PeerSide, TlsIdentity, X509Svid, provider, server_name, verify_peer},
+};
+use countersign_control::{Control, ControlConfig, StartError, start};
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, Change, ChangeSet, Revision},
+    identity::{ServiceName, TrustDomain},
+    service::{Protocol, ServiceSpec},
+};
+
+pub const WITHIN: Duration = Duration::from_secs(10);
+
+pub fn name(given: &str) -> ServiceName {
+    ServiceName::parse(given).unwrap()
+}
+
+pub fn trust_domain() -> TrustDomain {
+    TrustDomain::parse("shop.example").unwrap()
+}
+
+pub fn config(data_dir: PathBuf) -> ControlConfig {
+    ControlConfig {
+        data_dir,
+        listen: "127.0.0.1:0".parse().unwrap(),
+        metrics_listen: Some("127.0.0.1:0".parse().unwrap()),
+        key_file: None,
+        trust_domain: Some(trust_domain()),
+    }
+}
+
+/// A running control plane on a directory that goes with it.
+pub struct Plane {
+    pub control: Control,
+    pub dir: tempfile::TempDir,
+}
+
+impl Plane {
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { control: start(config(dir.path().into())).await.unwrap(), dir }
+    }
+
+    /// Stops it and starts it again on the same directory.
+    pub async fn restart(self) -> Result<Self, StartError> {
+        let Self { control, dir } = self;
+        control.stop().await;
+        Ok(Self { control: start(config(dir.path().into())).await?, dir })
+    }
+
+    pub async fn send(&self, method: &str, path: &str, body: Vec<u8>) -> (u16, Bytes) {
+        let stream = UnixStream::connect(self.dir.path().join("control.sock")).await.unwrap();
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "control")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        let status = response.status().as_u16();
+        (status, response.into_body().collect().await.unwrap().to_bytes())
+    }
+
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> T {
+        let (status, body) = self.send("GET", path, Vec::new()).await;
+        assert_eq!(status, 200, "{path}: {}", String::from_utf8_lossy(&body));
+        serde_json::from_slice(&body).unwrap()
+    }
+
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Problem> {
+        let (status, answer) = self.send("POST", path, serde_json::to_vec(body).unwrap()).await;
+        if status == 200 {
+            Ok(serde_json::from_slice(&answer).unwrap())
+        } else {
+            let problem: Problem = serde_json::from_slice(&answer).unwrap();
+            assert_eq!(problem.status, status);
+            Err(problem)
+        }
+    }
+
+    pub async fn apply(&self, base: u64, changes: Vec<Change>) -> Result<Applied, Problem> {
+        self.apply_with(base, changes, Bodies::default()).await
+    }
+
+    pub async fn apply_with(&self, base: u64, changes: Vec<Change>, bodies: Bodies) -> Result<Applied, Problem> {
+        self.post("/v1/changes", &Apply { change_set: ChangeSet { base: Revision(base), changes }, bodies }).await
+    }
+
+    /// The first change of a mesh: it exists and has these services.
+    pub async fn create(&self, services: &[&str]) -> Applied {
+        let mut changes = vec![Change::CreateMesh { trust_domain: trust_domain() }];
+        changes.extend(services.iter().map(|service| declare(service)));
+        self.apply(0, changes).await.unwrap()
+    }
+
+    pub async fn status(&self) -> Status {
+        self.get("/v1/status").await
+    }
+
+    pub async fn invite(&self, host: Option<&str>) -> Invitation {
+        self.control.invite(Duration::from_secs(60), host.map(name)).await.unwrap()
+    }
+
+    pub async fn bundle(&self) -> Bundle {
+        let view: countersign_api::local::AuthorityView = self.get("/v1/authority").await;
+        let (_, pem) = x509_parser::pem::parse_x509_pem(view.bundle_pem.as_bytes()).unwrap();
+        Bundle::new(view.trust_domain, view.bundle_sequence, vec![pem.contents.into()]).unwrap()
+    }
+
+    /// A newcomer's channel: no certificate of its own.
+    pub async fn stranger(&self) -> Channel {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Newcomer(self.bundle().await)))
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        self.channel(Arc::new(config)).await.unwrap()
+    }
+
+    pub async fn channel(&self, config: Arc<ClientConfig>) -> Result<Channel, tonic::transport::Error> {
+        let address = self.control.listen;
+        let connect = tower::service_fn(move |_: http::Uri| {
+            let config = config.clone();
+            async move {
+                let stream = TcpStream::connect(address).await?;
+                let stream = tokio_rustls::TlsConnector::from(config).connect(server_name(), stream).await?;
+                std::io::Result::Ok(TokioIo::new(stream))
+            }
+        });
+        Endpoint::from_static("http://control").connect_with_connector(connect).await
+    }
+
+    pub async fn join(&self, token: &str, host: &str) -> Result<Agent, tonic::Status> {
+        let (key, csr_der) = csr();
+        let request = mesh::JoinRequest { token: token.into(), host: host.into(), csr_der };
+        let answer = EnrolmentClient::new(self.stranger().await).join(request).await?.into_inner();
+        let identity = identity(answer.svid.unwrap(), &key);
+        let channel = self.channel(identity.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
+        Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity })
+    }
+
+    /// An agent on `host`.
+    pub async fn agent(&self, host: &str) -> Agent {
+        let token = self.invite(None).await.token;
+        self.join(&token, host).await.unwrap()
+    }
+}
+
+pub fn declare(service: &str) -> Change {
+    Change::DeclareService { name: name(service), spec: ServiceSpec::new(Protocol::Http) }
+}
+
+/// A policy of one permit, with its text.
+pub fn permit(id: &str, from: &str, to: &str) -> (Change, Bodies) {
+    let text = format!(
+        "@id(\"{id}\")\npermit (principal == Workload::\"{from}\", action in Action::\"read\", resource in Service::\"{to}\");\n"
+    );
+    let mut bodies = Bodies::default();
+    let body = bodies.insert(text);
+    (Change::SetPolicy { id: id.into(), file: "policies/shop.cedar".into(), body }, bodies)
+}
+
+pub fn csr() -> (KeyPair, Bytes) {
+    let key = KeyPair::generate().unwrap();
+    let csr = CertificateParams::default().serialize_request(&key).unwrap();
+    (key, Bytes::copy_from_slice(csr.der()))
+}
+
+pub fn identity(svid: mesh::IssueX509SvidResponse, key: &KeyPair) -> Arc<TlsIdentity> {
+    let chain = svid.chain_der.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
+    let svid_read = X509Svid::parse(chain, key.serialize_der()).unwrap();
+    TlsIdentity::new(svid_read, Bundle::from_message(&svid.bundle.unwrap()).unwrap())
+}
+
+/// An agent that joined.
+pub struct Agent {
+    pub host: String,
+    pub client: MeshClient<Channel>,
+    pub identity: Arc<TlsIdentity>,
+}
+
+/// Both halves of its stream.
+pub struct Stream {
+    pub say: mpsc::Sender<mesh::FollowRequest>,
+    pub events: tonic::Streaming<mesh::FollowEvent>,
+}
+
+impl Agent {
+    pub async fn issue(&mut self, instance: &str) -> Result<mesh::IssueX509SvidResponse, tonic::Status> {
+        let request = mesh::IssueX509SvidRequest { instance: instance.into(), csr_der: csr().1 };
+        self.client.issue_x509_svid(request).await.map(tonic::Response::into_inner)
+    }
+
+    pub async fn follow(&mut self, revision: u64, root: Digest) -> Result<Stream, tonic::Status> {
+        let hello = mesh::FollowHello {
+            host: self.host.clone(),
+            version: "0".into(),
+            revision,
+            root: Bytes::copy_from_slice(&root.0),
+            isolation: "none".into(),
+            isolation_note: "a test".into(),
+        };
+        self.follow_saying(Said::Hello(hello)).await
+    }
+
+    pub async fn follow_saying(&mut self, first: Said) -> Result<Stream, tonic::Status> {
+        let (say, said) = mpsc::channel(64);
+        say.send(mesh::FollowRequest { message: Some(first) }).await.unwrap();
+        let said = tokio_stream::wrappers::ReceiverStream::new(said);
+        Ok(Stream { say, events: self.client.follow(said).await?.into_inner() })
+    }
+}
+
+impl Stream {
+    pub async fn say(&self, said: Said) {
+        self.say.send(mesh::FollowRequest { message: Some(said) }).await.unwrap();
+    }
+
+    pub async fn up(&self, instance: &str, address: &str) {
+        let up = mesh::InstanceUp { instance: instance.into(), address: address.into(), ready: true, ..Default::default() };
+        self.say(Said::Up(up)).await;
+    }
+
+    pub async fn acknowledge(&self, instance: &str, revision: u64) {
+        let instances = vec![mesh::InstanceRevision { instance: instance.into(), revision, error: String::new() }];
+        self.say(Said::Acknowledgement(mesh::Acknowledgement { instances })).await;
+    }
+
+    pub async fn next(&mut self) -> Result<Event, tonic::Status> {
+        let next = tokio::time::timeout(WITHIN, self.events.message()).await.expect("an event comes in time")?;
+        Ok(next.expect("the stream goes on").event.unwrap())
+    }
+
+    /// The next event that is no heartbeat.
+    pub async fn news(&mut self) -> Event {
+        loop {
+            match self.next().await.unwrap() {
+                Event::Heartbeat(_) => {}
+                event => return event,
+            }
+        }
+    }
+
+    pub async fn welcome(&mut self) -> mesh::Welcome {
+        match self.next().await.unwrap() {
+            Event::Welcome(welcome) => welcome,
+            other => panic!("the first event is {other:?}"),
+        }
+    }
+}
+
+/// Knows the root it was told of, as a newcomer does, and nothing else.
+#[derive(Debug)]
+struct Newcomer(Bundle);
+
+impl ServerCertVerifier for Newcomer {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let chain: Vec<_> = [leaf].into_iter().chain(rest).cloned().collect();
+        let peer = verify_peer(&chain, &self.0, now, PeerSide::Server).expect("the control plane shows its SVID");
+        assert_eq!(*peer.id(), trust_domain().control());
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        unreachable!("TLS 1.3 only")
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signed, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
