@@ -1,5 +1,420 @@
-//! On each host: attests, folds the ledger, keeps identities fresh, starts and isolates workloads and their proxies.
+//! On each host: joins the mesh, follows its ledger and verifies every entry, keeps identities fresh, and runs the
+//! workloads and their sidecars.
+//!
+//! Signs nothing, judges no request, and never shows a workload the data directory. Without control it goes on from what
+//! it holds.
+//!
+//! | room | holds |
+//! |---|---|
+//! | `join` | a join token traded for the agent's own identity, kept 0600 |
+//! | `link` | the one way to control: gRPC over mutual TLS |
+//! | `follow` | the stream from control, opened again with back-off |
+//! | `held` | the verified history, in memory and on disk |
+//! | `views` | the view of each service that runs here |
+//! | `discovery` | where every service runs right now |
+//! | `identity` | keys and certificates, renewed at half life |
+//! | `workloads` | instances: a launcher, a workload and a sidecar each, supervised |
+//! | `ack` | what control must know of this host's instances |
+//! | `report` | decision records on their way to control |
+//! | `fresh` | how long ago this host was in step with control |
+//! | `local_api` | `agent.sock` |
+//! | [`isolate`], [`launch`], [`harden`] | namespaces of their own for workloads |
+
+use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+
+use countersign_api::run_file::RunService;
+use countersign_core::{
+    change::Revision,
+    identity::{InstanceId, ServiceName, TrustDomain},
+    service::ServiceSpec,
+};
+use tokio::{sync::broadcast, task::JoinHandle};
+
+use crate::{
+    host::{Host, Parts},
+    isolate::Isolation,
+    join::{Issued, JoinToken},
+    link::ControlAddress,
+    report::Reports,
+    workloads::Workloads,
+};
 
 pub mod harden;
 pub mod isolate;
 pub mod launch;
+
+mod ack;
+mod backoff;
+mod discovery;
+mod follow;
+mod fresh;
+mod held;
+mod host;
+mod identity;
+mod join;
+mod keep;
+mod link;
+mod local_api;
+mod report;
+mod views;
+mod workloads;
+
+pub use join::{IssuedError, JoinError, JoinTokenError, KeptError};
+pub use link::ControlAddressError;
+
+/// What an agent is told.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// The mesh's data directory; the agent keeps what is its own in `agent/` below it.
+    pub data_dir: PathBuf,
+    /// The name of this host.
+    pub host: ServiceName,
+    /// Where the control plane listens: `https://host:port`.
+    pub control: String,
+    /// A join token. Not needed by a host that has joined before.
+    pub join: Option<String>,
+    /// What runs here.
+    pub workloads: Vec<WorkloadSpec>,
+    /// Whether workloads get namespaces of their own.
+    pub isolate: Isolate,
+    /// Threads of each sidecar, at least 1.
+    pub workers: u32,
+    /// The binary with the hidden `launch` and `sidecar` subcommands: `/proc/self/exe`.
+    pub executable: PathBuf,
+    /// A workload that ended is not started again, and [`Agent::exited`] says how it ended.
+    pub exit_with_workload: bool,
+}
+
+/// A service on this host: how it is started, which stays here, and what it declares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkloadSpec {
+    /// The service.
+    pub service: ServiceName,
+    /// What it declares to the mesh.
+    pub spec: ServiceSpec,
+    /// The program and its arguments; absent when it runs elsewhere and only its sidecar is ours.
+    pub run: Option<Vec<String>>,
+    /// The working directory.
+    pub dir: PathBuf,
+    /// Variables on top of the agent's own and those that describe the mesh.
+    pub env: BTreeMap<String, String>,
+    /// How many, at least 1. One that runs elsewhere has one sidecar.
+    pub instances: u32,
+    /// Where it listens on 127.0.0.1; picked when absent and told as `PORT`.
+    pub port: Option<u16>,
+}
+
+/// Whether workloads get namespaces of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Isolate {
+    /// Where the kernel allows it.
+    #[default]
+    Auto,
+    /// Or the agent does not start.
+    Required,
+    /// They do not.
+    Off,
+}
+
+/// What happens on a host, for people who watch. A slow listener misses some.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentEvent {
+    /// The host became part of the mesh.
+    Joined {
+        /// Whose.
+        trust_domain: TrustDomain,
+    },
+    /// The stream from control is open, and what is held is current.
+    ControlFollowed {
+        /// The revision that is held.
+        revision: Revision,
+    },
+    /// The stream from control ended. Proxies go on from what they hold.
+    ControlLost {
+        /// Why.
+        why: String,
+    },
+    /// What control sent does not follow from what is held, or it does not accept this host. The last good state stays.
+    HistoryRefused {
+        /// Why.
+        why: String,
+    },
+    /// A proxy could not take up a revision and keeps its last good view.
+    ViewRefused {
+        /// The service.
+        service: ServiceName,
+        /// The revision.
+        revision: Revision,
+        /// Why.
+        why: String,
+    },
+    /// A workload and its sidecar are being started.
+    InstanceStarting {
+        /// The instance.
+        instance: InstanceId,
+    },
+    /// An identity was issued to it, for the first time or anew.
+    IdentityIssued {
+        /// The instance.
+        instance: InstanceId,
+    },
+    /// Its proxy enforces a revision.
+    Enforced {
+        /// The instance.
+        instance: InstanceId,
+        /// The revision.
+        revision: Revision,
+    },
+    /// Its workload accepts connections.
+    InstanceReady {
+        /// The instance.
+        instance: InstanceId,
+    },
+    /// Its workload wrote a line.
+    Output {
+        /// The instance.
+        instance: InstanceId,
+        /// The line, cut at 4096 bytes.
+        line: String,
+    },
+    /// Its workload ended, or could not be started.
+    WorkloadEnded {
+        /// The instance.
+        instance: InstanceId,
+        /// How, or why not.
+        why: String,
+        /// What it wrote last.
+        last_lines: Vec<String>,
+        /// When it is started again; absent when it is not.
+        restart_in: Option<Duration>,
+    },
+    /// Its sidecar ended, or could not be started.
+    ProxyEnded {
+        /// The instance.
+        instance: InstanceId,
+        /// How, or why not.
+        why: String,
+        /// When it is started again.
+        restart_in: Duration,
+    },
+    /// It was stopped.
+    InstanceStopped {
+        /// The instance.
+        instance: InstanceId,
+    },
+}
+
+/// Why an agent does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address of control is none.
+    #[error(transparent)]
+    Control(#[from] ControlAddressError),
+    /// The join token is none.
+    #[error(transparent)]
+    Token(#[from] JoinTokenError),
+    /// Its directory cannot be used.
+    #[error("could not use `{dir}` as the agent's directory")]
+    Dir {
+        /// The directory.
+        dir: PathBuf,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// Its local socket cannot be made.
+    #[error("could not listen on `{socket}`")]
+    Socket {
+        /// The socket.
+        socket: PathBuf,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// Workloads must be isolated and cannot be.
+    #[error("workloads cannot be isolated on this host, and `isolate = \"required\"` demands it: {0}")]
+    Isolation(String),
+    /// It has no identity and no token to get one.
+    #[error("host `{0}` has not joined the mesh, and no join token was given")]
+    NotJoined(ServiceName),
+    /// The identity in its directory cannot be used.
+    #[error("the agent's identity in `{dir}` cannot be used; remove it and join again")]
+    Kept {
+        /// The directory.
+        dir: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: KeptError,
+    },
+    /// Joining failed.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// There is no way to control from this host.
+    #[error("could not find the way to the control plane at `{control}`")]
+    NoWay {
+        /// Where it should be.
+        control: String,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A running agent. Dropped, it ends at once, and everything it started with it; [`Agent::stop`] ends it in order.
+pub struct Agent {
+    host: Arc<Host>,
+    workloads: Arc<Workloads>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// Starts an agent: joins unless it has joined before, takes up the state it last verified, and starts the workloads.
+/// Does not wait for control beyond joining, nor for any workload.
+pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
+    let control = ControlAddress::parse(&config.control)?;
+    let token = config.join.as_deref().map(JoinToken::parse).transpose()?;
+    let dir = config.data_dir.join("agent");
+    let unusable = |source| StartError::Dir { dir: dir.clone(), source };
+    keep::directory(&dir).map_err(unusable)?;
+    let socket = config.data_dir.join(countersign_api::run_file::AGENT_SOCKET);
+    let listener = local_api::bind(&config.data_dir, &dir).map_err(|source| StartError::Socket { socket, source })?;
+    let isolation = isolation(&config).await?;
+    let address = control.own_address().await;
+    let address = address.map_err(|source| StartError::NoWay { control: control.to_string(), source })?;
+    let (identity, joined) = own_identity(&config.host, &control, token.as_ref(), &dir).await?;
+
+    let (reports, for_control) = Reports::new();
+    let host = Arc::new(Host::new(Parts {
+        name: config.host,
+        data_dir: config.data_dir,
+        dir,
+        executable: config.executable,
+        workers: config.workers,
+        isolation,
+        control,
+        address,
+        identity,
+        reports,
+    }));
+    if joined {
+        // What was held before belongs to an earlier life of this host, perhaps of another mesh.
+        host.keep_identity();
+        host.tell(AgentEvent::Joined { trust_domain: host.trust_domain.clone() });
+    } else if let Err(error) = host.held.load() {
+        tracing::error!(error = link::chain(&error), "what this host held is not used; it begins cold");
+    }
+    let workloads = Arc::new(Workloads::new(host.clone(), config.exit_with_workload));
+    let tasks = vec![
+        tokio::spawn(follow::follow(host.clone(), for_control)),
+        tokio::spawn(follow::keep_held(host.clone())),
+        tokio::spawn(identity::keep_agent_fresh(host.clone())),
+        tokio::spawn(local_api::serve(listener, workloads.clone())),
+    ];
+    workloads.set(config.workloads).await;
+    Ok(Agent { host, workloads, tasks })
+}
+
+async fn isolation(config: &AgentConfig) -> Result<Isolation, StartError> {
+    if config.isolate == Isolate::Off {
+        return Ok(Isolation { available: false, note: "`isolate = \"off\"` in the mesh directory".into() });
+    }
+    let isolation = isolate::probe(&config.executable, &config.data_dir).await;
+    if !isolation.available && config.isolate == Isolate::Required {
+        return Err(StartError::Isolation(isolation.note));
+    }
+    Ok(isolation)
+}
+
+/// The identity of this host, and whether it is new. A token for another root than the kept identity's means another
+/// mesh: then it is traded, and so it is when the kept identity has expired.
+async fn own_identity(
+    host: &ServiceName,
+    control: &ControlAddress,
+    token: Option<&JoinToken>,
+    dir: &std::path::Path,
+) -> Result<(Issued, bool), StartError> {
+    let now = identity::now();
+    match (Issued::load(dir), token) {
+        (Ok(Some(kept)), _) if kept.serves(host, token, now) => Ok((kept, false)),
+        (_, Some(token)) => Ok((join::join(control, host, token, now).await?, true)),
+        (Err(source), None) => Err(StartError::Kept { dir: dir.to_owned(), source }),
+        (Ok(_), None) => Err(StartError::NotJoined(host.clone())),
+    }
+}
+
+impl Agent {
+    /// Waits until every instance enforces a view and its workload accepts connections, or will not: it only calls
+    /// others, or it ended. Returns those that ended, and why. Waits for control as long as it takes.
+    pub async fn ready(&self) -> Vec<(InstanceId, String)> {
+        self.workloads.ready().await
+    }
+
+    /// Events from now on.
+    pub fn events(&self) -> broadcast::Receiver<AgentEvent> {
+        self.host.events.subscribe()
+    }
+
+    /// Brings what runs in line with `workloads`; what did not change is not touched.
+    pub async fn set_workloads(&self, workloads: Vec<WorkloadSpec>) {
+        self.workloads.set(workloads).await;
+    }
+
+    /// Where the services of this host listen.
+    pub fn run_services(&self) -> BTreeMap<ServiceName, RunService> {
+        self.workloads.run_services()
+    }
+
+    /// The namespace of the mesh.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.host.trust_domain
+    }
+
+    /// Whether workloads have namespaces of their own, and why not.
+    pub fn isolation(&self) -> &Isolation {
+        &self.host.isolation
+    }
+
+    /// Waits until a workload ended for good: its exit code, or 128 and the number of the signal. Without
+    /// [`AgentConfig::exit_with_workload`] the first crash counts.
+    pub async fn exited(&self) -> u8 {
+        self.workloads.exited().await
+    }
+
+    /// Ends in order: instances leave discovery, proxies finish what is open within `drain`, workloads are asked to end
+    /// and then made to, what is held is written down.
+    pub async fn stop(self, drain: Duration) {
+        self.workloads.stop(drain).await;
+        let host = self.host.clone();
+        drop(self);
+        let written = tokio::task::spawn_blocking(move || {
+            host.held.write()?;
+            host.fresh.write()?;
+            match std::fs::remove_file(host.data_dir.join(countersign_api::run_file::AGENT_SOCKET)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            }
+        });
+        if let Ok(Err(error)) = written.await {
+            tracing::warn!(%error, "could not keep the mesh's state for the next start");
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl WorkloadSpec {
+    /// Whether `other` is started the same way, so that what runs can stay. What a service declares beyond its
+    /// upstreams reaches its proxy in its view.
+    fn starts_like(&self, other: &Self) -> bool {
+        self.run == other.run
+            && self.dir == other.dir
+            && self.env == other.env
+            && self.port == other.port
+            && self.spec.upstreams == other.spec.upstreams
+    }
+}

@@ -1,0 +1,133 @@
+//! What every room of one agent shares: who it is, what it holds, and where its rooms meet. No room owns another; they
+//! hear of each other's news through what lies here.
+
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
+
+use countersign_api::{
+    mesh,
+    svid::{Bundle, SvidError, TlsIdentity},
+};
+use countersign_core::identity::{ServiceName, TrustDomain};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, broadcast, watch};
+use tonic::transport::Channel;
+use zeroize::Zeroizing;
+
+use crate::{
+    AgentEvent, ack::Acknowledgements, discovery::Discovery, fresh::Fresh, held::Held, isolate::Isolation,
+    join::Issued, link::ControlAddress, report::Reports, views::Views,
+};
+
+/// Events that a slow listener may fall behind before it misses some.
+const EVENTS_KEPT: usize = 1024;
+
+/// One agent.
+pub(crate) struct Host {
+    pub(crate) name: ServiceName,
+    pub(crate) trust_domain: TrustDomain,
+    /// The mesh's data directory, which no workload sees.
+    pub(crate) data_dir: PathBuf,
+    /// The agent's own directory below it.
+    pub(crate) dir: PathBuf,
+    pub(crate) executable: PathBuf,
+    pub(crate) workers: u32,
+    pub(crate) isolation: Isolation,
+    pub(crate) control: ControlAddress,
+    /// Where other hosts reach the proxies of this one.
+    pub(crate) address: IpAddr,
+    pub(crate) tls: Arc<TlsIdentity>,
+    key_pkcs8_der: Mutex<Zeroizing<Vec<u8>>>, // of `tls`'s SVID
+    pub(crate) bundle: watch::Sender<mesh::Bundle>,
+    /// The open channel to control, for questions beside the stream.
+    pub(crate) channel: watch::Sender<Option<Channel>>,
+    /// The agent has a new identity: the stream must be opened again with it.
+    pub(crate) renewed: Notify,
+    pub(crate) held: Held,
+    pub(crate) views: Views,
+    pub(crate) discovery: Discovery,
+    pub(crate) acknowledgements: Acknowledgements,
+    pub(crate) reports: Arc<Reports>,
+    pub(crate) fresh: Fresh,
+    pub(crate) events: broadcast::Sender<AgentEvent>,
+}
+
+/// What a host is made of.
+pub(crate) struct Parts {
+    pub(crate) name: ServiceName,
+    pub(crate) data_dir: PathBuf,
+    pub(crate) dir: PathBuf,
+    pub(crate) executable: PathBuf,
+    pub(crate) workers: u32,
+    pub(crate) isolation: Isolation,
+    pub(crate) control: ControlAddress,
+    pub(crate) address: IpAddr,
+    pub(crate) identity: Issued,
+    pub(crate) reports: Arc<Reports>,
+}
+
+impl Host {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Issued { svid, key_pkcs8_der, bundle } = parts.identity;
+        let trust_domain = bundle.trust_domain().clone();
+        Self {
+            held: Held::cold(&parts.dir, trust_domain.clone()),
+            fresh: Fresh::load(&parts.dir),
+            bundle: watch::Sender::new(bundle.to_message()),
+            tls: TlsIdentity::new(svid, bundle),
+            key_pkcs8_der: Mutex::new(key_pkcs8_der),
+            trust_domain,
+            name: parts.name,
+            data_dir: parts.data_dir,
+            dir: parts.dir,
+            executable: parts.executable,
+            workers: parts.workers,
+            isolation: parts.isolation,
+            control: parts.control,
+            address: parts.address,
+            channel: watch::Sender::new(None),
+            renewed: Notify::new(),
+            views: Views::default(),
+            discovery: Discovery::new(),
+            acknowledgements: Acknowledgements::default(),
+            reports: parts.reports,
+            events: broadcast::Sender::new(EVENTS_KEPT),
+        }
+    }
+
+    /// Tells whoever listens. Nobody need.
+    pub(crate) fn tell(&self, event: AgentEvent) {
+        let _ = self.events.send(event);
+    }
+
+    /// Takes a newer bundle of the own trust domain into use, here and in every proxy; an older one is passed over.
+    pub(crate) fn trust(&self, message: &mesh::Bundle) -> Result<(), SvidError> {
+        let bundle = Bundle::from_message(message)?;
+        let newer = bundle.sequence() > self.tls.bundle().sequence() && *bundle.trust_domain() == self.trust_domain;
+        if newer {
+            tracing::info!(bundle.sequence = bundle.sequence(), "a new bundle is trusted");
+            self.tls.trust(bundle);
+            self.bundle.send_replace(message.clone());
+            self.keep_identity();
+        }
+        Ok(())
+    }
+
+    /// Takes a new identity of the agent into use; connections made from now on show it.
+    pub(crate) fn renew(&self, issued: Issued) {
+        let Issued { svid, key_pkcs8_der, bundle } = issued;
+        *self.key_pkcs8_der.lock() = key_pkcs8_der;
+        self.tls.renew(svid);
+        // Verified when it was accepted; of the own trust domain, because the SVID is.
+        let _ = self.trust(&bundle.to_message());
+        self.keep_identity();
+        self.renewed.notify_one();
+    }
+
+    /// Writes the identity down. A host that cannot goes on, and has to be invited again after a restart.
+    pub(crate) fn keep_identity(&self) {
+        let key = self.key_pkcs8_der.lock();
+        if let Err(error) = crate::join::keep_identity(&self.dir, &self.tls.svid(), &key, &self.tls.bundle()) {
+            tracing::warn!(%error, dir = %self.dir.display(), "could not keep the agent's identity");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Keeps identities fresh: the agent's own, and one for each instance on this host. Every renewal makes a new key, asks
+//! control to sign it, and checks what came back before anyone uses it. Keys are erased when replaced and never
+//! written to a log; an instance's key goes to its proxy and nowhere else.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use countersign_api::mesh::{IssueX509SvidRequest, IssueX509SvidResponse, RenewAgentRequest, mesh_client::MeshClient};
+use countersign_core::identity::InstanceId;
+use rustls_pki_types::UnixTime;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+use crate::{
+    AgentEvent,
+    backoff::{Backoff, half_life},
+    host::Host,
+    join::{Issued, IssuedError, SigningRequest},
+    link::chain,
+};
+
+/// How long control may take to sign.
+const ISSUE_WITHIN: Duration = Duration::from_secs(10);
+/// However short an SVID lives, renewals are at least so far apart.
+const RENEW_APART: Duration = Duration::from_millis(500);
+
+/// Why there is no new identity this time.
+#[derive(Debug, thiserror::Error)]
+enum RenewError {
+    #[error("could not make a key")]
+    Key(#[from] rcgen::Error),
+    #[error("control did not sign it: {0}")]
+    Control(String),
+    #[error("control signed something that cannot be used")]
+    Issued(#[from] IssuedError),
+}
+
+/// Keeps the identity of `instance` fresh until dropped. The first one arrives as soon as control can be reached.
+pub(crate) async fn keep_instance_fresh(
+    host: Arc<Host>,
+    instance: InstanceId,
+    out: watch::Sender<Option<Arc<Issued>>>,
+) {
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
+    loop {
+        match issue(&host, &instance).await {
+            Ok(issued) => {
+                backoff.reset();
+                let renew_in = renew_in(&issued);
+                tracing::info!(%instance, svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), ?renew_in, "an identity was issued");
+                host.tell(AgentEvent::IdentityIssued { instance: instance.clone() });
+                // Control's bundle beside an identity is as good as one on the stream.
+                let _ = host.trust(&issued.bundle.to_message());
+                out.send_replace(Some(Arc::new(issued)));
+                tokio::time::sleep(renew_in).await;
+            }
+            Err(error) => {
+                let retry_in = backoff.next_delay();
+                tracing::warn!(%instance, error = chain(&error), ?retry_in, "an identity could not be issued");
+                tokio::time::sleep(retry_in).await;
+            }
+        }
+    }
+}
+
+/// Keeps the agent's own identity fresh until dropped.
+pub(crate) async fn keep_agent_fresh(host: Arc<Host>) {
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+    let until_renewal = |host: &Host| {
+        let svid = host.tls.svid();
+        renew_after(svid.not_before(), svid.not_after())
+    };
+    tokio::time::sleep(until_renewal(&host)).await;
+    loop {
+        match renew(&host).await {
+            Ok(issued) => {
+                backoff.reset();
+                tracing::info!(svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), "the agent renewed its identity");
+                host.renew(issued);
+                tokio::time::sleep(until_renewal(&host)).await;
+            }
+            Err(error) => {
+                let retry_in = backoff.next_delay();
+                tracing::warn!(error = chain(&error), ?retry_in, "the agent's identity could not be renewed");
+                tokio::time::sleep(retry_in).await;
+            }
+        }
+    }
+}
+
+async fn issue(host: &Host, instance: &InstanceId) -> Result<Issued, RenewError> {
+    let request = SigningRequest::new()?;
+    let ask = IssueX509SvidRequest { instance: instance.to_string(), csr_der: request.csr_der.clone() };
+    let mut client = MeshClient::new(channel(host).await);
+    let answer = within(client.issue_x509_svid(ask)).await?;
+    Ok(request.accept(&answer, |_| host.trust_domain.workload(&instance.service()), now())?)
+}
+
+async fn renew(host: &Host) -> Result<Issued, RenewError> {
+    let request = SigningRequest::new()?;
+    let ask = RenewAgentRequest { csr_der: request.csr_der.clone() };
+    let mut client = MeshClient::new(channel(host).await);
+    let answer = within(client.renew_agent(ask)).await?;
+    Ok(request.accept(&answer, |_| host.trust_domain.agent(&host.name), now())?)
+}
+
+/// The open channel; waits while there is none.
+async fn channel(host: &Host) -> Channel {
+    let mut channels = host.channel.subscribe();
+    loop {
+        let open = channels.borrow_and_update().clone();
+        match open {
+            Some(channel) => return channel,
+            // It cannot fail: the sender lies in `host`, which is borrowed here.
+            None => drop(channels.changed().await),
+        }
+    }
+}
+
+async fn within(
+    answer: impl Future<Output = Result<tonic::Response<IssueX509SvidResponse>, tonic::Status>>,
+) -> Result<IssueX509SvidResponse, RenewError> {
+    match tokio::time::timeout(ISSUE_WITHIN, answer).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => Err(RenewError::Control(format!("{} ({})", status.message(), status.code()))),
+        Err(_) => Err(RenewError::Control(format!("no answer within {ISSUE_WITHIN:?}"))),
+    }
+}
+
+/// How long to use a fresh identity before asking for the next: half of what is left of it, so that a certificate
+/// dated back for the sake of slow clocks is not renewed early.
+fn renew_in(issued: &Issued) -> Duration {
+    let left = issued.svid.not_after().saturating_sub(now().as_secs().cast_signed());
+    half_life(Duration::from_secs(left.max(0).unsigned_abs())).max(RENEW_APART)
+}
+
+/// The same for one that may have been issued long ago.
+fn renew_after(not_before: i64, not_after: i64) -> Duration {
+    let lifetime = Duration::from_secs((not_after - not_before).max(0).unsigned_abs());
+    let age = Duration::from_secs((now().as_secs().cast_signed() - not_before).max(0).unsigned_abs());
+    half_life(lifetime).saturating_sub(age).max(RENEW_APART)
+}
+
+/// The wall clock, as certificates are dated.
+pub(crate) fn now() -> UnixTime {
+    UnixTime::since_unix_epoch(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+}

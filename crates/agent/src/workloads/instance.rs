@@ -1,0 +1,579 @@
+//! One instance: a workload and its sidecar, kept running until it is stopped. The sidecar lives on while its workload
+//! is started again and answers 503 meanwhile; only a workload with namespaces of its own takes its sidecar's sockets
+//! with it, and then both begin anew, on the same addresses. Stopping drains the sidecar first and the workload after,
+//! because what is still open needs it.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use countersign_api::{
+    local::WorkloadView,
+    mesh::InstanceUp,
+    sidecar::{Configure, Listening},
+};
+use countersign_core::{
+    change::Revision,
+    identity::{InstanceId, ServiceName},
+};
+use tokio::{sync::watch, task::AbortHandle};
+
+use super::{
+    output::Output,
+    sidecar::{self, Ended, Talk},
+};
+use crate::{
+    AgentEvent, WorkloadSpec,
+    backoff::Backoff,
+    host::Host,
+    identity::keep_instance_fresh,
+    isolate::{self, Exit, LaunchSpec, LaunchedWorkload, Stop},
+    join::Issued,
+    keep,
+    link::chain,
+};
+
+/// The delays before a crashed process is started again.
+const RESTART_FIRST: Duration = Duration::from_millis(100);
+const RESTART_LONGEST: Duration = Duration::from_secs(30);
+/// A process that lived so long is well: its next crash begins at the first delay again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+/// Between a workload's SIGTERM and its SIGKILL.
+const TERM_WITHIN: Duration = Duration::from_secs(5);
+/// And after that, until the kernel has cleared away what is left.
+const KILL_WITHIN: Duration = Duration::from_secs(2);
+/// A workload that runs so long without listening is not going to: it only calls others.
+const LISTENS_WITHIN: Duration = Duration::from_secs(5);
+/// Room for the decision records of one instance, in bytes.
+const RECORDS_BYTES_MAX: u64 = 64 << 20;
+/// Inside a namespace of its own every port is free.
+const ISOLATED_PORTS: u16 = 15001;
+const ISOLATED_APP_PORT: u16 = 8080;
+
+/// Where a sidecar listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Addresses {
+    pub(crate) inbound: SocketAddr,
+    pub(crate) outbound_http: SocketAddr,
+    pub(crate) upstreams: BTreeMap<ServiceName, SocketAddr>,
+    pub(crate) admin: String,
+}
+
+/// What an instance is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Starting,
+    Running,
+    Restarting,
+    Stopped,
+}
+
+/// An instance as it is now.
+#[derive(Debug, Clone)]
+pub(crate) struct Status {
+    pub(crate) phase: Phase,
+    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) namespace_pid: Option<u32>,
+    pub(crate) pid: Option<u32>,
+    pub(crate) restarts: u32,
+    pub(crate) last_exit: Option<String>,
+    pub(crate) exit: Option<Exit>,
+    pub(crate) addresses: Option<Addresses>,
+    pub(crate) revision: Option<Revision>,
+    pub(crate) has_identity: bool,
+    pub(crate) app_ready: bool,
+    /// It accepted connections once, or will not, or failed: there is no more to wait for.
+    pub(crate) settled: bool,
+}
+
+/// One instance of a workload.
+pub(crate) struct Instance {
+    pub(crate) id: InstanceId,
+    pub(crate) spec: WorkloadSpec,
+    pub(crate) isolated: bool,
+    slot: u32, // from 1
+    port: Option<u16>,
+    status: watch::Sender<Status>,
+}
+
+/// The sidecar's end of the broker of the workload's current namespace.
+type Broker = Option<Arc<OwnedFd>>;
+
+impl Instance {
+    /// Instance number `slot` (from 1) of the workload of `spec`.
+    pub(crate) fn new(host: &Host, spec: WorkloadSpec, slot: u32) -> Self {
+        let suffix = format!("{slot}-{:08x}", fastrand::u32(..));
+        let isolated = host.isolation.available && spec.run.is_some();
+        Self {
+            id: InstanceId::new(&spec.service, &suffix),
+            port: app_port(&spec, isolated, slot),
+            isolated,
+            spec,
+            slot,
+            status: watch::Sender::new(Status {
+                phase: Phase::Starting,
+                env: BTreeMap::new(),
+                namespace_pid: None,
+                pid: None,
+                restarts: 0,
+                last_exit: None,
+                exit: None,
+                addresses: None,
+                revision: None,
+                has_identity: false,
+                app_ready: false,
+                settled: false,
+            }),
+        }
+    }
+
+    /// How it is now, and whenever that changes.
+    pub(crate) fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+
+    /// Keeps it running until `stop` says how long open exchanges may take to end.
+    pub(crate) async fn run(self: Arc<Self>, host: Arc<Host>, stop: watch::Receiver<Option<Duration>>, once: bool) {
+        tracing::info!(instance = %self.id, isolated = self.isolated, "an instance starts");
+        host.tell(AgentEvent::InstanceStarting { instance: self.id.clone() });
+        let identity = watch::Sender::new(None);
+        let fresh = identity.subscribe();
+        let renewal =
+            Aborted(tokio::spawn(keep_instance_fresh(host.clone(), self.id.clone(), identity)).abort_handle());
+        let broker = watch::Sender::new(None);
+        let drained = watch::Sender::new(false);
+        let sidecar = async {
+            self.keep_sidecar(&host, fresh, broker.subscribe(), stop.clone()).await;
+            drained.send_replace(true);
+        };
+        let workload = self.keep_workload(&host, &broker, drained.subscribe(), once);
+        tokio::join!(sidecar, workload);
+        drop(renewal);
+        self.status.send_modify(|status| (status.phase, status.settled) = (Phase::Stopped, true));
+        tracing::info!(instance = %self.id, "an instance stopped");
+        host.tell(AgentEvent::InstanceStopped { instance: self.id.clone() });
+    }
+
+    /// Keeps a sidecar running, in the namespace of the current broker, until drained.
+    async fn keep_sidecar(
+        &self,
+        host: &Arc<Host>,
+        identity: watch::Receiver<Option<Arc<Issued>>>,
+        mut broker: watch::Receiver<Broker>,
+        mut stop: watch::Receiver<Option<Duration>>,
+    ) {
+        let views = host.held.look(|follower| host.views.subscribe(&self.spec.service, follower));
+        let mut backoff = Backoff::new(RESTART_FIRST, RESTART_LONGEST);
+        loop {
+            let namespace = tokio::select! {
+                biased;
+                () = said(&mut stop, Option::is_some) => return,
+                namespace = self.namespace(&mut broker) => namespace,
+            };
+            let started = Instant::now();
+            let talk =
+                Talk { host, instance: self, views: views.clone(), identity: identity.clone(), drain: stop.clone() };
+            let ended = tokio::select! {
+                biased;
+                ended = self.one_sidecar(talk, namespace) => ended,
+                // Its sockets went with the namespace; the next one listens where it did.
+                () = self.replaced(&mut broker) => {
+                    self.departs(host, "its workload is started again");
+                    continue;
+                }
+            };
+            self.departs(host, "its proxy ended");
+            let Ended::Died(why) = ended else { return };
+            if started.elapsed() > HEALTHY_AFTER {
+                backoff.reset();
+            }
+            let restart_in = backoff.next_delay();
+            tracing::error!(instance = %self.id, why, ?restart_in, "a proxy ended");
+            host.tell(AgentEvent::ProxyEnded { instance: self.id.clone(), why, restart_in });
+            tokio::select! {
+                () = said(&mut stop, Option::is_some) => return,
+                () = tokio::time::sleep(restart_in) => {}
+            }
+        }
+    }
+
+    /// The broker of the workload's namespace; none when it has no namespace of its own.
+    async fn namespace(&self, broker: &mut watch::Receiver<Broker>) -> Broker {
+        if !self.isolated {
+            return None;
+        }
+        said(broker, Option::is_some).await;
+        broker.borrow_and_update().clone()
+    }
+
+    /// Waits until the workload has another namespace.
+    async fn replaced(&self, broker: &mut watch::Receiver<Broker>) {
+        if !self.isolated || broker.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    async fn one_sidecar(&self, talk: Talk<'_>, broker: Broker) -> Ended {
+        let host = talk.host;
+        let could_not = |tried: &str, error: std::io::Error| Ended::Died(format!("could not {tried}: {error}"));
+        let configure = match self.configure(host) {
+            Ok(configure) => configure,
+            Err(error) => return could_not("make the directory for its records", error),
+        };
+        let broker = match broker.map(|broker| broker.try_clone()).transpose() {
+            Ok(broker) => broker,
+            Err(error) => return could_not("share the broker", error),
+        };
+        let id = self.id.clone();
+        let output = Output::new(move |line| tracing::info!(target: "countersign::sidecar", instance = %id, "{line}"));
+        match sidecar::spawn(&host.executable, broker, &output) {
+            Ok(sidecar) => match talk.run(sidecar, configure).await {
+                Ended::Died(why) => Ended::Died(with_last_line(why, &output)),
+                Ended::Drained => Ended::Drained,
+            },
+            Err(error) => could_not(&format!("start `{}`", host.executable.display()), error),
+        }
+    }
+
+    /// What a sidecar of this instance is told first. The first one picks its ports; those after it get the same, since
+    /// its workload and its callers know them by then.
+    fn configure(&self, host: &Host) -> std::io::Result<Configure> {
+        let records_dir = host.dir.join("records").join(format!("{}-{}", self.spec.service, self.slot));
+        keep::directory(&records_dir)?;
+        let held = self.status.borrow().addresses.clone();
+        let any = |ip: IpAddr| SocketAddr::new(ip, 0).to_string();
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let ways = match &held {
+            Some(held) => Some((held.outbound_http, held.upstreams.clone())),
+            None => self.isolated.then(|| self.isolated_ways()),
+        };
+        let (outbound_http_listen, upstreams) = match ways {
+            Some((outbound, upstreams)) => (
+                outbound.to_string(),
+                upstreams.iter().map(|(service, at)| (service.to_string(), at.to_string())).collect(),
+            ),
+            None => {
+                let upstreams = &self.spec.spec.upstreams;
+                (any(loopback), upstreams.iter().map(|service| (service.to_string(), any(loopback))).collect())
+            }
+        };
+        let admin = held.as_ref().and_then(|held| held.admin.parse::<http::Uri>().ok());
+        let admin = admin.and_then(|uri| uri.authority().map(|authority| authority.to_string()));
+        Ok(Configure {
+            instance: self.id.to_string(),
+            workers: host.workers.max(1),
+            inbound_listen: held.map_or_else(|| any(host.address), |held| held.inbound.to_string()),
+            app_address: self.port.map(|port| SocketAddr::new(loopback, port).to_string()).unwrap_or_default(),
+            outbound_http_listen,
+            upstreams,
+            isolated: self.isolated,
+            transparent: self.isolated,
+            records_dir: records_dir.display().to_string(),
+            records_bytes_max: RECORDS_BYTES_MAX,
+            admin_listen: admin.unwrap_or_else(|| any(loopback)),
+        })
+    }
+
+    /// Where the sidecar listens for its workload inside a namespace of its own: known before either runs.
+    fn isolated_ways(&self) -> (SocketAddr, BTreeMap<ServiceName, SocketAddr>) {
+        let mut ports = (ISOLATED_PORTS..).filter(|port| Some(*port) != self.port);
+        let mut next = || SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), ports.next().unwrap_or_default());
+        let outbound = next();
+        (outbound, self.spec.spec.upstreams.iter().map(|service| (service.clone(), next())).collect())
+    }
+
+    /// Keeps the workload running until its sidecar is drained.
+    async fn keep_workload(
+        &self,
+        host: &Arc<Host>,
+        broker: &watch::Sender<Broker>,
+        mut drained: watch::Receiver<bool>,
+        once: bool,
+    ) {
+        let Some(command) = &self.spec.run else {
+            self.status.send_modify(|status| (status.phase, status.settled) = (Phase::Running, true));
+            said(&mut drained, |drained| *drained).await;
+            return;
+        };
+        let ways = if self.isolated { Some(self.isolated_ways()) } else { self.ways(&mut drained).await };
+        let Some(ways) = ways else { return };
+        let env = self.env(&ways);
+        self.status.send_modify(|status| status.env = env.clone());
+        let mut backoff = Backoff::new(RESTART_FIRST, RESTART_LONGEST);
+        loop {
+            let (id, listener) = (self.id.clone(), host.clone());
+            let output = Output::new(move |line| {
+                tracing::info!(target: "countersign::workload", instance = %id, "{line}");
+                listener.tell(AgentEvent::Output { instance: id.clone(), line });
+            });
+            let spec = LaunchSpec {
+                executable: host.executable.clone(),
+                command: command.clone(),
+                dir: self.spec.dir.clone(),
+                env: env.clone(),
+                isolate: self.isolated,
+                data_dir: host.data_dir.clone(),
+            };
+            let started = Instant::now();
+            let why = tokio::select! {
+                biased;
+                () = said(&mut drained, |drained| *drained) => return,
+                launched = isolate::spawn(spec) => match launched {
+                    Err(error) => {
+                        self.status.send_modify(|status| status.exit = Some(Exit::Code(127)));
+                        chain(&error)
+                    }
+                    Ok(mut workload) => match self.watch_over(&mut workload, broker, &output, &mut drained).await {
+                        None => return,
+                        Some(exit) => {
+                            self.status.send_modify(|status| status.exit = Some(exit));
+                            exit.to_string()
+                        }
+                    },
+                },
+            };
+            if started.elapsed() > HEALTHY_AFTER {
+                backoff.reset();
+            }
+            let restart_in = (!once).then(|| backoff.next_delay());
+            self.crashed(host, why, &output, restart_in).await;
+            let wait = async {
+                match restart_in {
+                    Some(restart_in) => tokio::time::sleep(restart_in).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = said(&mut drained, |drained| *drained) => return,
+                () = wait => self.status.send_modify(|status| status.restarts += 1),
+            }
+        }
+    }
+
+    /// Where the sidecar listens for the workload, once it does. `None`: it never will.
+    async fn ways(
+        &self,
+        drained: &mut watch::Receiver<bool>,
+    ) -> Option<(SocketAddr, BTreeMap<ServiceName, SocketAddr>)> {
+        let mut status = self.watch();
+        tokio::select! {
+            () = said(drained, |drained| *drained) => None,
+            () = said(&mut status, |status| status.addresses.is_some()) => {
+                let addresses = status.borrow().addresses.clone()?;
+                Some((addresses.outbound_http, addresses.upstreams))
+            }
+        }
+    }
+
+    /// What the workload finds in its environment: what its owner wrote, and how to reach the mesh.
+    fn env(&self, (outbound, upstreams): &(SocketAddr, BTreeMap<ServiceName, SocketAddr>)) -> BTreeMap<String, String> {
+        let proxy = format!("http://{outbound}");
+        // Addresses of this machine are not for the proxy: upstream listeners and the workload's own port are there.
+        let direct = "localhost,127.0.0.1,::1";
+        let mut env = self.spec.env.clone();
+        for (name, value) in [
+            ("HTTP_PROXY", proxy.as_str()),
+            ("http_proxy", &proxy),
+            ("NO_PROXY", direct),
+            ("no_proxy", direct),
+            ("COUNTERSIGN_SERVICE", self.spec.service.as_str()),
+            ("COUNTERSIGN_INSTANCE", self.id.as_str()),
+        ] {
+            env.insert(name.into(), value.into());
+        }
+        env.extend(self.port.map(|port| ("PORT".to_owned(), port.to_string())));
+        env.extend(upstreams.iter().map(|(service, at)| (service.upstream_variable(), at.to_string())));
+        env
+    }
+
+    /// Watches a running workload until it ends by itself, and how; `None` when it was stopped after the drain.
+    async fn watch_over(
+        &self,
+        workload: &mut LaunchedWorkload,
+        broker: &watch::Sender<Broker>,
+        output: &Output,
+        drained: &mut watch::Receiver<bool>,
+    ) -> Option<Exit> {
+        workload.stdout.take().into_iter().for_each(|stdout| output.read(stdout));
+        workload.stderr.take().into_iter().for_each(|stderr| output.read(stderr));
+        if let Some(note) = &workload.note {
+            tracing::warn!(instance = %self.id, note, "a workload is not separated in every way");
+        }
+        self.status.send_modify(|status| {
+            status.phase = Phase::Running;
+            (status.pid, status.namespace_pid) = (Some(workload.pid), workload.namespace_pid);
+        });
+        if let Some(socket) = workload.broker.take() {
+            broker.send_replace(Some(Arc::new(socket)));
+        }
+        let settles = async {
+            tokio::time::sleep(LISTENS_WITHIN).await;
+            self.status.send_modify(|status| status.settled = true);
+            std::future::pending::<()>().await
+        };
+        tokio::select! {
+            exit = workload.exited() => return Some(exit),
+            () = said(drained, |drained| *drained) => {}
+            () = settles => {}
+        }
+        for (how, within) in [(Stop::Term, TERM_WITHIN), (Stop::Kill, KILL_WITHIN)] {
+            if let Err(error) = workload.stop(how) {
+                tracing::warn!(instance = %self.id, %error, "could not ask a workload to end");
+            }
+            if tokio::time::timeout(within, workload.exited()).await.is_ok() {
+                break;
+            }
+        }
+        None
+    }
+
+    async fn crashed(&self, host: &Host, why: String, output: &Output, restart_in: Option<Duration>) {
+        // Its last words may still be on their way.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let last_lines = output.last_lines();
+        tracing::error!(instance = %self.id, why, ?restart_in, last_lines = last_lines.join(" | "), "a workload ended");
+        self.status.send_modify(|status| {
+            status.phase = if restart_in.is_some() { Phase::Restarting } else { Phase::Stopped };
+            (status.pid, status.namespace_pid) = (None, None);
+            status.last_exit = Some(why.clone());
+            status.settled = true;
+        });
+        host.tell(AgentEvent::WorkloadEnded { instance: self.id.clone(), why, last_lines, restart_in });
+    }
+
+    /// Its proxy says where it listens.
+    pub(super) fn listens(&self, host: &Host, addresses: Addresses) {
+        self.status.send_modify(|status| status.addresses = Some(addresses));
+        self.announce(host);
+    }
+
+    /// Its proxy has an identity to show.
+    pub(super) fn has_identity(&self, host: &Host) {
+        self.status.send_if_modified(|status| !std::mem::replace(&mut status.has_identity, true));
+        self.announce(host);
+    }
+
+    /// Its proxy enforces `revision`.
+    pub(super) fn enforces(&self, host: &Host, revision: Revision) {
+        self.status.send_modify(|status| status.revision = Some(revision));
+        self.announce(host);
+        host.tell(AgentEvent::Enforced { instance: self.id.clone(), revision });
+    }
+
+    /// The workload began, or ceased, to accept connections.
+    pub(super) fn app_ready(&self, host: &Host, ready: bool) {
+        self.status.send_modify(|status| {
+            status.app_ready = ready;
+            status.settled |= ready;
+        });
+        self.announce(host);
+        if ready {
+            host.tell(AgentEvent::InstanceReady { instance: self.id.clone() });
+        }
+    }
+
+    /// Others may call it: its proxy listens, can prove who it is, and has something to judge by.
+    fn announce(&self, host: &Host) {
+        let up = {
+            let status = self.status.borrow();
+            let Some(addresses) =
+                status.addresses.as_ref().filter(|_| status.revision.is_some() && status.has_identity)
+            else {
+                return;
+            };
+            InstanceUp {
+                instance: self.id.to_string(),
+                address: addresses.inbound.to_string(),
+                ready: status.app_ready,
+                pid: status.pid.unwrap_or_default().into(),
+                admin: addresses.admin.clone(),
+                isolation: if self.isolated { "namespace" } else { "none" }.into(),
+            }
+        };
+        host.acknowledgements.up(&self.id, up);
+    }
+
+    /// Others should not call it any more.
+    pub(super) fn departs(&self, host: &Host, reason: &str) {
+        host.acknowledgements.down(&self.id, reason);
+        self.status.send_modify(|status| {
+            (status.revision, status.has_identity, status.app_ready) = (None, false, false);
+        });
+    }
+
+    /// As `GET /v1/workloads` shows it.
+    pub(crate) fn view(&self) -> WorkloadView {
+        let status = self.status.borrow();
+        let state = match status.phase {
+            Phase::Starting => "starting",
+            Phase::Running => "running",
+            Phase::Restarting => "restarting",
+            Phase::Stopped => "stopped",
+        };
+        WorkloadView {
+            instance: self.id.clone(),
+            state: state.into(),
+            namespace_pid: status.namespace_pid,
+            env: status.env.clone(),
+            dir: self.spec.dir.display().to_string(),
+            restarts: status.restarts,
+            last_exit: status.last_exit.clone(),
+        }
+    }
+}
+
+impl Addresses {
+    pub(super) fn parse(listening: &Listening) -> Result<Self, String> {
+        let address = |given: &str| given.parse::<SocketAddr>().map_err(|error| format!("`{given}`: {error}"));
+        let upstreams = listening.upstreams.iter().map(|(service, at)| {
+            Ok::<_, String>((ServiceName::parse(service).map_err(|error| error.to_string())?, address(at)?))
+        });
+        Ok(Self {
+            inbound: address(&listening.inbound)?,
+            outbound_http: address(&listening.outbound_http)?,
+            upstreams: upstreams.collect::<Result<_, _>>()?,
+            admin: listening.admin.clone(),
+        })
+    }
+}
+
+/// Where the workload is to listen. Its owner's choice holds for the first instance; without namespaces the others
+/// would be in its way.
+fn app_port(spec: &WorkloadSpec, isolated: bool, slot: u32) -> Option<u16> {
+    match (spec.run.is_some(), isolated) {
+        (false, _) => spec.port,
+        (true, true) => Some(spec.port.unwrap_or(ISOLATED_APP_PORT)),
+        (true, false) => spec.port.filter(|_| slot == 1).or_else(free_port),
+    }
+}
+
+/// A port that nobody listens on right now.
+fn free_port() -> Option<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
+    Some(listener.local_addr().ok()?.port())
+}
+
+/// Waits until `watched` says so, or can say nothing any more.
+pub(super) async fn said<T>(watched: &mut watch::Receiver<T>, so: impl FnMut(&T) -> bool) {
+    let _ = watched.wait_for(so).await;
+}
+
+fn with_last_line(why: String, output: &Output) -> String {
+    match output.last_lines().pop() {
+        Some(line) => format!("{why}: {line}"),
+        None => why,
+    }
+}
+
+/// A task that ends with what it works for.
+struct Aborted(AbortHandle);
+
+impl Drop for Aborted {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,0 +1,272 @@
+//! One sidecar process and the conversation with it: the agent's news become orders, its messages become
+//! acknowledgements and reports. The two directions never wait for each other, so neither side can stall the other by
+//! being busy. A sidecar sees the end of the conversation when its agent dies, and exits.
+
+use std::{collections::BTreeSet, io, os::fd::OwnedFd, path::Path, process::Stdio, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use countersign_api::sidecar::{
+    AGENT_FD, AgentFrames, BROKER_FD, Configure, Drain, Fresh, Identity, SidecarMessage, SidecarOrder,
+    sidecar_message::Message, sidecar_order::Order,
+};
+use countersign_core::change::Revision;
+use futures_util::{SinkExt, StreamExt};
+use tokio::{
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    process::{Child, Command},
+    sync::{mpsc, watch},
+};
+use tokio_util::codec::{FramedRead, FramedWrite};
+
+use super::instance::{Addresses, Instance, said};
+use crate::{
+    AgentEvent, discovery::Told, host::Host, join::Issued, launch, views::Published, workloads::output::Output,
+};
+
+/// The hidden subcommand that is the proxy.
+const SUBCOMMAND: &str = "sidecar";
+/// How often a proxy hears how fresh its agent is.
+const FRESH_EVERY: Duration = Duration::from_secs(1);
+/// How long a proxy that said it is drained may take to exit.
+const EXIT_WITHIN: Duration = Duration::from_secs(2);
+
+/// A running sidecar. Dropped, it is killed.
+pub(super) struct Sidecar {
+    child: Child,
+    socket: UnixStream,
+}
+
+/// How a sidecar ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// It was asked to.
+    Drained,
+    /// It died.
+    Died(String),
+}
+
+/// Starts a sidecar; `broker` is its end of the broker of the workload's namespace.
+pub(super) fn spawn(executable: &Path, broker: Option<OwnedFd>, output: &Output) -> io::Result<Sidecar> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let mut command = std::process::Command::new(executable);
+    command.arg(SUBCOMMAND).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let descriptors = [(theirs.into(), AGENT_FD)].into_iter().chain(broker.map(|broker| (broker, BROKER_FD)));
+    launch::inherit(&mut command, descriptors.collect())?;
+    let mut command = Command::from(command);
+    // A terminal's signals are for the agent, which ends its sidecars in order.
+    let mut child = command.process_group(0).kill_on_drop(true).spawn()?;
+    drop(command); // and with it our copies of the sidecar's descriptors: its death must be seen as a closed socket
+    if let Some(stdout) = child.stdout.take() {
+        output.read(stdout);
+    }
+    if let Some(stderr) = child.stderr.take() {
+        output.read(stderr);
+    }
+    Ok(Sidecar { child, socket: UnixStream::from_std(ours)? })
+}
+
+/// What the conversation with one sidecar needs.
+pub(super) struct Talk<'a> {
+    pub(super) host: &'a Arc<Host>,
+    pub(super) instance: &'a Instance,
+    pub(super) views: watch::Receiver<Option<Published>>,
+    pub(super) identity: watch::Receiver<Option<Arc<Issued>>>,
+    /// When set: how long open exchanges may take to end.
+    pub(super) drain: watch::Receiver<Option<Duration>>,
+}
+
+impl Talk<'_> {
+    /// Talks with `sidecar` until it ends.
+    pub(super) async fn run(mut self, sidecar: Sidecar, configure: Configure) -> Ended {
+        let Sidecar { mut child, socket } = sidecar;
+        let (read, write) = socket.into_split();
+        let queries = self.host.reports.proxy_started(&self.instance.id);
+        let mut deadline = self.drain.clone();
+        let overdue = async move {
+            said(&mut deadline, Option::is_some).await;
+            let within = deadline.borrow().unwrap_or_default();
+            tokio::time::sleep(within + EXIT_WITHIN).await;
+        };
+        let (host, instance) = (self.host, self.instance);
+        let listening = listen(host, instance, read);
+        let speaking = self.speak(write, configure, queries);
+        let ended = tokio::select! {
+            biased;
+            drained = listening => match drained {
+                Ok(()) => {
+                    let _ = tokio::time::timeout(EXIT_WITHIN, child.wait()).await;
+                    Ended::Drained
+                }
+                Err(why) => Ended::Died(exit_status(&mut child).await.unwrap_or(why)),
+            },
+            why = speaking => Ended::Died(exit_status(&mut child).await.unwrap_or(why)),
+            () = overdue => Ended::Drained,
+        };
+        host.reports.proxy_ended(&instance.id);
+        let _ = child.kill().await;
+        ended
+    }
+
+    /// Says everything there is to say and then what is new. Returns why it cannot any more.
+    async fn speak(
+        &mut self,
+        write: OwnedWriteHalf,
+        configure: Configure,
+        mut queries: mpsc::Receiver<countersign_api::mesh::RecordsQuery>,
+    ) -> String {
+        let mut orders = Orders { frames: FramedWrite::new(write, AgentFrames::default()) };
+        let said: io::Result<std::convert::Infallible> = async {
+            orders.say(Order::Configure(configure)).await?;
+            let mut bundle = self.host.bundle.subscribe();
+            let mut discovery = self.host.discovery.subscribe();
+            let mut tick = tokio::time::interval(FRESH_EVERY);
+            let mut sent = Sent::default();
+            (bundle.mark_changed(), discovery.mark_changed(), self.identity.mark_changed(), self.views.mark_changed());
+            loop {
+                tokio::select! {
+                    biased;
+                    () = said(&mut self.drain, Option::is_some) => break,
+                    Ok(()) = bundle.changed() => {
+                        let bundle = bundle.borrow_and_update().clone();
+                        orders.say(Order::Bundle(bundle)).await?;
+                    }
+                    Ok(()) = self.identity.changed() => {
+                        let issued = self.identity.borrow_and_update().clone();
+                        if let Some(issued) = issued {
+                            orders.say(Order::Identity(identity(&issued))).await?;
+                            self.instance.has_identity(self.host);
+                        }
+                    }
+                    Ok(()) = self.views.changed() => {
+                        let published = self.views.borrow_and_update().clone();
+                        if let Some(published) = published {
+                            self.say_view(&mut orders, &mut sent, &published).await?;
+                            let news = sent.endpoints.news(&discovery.borrow(), &sent.visible);
+                            orders.say_all(news.map(Order::Endpoints)).await?;
+                            orders.say_all(self.fresh()).await?;
+                        }
+                    }
+                    Ok(()) = discovery.changed() => {
+                        let news = sent.content.and_then(|_| sent.endpoints.news(&discovery.borrow_and_update(), &sent.visible));
+                        orders.say_all(news.map(Order::Endpoints)).await?;
+                    }
+                    Some(query) = queries.recv() => orders.say(Order::RecordsQuery(query)).await?,
+                    _ = tick.tick() => orders.say_all(self.fresh()).await?,
+                }
+            }
+            let within = self.drain.borrow().unwrap_or_default();
+            // Callers hear of it before the first one is turned away.
+            self.instance.departs(self.host, "it stops");
+            orders.say(Order::Drain(Drain { within_ms: within.as_millis() as u64 })).await?;
+            // While it drains it still needs to know that its agent is there.
+            loop {
+                tick.tick().await;
+                orders.say_all(self.fresh()).await?;
+            }
+        }
+        .await;
+        match said {
+            Ok(never) => match never {},
+            Err(error) => format!("could not write to it: {error}"),
+        }
+    }
+
+    async fn say_view(&self, orders: &mut Orders, sent: &mut Sent, published: &Published) -> io::Result<()> {
+        if sent.content != Some(published.content) {
+            orders.say(Order::ViewJson(published.json.clone())).await?;
+            sent.visible = published.view.services.keys().cloned().collect();
+            sent.content = Some(published.content);
+            // The encoding carries the revision its content is from; it may hold at a later one by now.
+            sent.revision = Some(published.view.revision);
+        }
+        if sent.revision != Some(published.revision) {
+            orders.say(Order::Revision(published.revision.0)).await?;
+            sent.revision = Some(published.revision);
+        }
+        if let Some(refused) = &published.refused {
+            let why = format!("revision {}: {}", refused.revision, refused.why);
+            self.host.acknowledgements.enforces(&self.instance.id, published.revision, &why);
+        }
+        Ok(())
+    }
+
+    fn fresh(&self) -> Option<Order> {
+        let age = self.host.fresh.age()?;
+        Some(Order::Fresh(Fresh { age_ms: age.as_millis().min(u64::MAX.into()) as u64 }))
+    }
+}
+
+/// What one sidecar has been told.
+#[derive(Default)]
+struct Sent {
+    content: Option<u64>,
+    revision: Option<Revision>,
+    visible: BTreeSet<countersign_core::identity::ServiceName>,
+    endpoints: Told,
+}
+
+struct Orders {
+    frames: FramedWrite<OwnedWriteHalf, AgentFrames>,
+}
+
+impl Orders {
+    async fn say(&mut self, order: Order) -> io::Result<()> {
+        self.frames.send(SidecarOrder { order: Some(order) }).await
+    }
+
+    async fn say_all(&mut self, order: Option<Order>) -> io::Result<()> {
+        match order {
+            Some(order) => self.say(order).await,
+            None => Ok(()),
+        }
+    }
+}
+
+fn identity(issued: &Issued) -> Identity {
+    Identity {
+        chain_der: issued.svid.chain().iter().map(|der| Bytes::copy_from_slice(der)).collect(),
+        key_pkcs8_der: Bytes::copy_from_slice(&issued.key_pkcs8_der),
+    }
+}
+
+/// Hears everything the sidecar says, until it says that it is drained; otherwise why it cannot be heard.
+async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> Result<(), String> {
+    let mut messages = FramedRead::new(read, AgentFrames::default());
+    while let Some(message) = messages.next().await {
+        let SidecarMessage { message } = message.map_err(|error| format!("could not read from it: {error}"))?;
+        match message {
+            Some(Message::Listening(listening)) => {
+                let addresses =
+                    Addresses::parse(&listening).map_err(|why| format!("it said where it listens: {why}"))?;
+                instance.listens(host, addresses);
+            }
+            Some(Message::Applied(applied)) => {
+                host.acknowledgements.enforces(&instance.id, Revision(applied.revision), &applied.error);
+                if applied.error.is_empty() {
+                    instance.enforces(host, Revision(applied.revision));
+                } else {
+                    let (service, revision) = (instance.id.service(), Revision(applied.revision));
+                    tracing::error!(instance = %instance.id, why = applied.error, "a proxy keeps its last good view");
+                    host.tell(AgentEvent::ViewRefused { service, revision, why: applied.error });
+                }
+            }
+            Some(Message::Report(report)) => host.reports.relay(report),
+            Some(Message::Records(answer)) => host.reports.answer(&instance.id, answer),
+            Some(Message::AppReady(ready)) => instance.app_ready(host, ready),
+            Some(Message::Drained(_)) => return Ok(()),
+            // A message of a newer proxy: the binary was replaced under a running agent.
+            None => {}
+        }
+    }
+    Err("it closed its connection to the agent".into())
+}
+
+/// How the process ended, when it did.
+async fn exit_status(child: &mut Child) -> Option<String> {
+    let status = tokio::time::timeout(EXIT_WITHIN, child.wait()).await.ok()?.ok()?;
+    Some(status.to_string())
+}
