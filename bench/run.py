@@ -485,6 +485,54 @@ def machine():
     }
 
 
+def figure(value, digits=2):
+    """One number, or a median with its interval."""
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def flat(value, name=""):
+    """Every number of a result with its path."""
+    if isinstance(value, dict) and "median" not in value:
+        for key, below in value.items():
+            yield from flat(below, f"{name}.{key}" if name else key)
+    elif isinstance(value, (int, float, dict)):
+        yield name, value
+
+
+def write_table():
+    """bench/README.md from whatever results there are."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench` from `results/*.json`. Medians, and in brackets the lowest and highest of the interleaved runs.",
+        "The pair is measured as: load generator → sidecar → HTTP/2 over mutual TLS → sidecar → nginx, 1 KB answers, 64",
+        "connections; both proxies of a pair on one core, load and backend on the other; policy, record and live table on.",
+    ]
+    for part in PARTS:
+        path = RESULTS / f"{part}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        at, machine_, runs = result.pop("at"), result.pop("machine"), result.pop("runs", {})
+        lines += ["", f"## {part}", "", f"{at[:10]}, {machine_['cores']} cores of {machine_['processor']}, Envoy {machine_['envoy']}", ""]
+        if runs:
+            names = list(runs)
+            lines += ["| | " + " | ".join(names) + " | ratio |", "|---|" + "---|" * (len(names) + 1)]
+            for key in runs[names[0]][0]:
+                if key == "requests":
+                    continue
+                cells = [figure(interval([run[key] for run in runs[name]])) for name in names]
+                ratio_ = result.get("ratio_to_envoy", {}).get(key)
+                lines.append(f"| {key} | " + " | ".join(cells) + f" | {figure(ratio_) if ratio_ else ''} |")
+            lines.append("")
+            result.pop("ratio_to_envoy", None)
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {name} | {figure(value)} |" for name, value in flat(result)]
+    (ROOT / "bench/README.md").write_text("\n".join(lines) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10)
@@ -505,6 +553,7 @@ def main():
                 (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
         finally:
             backend.stop()
+    write_table()
 
 
 main()
