@@ -1,1 +1,426 @@
-//! .
+//! A mesh directory, parsed: `mesh.toml`, `roles.toml`, `routes.toml`, `policies/*.cedar`, `tests/*.toml`.
+//!
+//! The files come in as text and every mistake in any of them comes out at once, with its place and how to mend it. What
+//! parses refers only to what exists. [`plan`] compares it with a mesh and gives the changes that lead from one to the
+//! other. No file is opened here, and nothing is asked of a host: whether a program exists is for `up` to find out.
+
+mod mesh;
+mod plan;
+mod read;
+mod reference;
+mod roles;
+mod routes;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    ops::Range,
+    sync::Arc,
+};
+
+use miette::{Diagnostic, LabeledSpan, MietteError, MietteSpanContents, SourceCode, SourceSpan, SpanContents};
+
+pub use plan::{Plan, TrustDomainMoved, plan};
+pub use reference::{Key, Section, reference};
+
+use crate::{
+    change::{Member, PolicyId, RoleName, RouteName},
+    identity::{ServiceName, TrustDomain},
+    ledger::BODY_BYTES_MAX,
+    policy,
+    route::Route,
+    service::{Recorded, ServiceSpec},
+};
+use read::Source;
+
+/// The file that makes a directory a mesh directory.
+pub const MESH_FILE: &str = "mesh.toml";
+/// Roles, which a mesh may have.
+pub const ROLES_FILE: &str = "roles.toml";
+/// Traffic rules, which a mesh may have.
+pub const ROUTES_FILE: &str = "routes.toml";
+/// Longest file, in bytes.
+pub const FILE_BYTES_MAX: usize = 16 << 20;
+/// Most instances of one service on one host.
+pub const INSTANCES_MAX: u32 = 256;
+/// Most worker threads of one proxy.
+pub const WORKERS_MAX: u32 = 256;
+
+/// The files of a mesh directory: their text by path below the directory, with `/` between its parts.
+pub type Files = BTreeMap<String, String>;
+
+/// A mesh directory without a mistake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Directory {
+    /// The namespace of the mesh.
+    pub trust_domain: TrustDomain,
+    /// What holds for services that say nothing else.
+    pub defaults: Defaults,
+    /// Every service.
+    pub services: BTreeMap<ServiceName, LocalService>,
+    /// Who has which role.
+    pub roles: BTreeMap<RoleName, BTreeSet<Member>>,
+    /// The request gate.
+    pub policies: BTreeMap<PolicyId, PolicyText>,
+    /// The traffic rules.
+    pub routes: BTreeMap<RouteName, Route>,
+    /// The policy tests: text by file. [`crate::policy`] reads them.
+    pub tests: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// `[defaults]` of `mesh.toml`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Defaults {
+    /// Whether workloads get a namespace of their own.
+    pub isolate: Isolate,
+    /// Worker threads of each proxy.
+    pub workers: u32,
+    /// For services that do not say.
+    pub max_staleness_seconds: u32,
+    /// For services that do not say.
+    pub recorded: Recorded,
+    /// For services that do not say.
+    pub exchanges_max: u32,
+}
+
+/// Whether workloads are kept apart in user and network namespaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Isolate {
+    /// Where the kernel allows it; `status` says where it does not.
+    #[default]
+    Auto,
+    /// Or not started at all.
+    Required,
+    /// Never: the addresses of `run.json` are reachable from the host.
+    Off,
+}
+
+/// A service as `mesh.toml` describes it: what the mesh holds of it, and how this host runs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalService {
+    /// The program with its arguments; `None` when it runs elsewhere.
+    pub run: Option<Vec<String>>,
+    /// Where it listens on 127.0.0.1; `None` when it is told by `PORT`. One of `run` and `port` is there.
+    pub port: Option<u16>,
+    /// Added to its environment.
+    pub env: BTreeMap<String, String>,
+    /// Processes of it on this host, at least 1.
+    pub instances: u32,
+    /// What the ledger holds of it.
+    pub spec: ServiceSpec,
+}
+
+/// A policy of the request gate with its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyText {
+    /// The file, below the mesh directory.
+    pub file: Arc<str>,
+    /// The bytes of the file that it takes.
+    pub span: Range<usize>,
+    /// Its Cedar text.
+    pub text: Arc<str>,
+}
+
+/// A mistake in a file: where it stands, what it is, how to mend it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// The file, below the mesh directory.
+    pub file: Arc<str>,
+    /// All of its text; empty when there is no such file.
+    pub text: Arc<str>,
+    /// The bytes of `text` that it is about.
+    pub span: Range<usize>,
+    /// What is wrong, lower case, no full stop.
+    pub what: String,
+    /// How to mend it.
+    pub help: Option<String>,
+}
+
+/// Every mistake of a mesh directory, by file and place; at least one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistakes(Vec<Mistake>);
+
+/// Whether `path`, below a mesh directory, is a file that [`parse`] reads.
+pub fn is_read(path: &str) -> bool {
+    matches!(path, MESH_FILE | ROLES_FILE | ROUTES_FILE) || is_policy_file(path) || is_test_file(path)
+}
+
+fn is_policy_file(path: &str) -> bool {
+    path.starts_with("policies/") && path.ends_with(".cedar")
+}
+
+fn is_test_file(path: &str) -> bool {
+    path.starts_with("tests/") && path.ends_with(".toml")
+}
+
+/// Parses the files of a mesh directory; files that are none of its own are passed over.
+pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
+    let sources: BTreeMap<&str, Source> =
+        files.iter().filter(|(path, _)| is_read(path)).map(|(path, text)| (&**path, Source::new(path, text))).collect();
+    let absent = |path| Source::new(path, "");
+    let (no_mesh, no_roles, no_routes) = (absent(MESH_FILE), absent(ROLES_FILE), absent(ROUTES_FILE));
+    let mesh_source = sources.get(MESH_FILE).unwrap_or(&no_mesh);
+    if !sources.contains_key(MESH_FILE) {
+        let help = "`countersign init DIR` makes one; `-C DIR` names another directory";
+        mesh_source.mistake(0..0, "there is no `mesh.toml` in this directory", help);
+    }
+
+    let mesh = mesh::read(mesh_source);
+    let roles = roles::read(sources.get(ROLES_FILE).unwrap_or(&no_roles), &mesh);
+    let routes = routes::read(sources.get(ROUTES_FILE).unwrap_or(&no_routes), &mesh);
+    let policies = read_policies(&sources, &mesh, &roles);
+    let tests = sources
+        .values()
+        .filter(|source| is_test_file(&source.file))
+        .map(|source| (source.file.clone(), source.text.clone()))
+        .collect();
+
+    let all = sources.into_values().chain([no_mesh]);
+    let mut mistakes: Vec<Mistake> = all.flat_map(Source::into_mistakes).collect();
+    mistakes.sort_by(|a, b| (&a.file, a.span.start).cmp(&(&b.file, b.span.start)));
+    match mesh.trust_domain {
+        Some(trust_domain) if mistakes.is_empty() => {
+            Ok(Directory { trust_domain, defaults: mesh.defaults, services: mesh.services, roles, policies, routes, tests })
+        }
+        _ => Err(Mistakes(mistakes)),
+    }
+}
+
+fn read_policies(
+    sources: &BTreeMap<&str, Source>,
+    mesh: &mesh::Mesh,
+    roles: &BTreeMap<RoleName, BTreeSet<Member>>,
+) -> BTreeMap<PolicyId, PolicyText> {
+    let mut policies: BTreeMap<PolicyId, PolicyText> = BTreeMap::new();
+    let services: BTreeSet<ServiceName> = mesh.services.keys().cloned().collect();
+    for source in sources.values().filter(|source| is_policy_file(&source.file)) {
+        let parsed = match policy::parse_file(&source.file, &source.text) {
+            Ok(parsed) => parsed,
+            Err(mistakes) => {
+                mistakes.into_iter().for_each(|mistake| source.take(mistake));
+                continue;
+            }
+        };
+        for found in parsed {
+            // Names can be looked up only where `mesh.toml` could be read.
+            if let (Some(trust_domain), true) = (&mesh.trust_domain, mesh.is_readable) {
+                let known = policy::Known { trust_domain, services: &services, roles };
+                if let Err(mistakes) = policy::validate(&found, &known) {
+                    mistakes.into_iter().for_each(|mistake| source.take(mistake));
+                }
+            }
+            if found.text.len() > BODY_BYTES_MAX {
+                source.mistake(found.span.clone(), format!("a policy has at most {BODY_BYTES_MAX} bytes"), "split it");
+            }
+            if let Some(first) = policies.get(&found.id) {
+                let what = format!("policy id `{}` is taken", found.id);
+                source.mistake(found.span, what, format!("`{}` has it; give each policy an @id of its own", first.file));
+                continue;
+            }
+            let text = PolicyText { file: source.file.clone(), span: found.span, text: found.text };
+            policies.insert(found.id, text);
+        }
+    }
+    policies
+}
+
+impl Mistakes {
+    /// All of them, by file and place.
+    pub fn all(&self) -> &[Mistake] {
+        &self.0
+    }
+
+    /// All of them, by file and place.
+    pub fn into_all(self) -> Vec<Mistake> {
+        self.0
+    }
+}
+
+impl Mistake {
+    /// The line and the column of its first byte, both from 1.
+    pub fn position(&self) -> (usize, usize) {
+        let before = self.text.get(..self.span.start).unwrap_or(&self.text);
+        let line_at = before.rfind('\n').map_or(0, |at| at + 1);
+        (before.matches('\n').count() + 1, before[line_at..].chars().count() + 1)
+    }
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Mistake {}
+
+impl Diagnostic for Mistake {
+    fn help<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
+        self.help.as_ref().map(|help| Box::new(help) as Box<dyn fmt::Display>)
+    }
+
+    fn source_code(&self) -> Option<&dyn SourceCode> {
+        Some(self)
+    }
+
+    fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
+        (!self.text.is_empty())
+            .then(|| Box::new(std::iter::once(LabeledSpan::underline(self.span.clone()))) as Box<dyn Iterator<Item = _>>)
+    }
+}
+
+/// Gives the lines around the place the name of their file.
+impl SourceCode for Mistake {
+    fn read_span<'a>(
+        &'a self,
+        span: &SourceSpan,
+        lines_before: usize,
+        lines_after: usize,
+    ) -> Result<Box<dyn SpanContents<'a> + 'a>, MietteError> {
+        let found = self.text.read_span(span, lines_before, lines_after)?;
+        Ok(Box::new(MietteSpanContents::new_named(
+            self.file.to_string(),
+            found.data(),
+            *found.span(),
+            found.line(),
+            found.column(),
+            found.line_count(),
+        )))
+    }
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.len() {
+            1 => f.write_str("there is a mistake in the mesh directory"),
+            count => write!(f, "there are {count} mistakes in the mesh directory"),
+        }
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+impl Diagnostic for Mistakes {
+    fn related<'a>(&'a self) -> Option<Box<dyn Iterator<Item = &'a dyn Diagnostic> + 'a>> {
+        Some(Box::new(self.0.iter().map(|mistake| mistake as &dyn Diagnostic)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{change::Revision, state::MeshState};
+
+    fn files(files: &[(&str, &str)]) -> Files {
+        files.iter().map(|(path, text)| (path.to_string(), text.to_string())).collect()
+    }
+
+    /// The files of `examples/shop`.
+    fn shop() -> Files {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/shop");
+        let mut found = Files::new();
+        for folder in ["", "policies", "tests"] {
+            for entry in std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()) {
+                let path = entry.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+                if is_read(&path) {
+                    found.insert(path, std::fs::read_to_string(entry).unwrap());
+                }
+            }
+        }
+        found
+    }
+
+    /// Every mistake as `file:line:column what (help)`.
+    fn told(given: &Files) -> String {
+        let Err(mistakes) = parse(given) else { return "no mistake\n".into() };
+        let line = |mistake: &Mistake| {
+            let (line, column) = mistake.position();
+            let help = mistake.help.as_ref().map(|help| format!(" ({help})")).unwrap_or_default();
+            format!("{}:{line}:{column} {}{help}\n", mistake.file, mistake.what)
+        };
+        mistakes.all().iter().map(line).collect()
+    }
+
+    #[test]
+    fn the_shop_has_no_mistake_and_a_plan_that_leads_to_it() {
+        let directory = parse(&shop()).unwrap_or_else(|_| panic!("{}", told(&shop())));
+        let plan = plan(&directory, &MeshState::default(), Revision(0)).unwrap();
+        let state = MeshState::default().apply_all(&plan.change_set).unwrap();
+        assert_eq!(state.services.len(), directory.services.len());
+        assert!(super::plan(&directory, &state, Revision(1)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_smallest_mesh_is_a_trust_domain() {
+        let directory = parse(&files(&[("mesh.toml", "trust_domain = \"a.example\"\n")])).unwrap();
+        assert_eq!((directory.services.len(), directory.defaults), (0, Defaults::default()));
+    }
+
+    #[test]
+    fn every_mistake_in_mesh_toml_is_told_at_once() {
+        let text = "\
+trust_domian = \"shop.example\"
+[default]
+[defaults]
+isolate = \"of\"
+workers = 0
+max_staleness = \"1d\"
+exchanges_max = \"10\"
+[services.web]
+run = []
+upstreams = [\"catalgo\", \"catalog\", \"catalog\", 7]
+prot = 80
+[services.catalog]
+port = 8081
+instances = 2
+protocol = \"https\"
+[services.orders]
+run = \"python3 orders.py\"
+port = 8081
+max_staleness = \"1500ms\"
+env = { PORT = \"1\", 1A = \"x\", LOG = 1 }
+[services.Pay]
+run = [\"\"]
+port = 65536
+namespace = \"a b\"
+[services.db]
+run = [\"db\"]
+protocol = \"tcp\"
+[services.none]
+recorded = \"never\"
+[services.many]
+run = [\"many\"]
+port = 9000
+instances = 3
+";
+        expect_test::expect![[r#"
+            mesh.toml:1:1 unknown key `trust_domian` (did you mean `trust_domain`?)
+            mesh.toml:1:1 `trust_domain` is missing (name the mesh in the first line: trust_domain = "shop.example")
+            mesh.toml:2:2 unknown key `default` (did you mean `defaults`?)
+            mesh.toml:4:11 `isolate` cannot be `of` (did you mean `off`?)
+            mesh.toml:5:11 `workers` is out of bounds (give 1 to 256)
+            mesh.toml:6:17 `1d` is not a duration (write a number with `ms`, `s`, `m` or `h`; give 1s to 24h, like "30s")
+            mesh.toml:7:17 `exchanges_max` must be a whole number, not a string (give 1 to 1000000)
+            mesh.toml:9:7 `run` is empty (give the program first: run = ["python3", "web.py"])
+            mesh.toml:10:14 there is no service `catalgo` (did you mean `catalog`?)
+            mesh.toml:10:36 `catalog` stands here twice (once is enough)
+            mesh.toml:10:47 `upstreams[…]` must be a string, not a number (put it in quotes: "7")
+            mesh.toml:11:1 unknown key `prot` (did you mean `port`?)
+            mesh.toml:14:1 `instances` without `run` means nothing (it is for what the mesh starts)
+            mesh.toml:15:12 `protocol` cannot be `https` (did you mean `http`?)
+            mesh.toml:17:7 `run` must be an array of strings (write ["python3", "orders.py"])
+            mesh.toml:18:8 port 8081 is taken (service `catalog` listens there)
+            mesh.toml:19:17 `max_staleness` must be whole seconds (agents are heard once a second)
+            mesh.toml:20:9 `PORT` is set by the mesh (say `port = …` instead)
+            mesh.toml:20:21 `1A` is not the name of a variable (use letters, digits and `_`, and no digit first)
+            mesh.toml:20:37 `LOG` must be a string, not a number (put it in quotes: "1")
+            mesh.toml:21:11 `Pay` is not a service name: only `a`-`z`, `0`-`9` and `-` are allowed
+            mesh.toml:22:8 the program of `run` is empty (give the program first: run = ["python3", "web.py"])
+            mesh.toml:23:8 `port` is out of bounds (give 1 to 65535)
+            mesh.toml:24:13 `a b` is not a namespace (use 1 to 64 letters, digits, `-`, `_` and `.`)
+            mesh.toml:27:1 a tcp service has no usual port (give the `mesh_port` that its callers use, like 5432)
+            mesh.toml:28:11 service `none` has neither `run` nor `port` (give `run = ["program", "argument"]`, or the `port` where it listens on 127.0.0.1)
+            mesh.toml:29:12 `recorded` cannot be `never` (there are `best_effort`, `always`)
+            mesh.toml:32:1 3 instances cannot listen on one port (leave `port` out: the variable PORT tells each instance its own)
+        "#]].assert_eq(&told(&files(&[("mesh.toml", text)])));
+    }
+}

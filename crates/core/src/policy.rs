@@ -22,6 +22,7 @@ mod schema;
 
 use std::{net::IpAddr, ops::Range, sync::Arc};
 
+pub(crate) use file::nearest;
 pub use file::{FilePolicy, Known, mistakes_of_state, parse_file, validate};
 pub use law::Law;
 pub use library::{Library, ParsedPolicy};

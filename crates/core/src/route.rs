@@ -14,7 +14,7 @@ use crate::identity::ServiceName;
 pub struct Route {
     /// The service as the caller named it.
     pub service: ServiceName,
-    /// Position in `routes.toml`, from 0.
+    /// Position among the rules of its service in `routes.toml`, from 0.
     pub rank: u32,
     /// What a request must look like. Empty matches all.
     #[serde(default)]

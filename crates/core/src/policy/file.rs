@@ -398,7 +398,7 @@ impl Mistake {
 }
 
 /// The name that was most likely meant by `given`: the nearest within a third of its length.
-pub(super) fn nearest<'a>(given: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(given: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let most = (given.chars().count() / 3).max(1);
     names
         .map(|name| (distance(given, name), name))

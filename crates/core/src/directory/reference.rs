@@ -1,0 +1,218 @@
+//! Every key of a mesh directory, said once: the reader refuses what is not in these tables, and the reference page
+//! `docs/mesh-directory.md` is written from them.
+
+/// A key of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    /// As it is written.
+    pub name: &'static str,
+    /// What its value looks like.
+    pub shape: &'static str,
+    /// What holds when it is absent.
+    pub default: &'static str,
+    /// What it does.
+    pub says: &'static str,
+}
+
+/// A table of a file.
+#[derive(Debug, Clone, Copy)]
+pub struct Section {
+    /// The file.
+    pub file: &'static str,
+    /// Its heading: `[services.NAME]`.
+    pub table: &'static str,
+    /// What it is for.
+    pub says: &'static str,
+    /// Its keys.
+    pub keys: &'static [Key],
+}
+
+/// Every table of every file, in the order in which one reads about them.
+pub fn reference() -> [Section; 7] {
+    let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
+    [
+        Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
+        Section {
+            file: mesh,
+            table: "[defaults]",
+            says: "What holds for services that say nothing else.",
+            keys: DEFAULTS,
+        },
+        Section {
+            file: mesh,
+            table: "[services.NAME]",
+            says: "A service. NAME is one DNS label: `a`-`z`, `0`-`9` and `-`. Its workloads are `spiffe://TRUST_DOMAIN/NAME`.",
+            keys: SERVICE,
+        },
+        Section {
+            file: roles,
+            table: "[roles.NAME]",
+            says: "A role, for policies: `principal in Role::\"NAME\"`. NAME has 1 to 64 letters, digits, `-`, `_` and `.`.",
+            keys: ROLE,
+        },
+        Section {
+            file: routes,
+            table: "[routes.NAME]",
+            says: "A traffic rule. The rules of a service are tried in the order of the file; the first that matches holds. \
+                   NAME has 1 to 64 letters, digits, `-`, `_` and `.`.",
+            keys: ROUTE,
+        },
+        Section { file: routes, table: "retry = { … }", says: "", keys: RETRY },
+        Section { file: routes, table: "limit = { … }", says: "At least one of rate and concurrency.", keys: LIMIT },
+    ]
+}
+
+const fn key(name: &'static str, shape: &'static str, default: &'static str, says: &'static str) -> Key {
+    Key { name, shape, default, says }
+}
+
+pub(super) const MESH: &[Key] = &[
+    key("trust_domain", "string", "required", "The namespace of the mesh, like `shop.example`. It can never change."),
+    key("defaults", "table", "", "See below."),
+    key("services", "table", "", "See below."),
+];
+
+pub(super) const DEFAULTS: &[Key] = &[
+    key(
+        "isolate",
+        "`\"auto\"`, `\"required\"` or `\"off\"`",
+        "`\"auto\"`",
+        "Whether each workload runs in a user and network namespace of its own, from which only the mesh can be reached. \
+         `auto`: where the kernel allows it; `required`: or not at all; `off`: the addresses of `run.json` are reachable from the host.",
+    ),
+    key("workers", "1 to 256", "1", "Threads of each proxy."),
+    key("max_staleness", "`\"1s\"` to `\"24h\"`", "`\"5m\"`", "For services that do not say."),
+    key("recorded", "`\"best_effort\"` or `\"always\"`", "`\"best_effort\"`", "For services that do not say."),
+    key("exchanges_max", "1 to 1000000", "10000", "For services that do not say."),
+];
+
+pub(super) const SERVICE: &[Key] = &[
+    key(
+        "run",
+        "array of strings",
+        "it runs elsewhere",
+        "The program and its arguments, started in the mesh directory. Without `port`, the environment variable `PORT` tells it \
+         where to listen on 127.0.0.1. It stays on the host: the ledger never holds a command.",
+    ),
+    key("port", "1 to 65535", "told by `PORT`", "Where it listens on 127.0.0.1. Needed when there is no `run`."),
+    key(
+        "instances",
+        "1 to 256",
+        "1",
+        "How many processes of it to run, each with a proxy of its own. More than one needs `run` and no `port`.",
+    ),
+    key(
+        "env",
+        "table of strings",
+        "empty",
+        "Added to the environment of `run`. The mesh itself sets `PORT` and `COUNTERSIGN_…`.",
+    ),
+    key(
+        "protocol",
+        "`\"http\"`, `\"grpc\"` or `\"tcp\"`",
+        "`\"http\"`",
+        "What it speaks. `http` is HTTP/1.1, HTTP/2 and WebSocket.",
+    ),
+    key(
+        "mesh_port",
+        "1 to 65535",
+        "80; for `tcp` its `port`",
+        "The port that callers use with its name, `NAME.mesh:PORT`. A `tcp` service without `port` has to give it.",
+    ),
+    key(
+        "upstreams",
+        "array of services",
+        "empty",
+        "The services it calls. Each gets a loopback listener, told as `COUNTERSIGN_UPSTREAM_<SERVICE>=127.0.0.1:port`. It grants nothing: policies do.",
+    ),
+    key("namespace", "name", "none", "Groups services for policies: `resource in Namespace::\"…\"`."),
+    key(
+        "sensitivity",
+        "name",
+        "none",
+        "The class of the data it holds, for policies: `resource in Sensitivity::\"pci\"`.",
+    ),
+    key(
+        "max_staleness",
+        "`\"1s\"` to `\"24h\"`",
+        "`[defaults]`",
+        "How long its proxies go on when they hear nothing from the control plane. Then they answer 503.",
+    ),
+    key(
+        "recorded",
+        "`\"best_effort\"` or `\"always\"`",
+        "`[defaults]`",
+        "What happens when a decision record finds no room: `best_effort` counts it and goes on, `always` answers 503.",
+    ),
+    key(
+        "exchanges_max",
+        "1 to 1000000",
+        "`[defaults]`",
+        "Most exchanges open at once in each of its proxies; beyond it 503.",
+    ),
+];
+
+pub(super) const ROLES: &[Key] = &[key("roles", "table", "", "")];
+
+pub(super) const ROLE: &[Key] = &[key(
+    "members",
+    "array of strings",
+    "required",
+    "Who has the role: a service of this mesh by its name, or any workload by its SPIFFE ID.",
+)];
+
+pub(super) const ROUTES: &[Key] = &[key("routes", "table", "", "")];
+
+pub(super) const ROUTE: &[Key] = &[
+    key("service", "service", "required", "The service as the caller names it."),
+    key("path", "path", "any", "Matches this path exactly, in its normal form."),
+    key(
+        "path_prefix",
+        "path",
+        "any",
+        "Matches this path and what lies below it: `/items` matches `/items/4` and not `/itemsets`.",
+    ),
+    key("methods", "array of strings", "any", "Matches these methods."),
+    key(
+        "headers",
+        "table of strings",
+        "any",
+        "Matches when each of these headers has exactly this value. Names in lower case.",
+    ),
+    key(
+        "split",
+        "table of weights, 1 to 10000",
+        "all to `service`",
+        "Where matching requests go: `{ catalog = 95, catalog-next = 5 }`. The service picked here is judged and reached; its own rules are not asked again.",
+    ),
+    key(
+        "timeout",
+        "`\"1ms\"` to `\"1h\"`",
+        "none",
+        "Longest time from the head of the request to the head of the response; then 504.",
+    ),
+    key("retry", "table", "no retries", "When a failed attempt may be tried again. Only where it is safe: see below."),
+    key("limit", "table", "none", "How much each caller's instance may take of this rule; beyond it 429."),
+];
+
+pub(super) const RETRY: &[Key] = &[
+    key(
+        "attempts",
+        "1 to 10",
+        "required",
+        "Attempts beyond the first, each on another instance where there is one. Only when the connection failed, the server said that it did not \
+         process the request, or the method is idempotent and no byte of a response came.",
+    ),
+    key(
+        "budget_percent",
+        "1 to 100",
+        "20",
+        "Retries allowed as a share of requests, so that a failing service is not flooded.",
+    ),
+];
+
+pub(super) const LIMIT: &[Key] = &[
+    key("rate_per_second", "1 to 1000000", "none", "Requests per second, sustained."),
+    key("burst", "1 to 1000000", "the rate", "Requests that may come at once above the rate."),
+    key("concurrent_max", "1 to 1000000", "none", "Exchanges open at the same time."),
+];
