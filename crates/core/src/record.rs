@@ -154,6 +154,33 @@ pub struct EdgeCount {
 }
 
 impl Reason {
+    /// Every reason. Kept records refer to places in this list: only append.
+    pub const ALL: [Self; 7] = [
+        Self::Permitted,
+        Self::NoPolicyPermits,
+        Self::Forbidden,
+        Self::AssuranceNeeded,
+        Self::PolicyFault,
+        Self::NotDeclared,
+        Self::NotAWorkload,
+    ];
+
+    /// The place of this reason in [`Self::ALL`].
+    pub fn place(self) -> usize {
+        self as usize
+    }
+
+    /// The answer that this is a reason of.
+    pub fn outcome(self) -> Outcome {
+        match self {
+            Self::Permitted => Outcome::Permit,
+            Self::AssuranceNeeded => Outcome::StepUp,
+            Self::NoPolicyPermits | Self::Forbidden | Self::PolicyFault | Self::NotDeclared | Self::NotAWorkload => {
+                Outcome::Deny
+            }
+        }
+    }
+
     /// The reason as records and metrics spell it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -176,5 +203,18 @@ impl Outcome {
             Self::StepUp => "step_up",
             Self::Deny => "deny",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_stands_at_its_place() {
+        for (place, reason) in Reason::ALL.into_iter().enumerate() {
+            assert_eq!(reason.place(), place);
+        }
+        assert_eq!(Reason::NotAWorkload.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
     }
 }

@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use countersign_core::record::{Judged, Reason};
+
 /// A counter, or a gauge of things that are open.
 #[derive(Default)]
 pub struct Count(AtomicU64);
@@ -29,6 +31,10 @@ impl Count {
 pub const DURATION_BOUNDS_US: [u64; 14] = [
     250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 5_000_000, 30_000_000,
 ];
+
+/// Upper bounds of the judgement buckets, in nanoseconds; a last bucket holds the rest.
+pub const JUDGE_BOUNDS_NS: [u64; 11] =
+    [500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 500_000, 2_000_000, 10_000_000];
 
 /// Exchanges of one direction.
 #[derive(Default)]
@@ -63,12 +69,8 @@ pub struct Counts {
     pub connections_refused: Count,
     /// TLS handshakes that did not prove a peer of this mesh.
     pub handshakes_failed: Count,
-    /// Permits.
-    pub permitted: Count,
-    /// Denials at the start.
-    pub denied: Count,
-    /// Step-ups.
-    pub step_up: Count,
+    /// First judgements, by reason in the order of [`Reason::ALL`].
+    pub decisions_by_reason: [Count; Reason::ALL.len()],
     /// Open exchanges judged again.
     pub rejudged: Count,
     /// Open exchanges cut because the answer turned.
@@ -87,6 +89,21 @@ pub struct Counts {
     pub app_connections: Count,
     /// Nanoseconds spent judging.
     pub judge_ns: Count,
+    /// Judgements, by the bucket of their duration.
+    pub judge_buckets: [Count; JUDGE_BOUNDS_NS.len() + 1],
+}
+
+impl Counts {
+    /// Counts one judgement: the first of an exchange by its reason, every one by its duration.
+    pub fn judged(&self, which: Judged, reason: Reason, judge_ns: u64) {
+        match which {
+            Judged::AtStart => self.decisions_by_reason[reason.place()].add(1),
+            Judged::WhileOpen => self.rejudged.add(1),
+        }
+        self.judge_ns.add(judge_ns);
+        let bucket = JUDGE_BOUNDS_NS.iter().position(|bound| judge_ns <= *bound);
+        self.judge_buckets[bucket.unwrap_or(JUDGE_BOUNDS_NS.len())].add(1);
+    }
 }
 
 impl Direction {

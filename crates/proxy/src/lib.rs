@@ -17,10 +17,12 @@
 //! | `route` | which way a request takes, and the limits of the way |
 //! | [`record`] | decision records: queued, kept, reported, read back |
 //! | [`decided`] | one decision as the data path hands it to the record |
+//! | [`admin`] | metrics and pages for operators |
 //! | [`counts`] | what a worker counts |
 //! | [`listen`] | sockets, of this host's network or of the workload's namespace |
 //! | [`dns`] | `*.mesh` inside that namespace |
 
+pub mod admin;
 pub mod counts;
 pub mod decided;
 pub mod dns;

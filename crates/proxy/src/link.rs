@@ -27,6 +27,7 @@ use tokio_util::codec::Framed;
 use tracing::{debug, error, info, warn};
 
 use crate::{
+    admin::Admin,
     decided::Recorder,
     record::{Reader, Sink, SinkConfig},
     shared::{Endpoint, Setup, Shared},
@@ -188,7 +189,8 @@ impl Sidecar {
         if shared.setup.app.is_some() {
             tokio::spawn(app::watch(shared.clone(), say.clone()));
         }
-        listeners.open(&shared);
+        let admin = tokio::net::TcpListener::from_std(listeners.open(&shared)).map_err(start("the admin pages"))?;
+        tokio::spawn(Admin::new(shared.clone(), reader.clone()).serve(admin));
         let closing = Closing { shared: shared.clone(), sink, say: say.downgrade(), spoken, reported, end };
         tokio::spawn(closing.run(drains));
         info!(instance.id = %shared.setup.instance, workers = workers.len(), "sidecar listens");

@@ -83,6 +83,7 @@ pub struct Shared {
     fresh_at_ms: AtomicU64, // on `began`'s clock, plus one; 0: never
     began: Instant,
     draining: AtomicBool,
+    app_ready: AtomicBool,
     app_doubt: Notify,
     workers: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
 }
@@ -124,6 +125,7 @@ impl Shared {
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
             draining: AtomicBool::new(false),
+            app_ready: AtomicBool::new(false),
             app_doubt: Notify::new(),
             workers: Mutex::default(),
         }
@@ -211,6 +213,16 @@ impl Shared {
     pub fn age(&self) -> Option<Duration> {
         let at = self.fresh_at_ms.load(Ordering::Relaxed).checked_sub(1)?;
         Some(self.began.elapsed().saturating_sub(Duration::from_millis(at)))
+    }
+
+    /// Takes note of whether the workload accepts connections.
+    pub(crate) fn set_app_ready(&self, ready: bool) {
+        self.app_ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// Whether the workload accepted connections when it was last asked.
+    pub fn app_is_ready(&self) -> bool {
+        self.app_ready.load(Ordering::Relaxed)
     }
 
     /// The workload could not be reached: whoever watches it should look.

@@ -17,7 +17,10 @@ use countersign_core::{
 };
 use countersign_proxy::link::{self, Ended, LinkError};
 use futures_util::{SinkExt, StreamExt};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
 use tokio_util::codec::Framed;
 
 /// The agent's end, and the sidecar on a thread of its own.
@@ -168,6 +171,44 @@ async fn queries_are_answered_and_wrong_ones_say_why() {
         assert_eq!((answer.query, answer.last, answer.records_json.len()), (query, true, 0));
         assert!(answer.error.starts_with(error), "{}", answer.error);
     }
+}
+
+/// The status and body of an admin page.
+async fn page(admin: &str, path: &str) -> (u16, String) {
+    let address = admin.strip_prefix("http://").unwrap();
+    let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n\r\n");
+    connection.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    timeout(Duration::from_secs(5), connection.read_to_string(&mut answer)).await.unwrap().unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn the_admin_pages_show_what_is_in_force_and_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut agent, listening) = Agent::configured(dir.path(), "").await;
+    let admin = listening.admin;
+    assert_eq!(page(&admin, "/healthz").await, (200, "ok\n".into()));
+    assert_eq!(page(&admin, "/").await.0, 404);
+    let (status, reasons) = page(&admin, "/readyz").await;
+    assert_eq!(status, 503);
+    assert!(reasons.contains("no view yet") && reasons.contains("no valid SVID"), "{reasons}");
+    agent.offer(&view(3, &[GOOD])).await;
+    agent.applied().await;
+    let (_, reasons) = page(&admin, "/readyz").await;
+    assert!(!reasons.contains("no view yet") && reasons.contains("no control plane was heard"), "{reasons}");
+    agent.order(Order::Fresh(Fresh { age_ms: 1 })).await;
+    agent.order(Order::Revision(4)).await;
+    agent.applied().await;
+    let (_, reasons) = page(&admin, "/readyz").await;
+    assert!(!reasons.contains("no control plane was heard"), "{reasons}");
+    let (status, metrics) = page(&admin, "/metrics").await;
+    assert_eq!(status, 200);
+    assert!(metrics.contains("\ncountersign_view_revision 4.0\n"), "{metrics}");
+    let view: serde_json::Value = serde_json::from_str(&page(&admin, "/view").await.1).unwrap();
+    assert_eq!((view["revision"].as_u64(), view["policies"][0]["id"].as_str()), (Some(4), Some("p")));
 }
 
 #[tokio::test]

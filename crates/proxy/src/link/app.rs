@@ -24,6 +24,7 @@ pub(super) async fn watch(shared: Arc<Shared>, say: mpsc::Sender<SidecarMessage>
     loop {
         let is_ready = accepts(app).await;
         if is_ready != was_ready {
+            shared.set_app_ready(is_ready);
             info!(ready = is_ready, "workload readiness");
             if say.send(message(sidecar_message::Message::AppReady(is_ready))).await.is_err() {
                 return;

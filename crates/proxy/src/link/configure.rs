@@ -35,7 +35,7 @@ pub(super) struct Configuration {
 /// Every listener, bound and not yet open.
 pub(super) struct Listeners {
     doors: Vec<(Door, TcpListener, SocketAddr)>,
-    pub admin: (TcpListener, SocketAddr),
+    admin: (TcpListener, SocketAddr),
 }
 
 /// Why a sidecar cannot be as the agent wants it.
@@ -123,12 +123,12 @@ impl Listeners {
         listening
     }
 
-    /// Lets the workers accept.
-    pub fn open(self, shared: &Shared) -> (TcpListener, SocketAddr) {
+    /// Lets the workers accept; hands back the listener of the admin pages.
+    pub fn open(self, shared: &Shared) -> TcpListener {
         for (door, listener, _) in self.doors {
             shared.open(door, listener);
         }
-        self.admin
+        self.admin.0
     }
 }
 
