@@ -10,12 +10,18 @@
 //! | `library` | one policy text, parsed once: its scope and what its conditions read |
 //! | `law` | the policies of one view, indexed; the decision |
 //! | `memory` | decisions that would be the same again |
+//! | `explain` | why a decision is what it is |
+//! | `lint` | policies that are valid and still wrong |
+//! | `cases` | `tests/*.toml`: decisions that must hold |
 
+mod cases;
+mod explain;
 mod file;
 #[cfg(test)]
 mod fixture;
 mod law;
 mod library;
+mod lint;
 mod memory;
 mod reads;
 mod schema;
@@ -23,13 +29,16 @@ mod schema;
 use std::{net::IpAddr, ops::Range, sync::Arc};
 
 pub(crate) use file::nearest;
+pub use cases::{Case, CaseResult, parse_cases, run_cases};
+pub use explain::{CameTo, Considered, Explanation};
 pub use file::{FilePolicy, Known, mistakes_of_state, parse_file, validate};
 pub use law::Law;
 pub use library::{Library, ParsedPolicy};
+pub use lint::{Finding, Flaw, lint};
 pub use memory::{Judge, MEMORY_ENTRIES_MAX};
 pub use reads::Reads;
-use serde::{Deserialize, Serialize};
 pub use schema::{is_action, schema_text};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     change::PolicyId,

@@ -15,14 +15,11 @@ use cedar_policy_core::{
 };
 use miette::Diagnostic;
 
-use super::{
-    Factor, Library, Mistake, ParsedPolicy, PolicyError,
-    library::annotation,
-    schema::VALIDATOR,
-};
+use super::{Factor, Library, Mistake, ParsedPolicy, PolicyError, library::annotation, schema::VALIDATOR};
 use crate::{
     change::{Member, PolicyId, RoleName},
     identity::{ServiceName, SpiffeId, TrustDomain},
+    path::NormalPath,
     state::MeshState,
 };
 
@@ -68,7 +65,10 @@ pub fn parse_file(file: &str, text: &str) -> Result<Vec<FilePolicy>, Vec<Mistake
                     mistakes.push(Mistake {
                         span: at.start + span.start..at.end + span.start,
                         what: format!("the id `{id}` is taken"),
-                        help: Some(format!("the policy at line {} of `{file}` has it", line_of(text, first.span.start))),
+                        help: Some(format!(
+                            "the policy at line {} of `{file}` has it",
+                            line_of(text, first.span.start)
+                        )),
                     });
                 } else {
                     policies.push(FilePolicy { id, text: policy_text, span });
@@ -97,8 +97,7 @@ pub fn mistakes_of_state(state: &MeshState, library: &Library) -> Vec<PolicyErro
     let known = Known { trust_domain, services: &services, roles: &state.roles };
     let mut errors = Vec::new();
     for (id, reference) in &state.policies {
-        let mut refuse =
-            |what: String| errors.push(PolicyError { id: id.clone(), file: reference.file.clone(), what });
+        let mut refuse = |what: String| errors.push(PolicyError { id: id.clone(), file: reference.file.clone(), what });
         match library.get(&reference.body) {
             None => refuse(format!("its text {} is missing", reference.body.short())),
             Some(parsed) if parsed.id() != id => refuse(format!("its text has the id `{}`", parsed.id())),
@@ -120,9 +119,8 @@ pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec
         return Err(vec![Mistake { span: whole, what, help: None }]);
     }
     let unnamed = PolicyID::from_string("policy");
-    let parsed = parser::parse_policy(Some(unnamed), text).map_err(|errors| {
-        errors.iter().map(|error| of_diagnostic(error, &whole)).collect::<Vec<_>>()
-    })?;
+    let parsed = parser::parse_policy(Some(unnamed), text)
+        .map_err(|errors| errors.iter().map(|error| of_diagnostic(error, &whole)).collect::<Vec<_>>())?;
     let policy = ast::Policy::from(parsed);
     let mut mistakes = annotation_mistakes(&policy, &whole);
     let id = match annotation(&policy, "id") {
@@ -178,7 +176,10 @@ fn annotation_mistakes(policy: &ast::Policy, whole: &Range<usize>) -> Vec<Mistak
             ),
             "step_up" if Factor::parse(&value.val).is_none() => refuse(
                 format!("`{}` is not a factor", shortened(&value.val)),
-                Some("use \"mfa\", \"phr\" (phishing-resistant) or \"phrh\" (phishing-resistant, in hardware)".to_owned()),
+                Some(
+                    "use \"mfa\", \"phr\" (phishing-resistant) or \"phrh\" (phishing-resistant, in hardware)"
+                        .to_owned(),
+                ),
             ),
             "max_age" if !value.val.parse::<u64>().is_ok_and(|seconds| seconds > 0) => refuse(
                 format!("`{}` is not an age", shortened(&value.val)),
@@ -223,7 +224,9 @@ fn unknown_names(parsed: &ParsedPolicy, known: &Known<'_>) -> Vec<Mistake> {
                              like \"{path}\" }}"
                         ),
                     )),
-                    Some(_) => unknown_service(service, eid, known, "Operation"),
+                    Some(path) => {
+                        unknown_service(service, eid, known, "Operation").or_else(|| abnormal_path(service, path))
+                    }
                 }
             }
             "Workload" => unknown_workload(eid, known),
@@ -249,6 +252,20 @@ fn unknown_service(service: &str, eid: &str, known: &Known<'_>, kind: &str) -> O
     Some((format!("the service `{service}` does not exist"), help))
 }
 
+/// A path that no request has, because requests are judged by the normal form of theirs.
+fn abnormal_path(service: &str, path: &str) -> Option<(String, String)> {
+    match NormalPath::parse(path) {
+        Err(refused) => {
+            Some((format!("no request has the path `{path}`: {refused}"), "write the path as it is judged".to_owned()))
+        }
+        Ok(normal) if normal.as_str() != path => Some((
+            format!("no request has the path `{path}`"),
+            format!("write its normal form: Operation::\"{service}{}\"", normal.as_str()),
+        )),
+        Ok(_) => None,
+    }
+}
+
 fn unknown_workload(eid: &str, known: &Known<'_>) -> Option<(String, String)> {
     if !eid.contains("://") {
         let exists = known.services.iter().any(|name| name.as_str() == eid);
@@ -266,10 +283,7 @@ fn unknown_workload(eid: &str, known: &Known<'_>) -> Option<(String, String)> {
             Some((format!("`{eid}` is never a caller's id"), format!("write Workload::\"{id}\"")))
         }
         Ok(id) if id.trust_domain() == known.trust_domain.as_str() => id.service().map(|service| {
-            (
-                format!("`{eid}` is a service of the own trust domain"),
-                format!("write Workload::\"{service}\""),
-            )
+            (format!("`{eid}` is a service of the own trust domain"), format!("write Workload::\"{service}\""))
         }),
         Ok(_) => None,
     }
@@ -440,7 +454,12 @@ mod tests {
     fn told(text: &str, mistakes: &[Mistake]) -> String {
         let mut told = String::new();
         for mistake in mistakes {
-            told += &format!("{}: `{}`: {}\n", line_of(text, mistake.span.start), &text[mistake.span.clone()], mistake.what);
+            told += &format!(
+                "{}: `{}`: {}\n",
+                line_of(text, mistake.span.start),
+                &text[mistake.span.clone()],
+                mistake.what
+            );
             if let Some(help) = &mistake.help {
                 told += &format!("   help: {help}\n");
             }
@@ -553,6 +572,8 @@ permit (principal == Workload::"web", action, resource);
 @id("f") permit (principal == Workload::"nothing-like-it", action, resource in Service::"nothing-like-it");
 @id("g") permit (principal == Workload::"spiffe://partner.example/x", action, resource in Namespace::"any");
 @id("h") permit (principal == Workload::"spiffe://shop.example/ns/x", action, resource in Service::"catalog");
+@id("i") permit (principal, action, resource == Operation::"catalog/a//b") when { resource == Operation::"catalog/%41?x" };
+@id("j") permit (principal, action, resource == Operation::"catalog/%41");
 "#;
         let trust_domain = TrustDomain::parse("shop.example").unwrap();
         let services = ["web", "catalog"].into_iter().map(|name| ServiceName::parse(name).unwrap()).collect();
@@ -587,6 +608,12 @@ permit (principal == Workload::"web", action, resource);
                help: known are the services of mesh.toml; a foreign one is named by its full SPIFFE ID
             6: `Service::"nothing-like-it"`: the service `nothing-like-it` does not exist
                help: services are declared in mesh.toml
+            9: `Operation::"catalog/a//b"`: no request has the path `/a//b`: an empty path segment is ambiguous
+               help: write the path as it is judged
+            9: `Operation::"catalog/%41?x"`: no request has the path `/%41?x`
+               help: write its normal form: Operation::"catalog/A"
+            10: `Operation::"catalog/%41"`: no request has the path `/%41`
+               help: write its normal form: Operation::"catalog/A"
         "#]].assert_eq(&found);
     }
 
@@ -595,7 +622,8 @@ permit (principal == Workload::"web", action, resource);
         let mut library = Library::default();
         let text: Arc<str> = r#"@id("a") permit (principal in Role::"reader", action, resource);"#.into();
         let body = crate::canonical::Digest::of(text.as_bytes());
-        let mut state = MeshState { trust_domain: Some(TrustDomain::parse("shop.example").unwrap()), ..Default::default() };
+        let mut state =
+            MeshState { trust_domain: Some(TrustDomain::parse("shop.example").unwrap()), ..Default::default() };
         let reference = || crate::state::PolicyRef { file: "policies/a.cedar".into(), body };
         state.policies.insert("a".into(), reference());
         let told = |state: &MeshState, library: &Library| {
@@ -612,13 +640,9 @@ permit (principal == Workload::"web", action, resource);
 
     #[test]
     fn the_nearest_name_is_proposed_and_a_far_one_is_not() {
-        for (given, expected) in [
-            ("web", None),
-            ("wbe", Some("web")),
-            ("catalogue", Some("catalog")),
-            ("xyz", None),
-            ("", None),
-        ] {
+        for (given, expected) in
+            [("web", None), ("wbe", Some("web")), ("catalogue", Some("catalog")), ("xyz", None), ("", None)]
+        {
             assert_eq!(nearest(given, ["web", "catalog"].into_iter()), expected, "{given}");
         }
     }

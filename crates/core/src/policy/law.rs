@@ -113,8 +113,7 @@ impl Law {
         for policy in &view.policies {
             let digest = Digest::of(policy.text.as_bytes());
             in_force.insert(digest);
-            let mut refuse =
-                |what| errors.push(PolicyError { id: policy.id.clone(), file: policy.file.clone(), what });
+            let mut refuse = |what| errors.push(PolicyError { id: policy.id.clone(), file: policy.file.clone(), what });
             match library.insert(digest, &policy.text) {
                 Err(what) => refuse(what),
                 Ok(parsed) if *parsed.id() != policy.id => refuse(format!("its text has the id `{}`", parsed.id())),
@@ -224,6 +223,12 @@ impl Law {
         Some(principal.service_str().unwrap_or(principal.as_str()))
     }
 
+    /// Whether this principal has `role`.
+    pub(super) fn has_role(&self, principal: &SpiffeId, role: &str) -> bool {
+        let class = self.workload(principal).and_then(|name| self.classes_by_workload.get(name));
+        class.is_some_and(|class| self.classes[*class as usize].roles.contains(&uid(&TYPES.role, role)))
+    }
+
     /// The policies whose scope holds at `place`, in the order of their ids.
     pub(super) fn candidates(&self, place: Place) -> Candidates {
         let mut policies = Vec::new();
@@ -233,7 +238,10 @@ impl Law {
             for path in paths {
                 let Some(found) = self.by_scope.get(&(*principal, *path)) else { continue };
                 policies.extend(
-                    found.iter().copied().filter(|at| self.policies[*at as usize].parsed.actions.contains(place.action)),
+                    found
+                        .iter()
+                        .copied()
+                        .filter(|at| self.policies[*at as usize].parsed.actions.contains(place.action)),
                 );
             }
         }
@@ -259,11 +267,8 @@ impl Law {
             return verdict;
         }
         let entities = self.entities(candidates.hierarchy, place, query);
-        let evaluator = Evaluator::new(
-            self.request(candidates.reads, place, query),
-            &entities,
-            Extensions::all_available(),
-        );
+        let evaluator =
+            Evaluator::new(self.request(candidates.reads, place, query), &entities, Extensions::all_available());
         let slots = SlotEnv::new();
         for at in &candidates.policies {
             let parsed = &self.policies[*at as usize].parsed;
@@ -306,9 +311,7 @@ impl Law {
             // so that nobody hopeless is challenged.
             let lifted = self.obligation(&verdict.forbids).filter(|_| !verdict.permits.is_empty());
             return match lifted {
-                Some(obligation) => {
-                    decided(Outcome::StepUp, Reason::AssuranceNeeded, forbids, Some(obligation))
-                }
+                Some(obligation) => decided(Outcome::StepUp, Reason::AssuranceNeeded, forbids, Some(obligation)),
                 None => decided(Outcome::Deny, Reason::Forbidden, forbids, None),
             };
         }
@@ -391,10 +394,6 @@ impl Verdict {
 impl Candidates {
     pub(super) fn len(&self) -> usize {
         self.policies.len()
-    }
-
-    pub(super) fn contains(&self, at: u32) -> bool {
-        self.policies.binary_search(&at).is_ok()
     }
 }
 
@@ -571,7 +570,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        super::{Factor, Judge, fixture::{Asked, NOW, law, service, view}},
+        super::{
+            CameTo, Factor, Judge,
+            fixture::{Asked, NOW, law, service, view},
+        },
         *,
     };
 
@@ -675,7 +677,10 @@ mod tests {
                 (asked("stranger", "http:GET", "/one"), "deny no_policy_permits"),
                 (asked("spiffe://partner.example/billing", "http:POST", "/bills"), "permit permitted by f-partner"),
                 (asked("spiffe://partner.example/billing", "http:POST", "/bills/1"), "deny no_policy_permits"),
-                (asked("spiffe://partner.example/billing", "http:GET", "/one"), "permit permitted by b-readers-read-one"),
+                (
+                    asked("spiffe://partner.example/billing", "http:GET", "/one"),
+                    "permit permitted by b-readers-read-one",
+                ),
                 (asked("spiffe://partner.example/web", "http:GET", "/x"), "deny no_policy_permits"),
                 (asked("billing", "http:POST", "/bills"), "deny no_policy_permits"),
             ],
@@ -743,7 +748,11 @@ mod tests {
             (r#"context.request.host == "shop.test""#, get(), Asked { host: "shop.test".into(), ..get() }),
             ("context.request has size && context.request.size <= 1000", sized(1001), sized(1000)),
             ("context.request has size && context.request.size > 1000", sized(0), sized(u64::MAX)),
-            (r#"context.origin.ip.isInRange(ip("10.0.0.0/8"))"#, Asked { origin: [192, 168, 0, 1].into(), ..get() }, get()),
+            (
+                r#"context.origin.ip.isInRange(ip("10.0.0.0/8"))"#,
+                Asked { origin: [192, 168, 0, 1].into(), ..get() },
+                get(),
+            ),
             (
                 r#"context.origin.trust_domain == "partner.example""#,
                 get(),
@@ -788,8 +797,14 @@ mod tests {
             ("context.request has size", Reads::SIZE),
             ("context has request.size", Reads::SIZE),
             ("context.origin.ip.isLoopback()", Reads::IP),
-            (r#"context.origin.trust_domain like "*.example" || context.first_contact"#, Reads::TRUST_DOMAIN.and(Reads::FIRST_CONTACT)),
-            ("if context.first_contact then context.request.host == \"x\" else false", Reads::FIRST_CONTACT.and(Reads::HOST)),
+            (
+                r#"context.origin.trust_domain like "*.example" || context.first_contact"#,
+                Reads::TRUST_DOMAIN.and(Reads::FIRST_CONTACT),
+            ),
+            (
+                "if context.first_contact then context.request.host == \"x\" else false",
+                Reads::FIRST_CONTACT.and(Reads::HOST),
+            ),
             ("context has request", Reads::REQUEST),
             ("[context.time].contains(context.time)", Reads::TIME),
         ] {
@@ -812,7 +827,8 @@ mod tests {
 
     #[test]
     fn a_time_before_1970_or_after_9999_is_still_judged() {
-        let law = law(r#"@id("a") permit (principal, action, resource) when { context.time.now > datetime("2026-01-01") };"#);
+        let law =
+            law(r#"@id("a") permit (principal, action, resource) when { context.time.now > datetime("2026-01-01") };"#);
         for (now, expected) in [(i64::MIN, "deny no_policy_permits"), (i64::MAX, "permit permitted by a")] {
             assert_eq!(told(&law.decide(&Asked { now, ..asked("web", "http:GET", "/") }.query())), expected);
         }
@@ -908,14 +924,7 @@ mod tests {
 
     fn policy_text() -> impl Strategy<Value = String> {
         let of = |all: &'static [&'static str]| prop::sample::select(all);
-        (
-            any::<bool>(),
-            of(&PRINCIPALS),
-            of(&ACTION_SCOPES),
-            of(&RESOURCES),
-            of(&CONDITIONS),
-            of(&ANNOTATIONS),
-        )
+        (any::<bool>(), of(&PRINCIPALS), of(&ACTION_SCOPES), of(&RESOURCES), of(&CONDITIONS), of(&ANNOTATIONS))
             .prop_map(|(permit, principal, action, resource, condition, annotation)| {
                 let (effect, annotation) = if permit { ("permit", "") } else { ("forbid", annotation) };
                 format!("{annotation} {effect} ({principal}, {action}, {resource}) {condition};")
@@ -923,8 +932,14 @@ mod tests {
     }
 
     fn any_asked() -> impl Strategy<Value = Asked> {
-        const CALLERS: [&str; 6] =
-            ["web", "cron", "newcomer", "spiffe://partner.example/billing", "spiffe://partner.example/web", "countersign/control"];
+        const CALLERS: [&str; 6] = [
+            "web",
+            "cron",
+            "newcomer",
+            "spiffe://partner.example/billing",
+            "spiffe://partner.example/web",
+            "countersign/control",
+        ];
         const ACTIONS: [&str; 6] = ["http:GET", "http:PUT", "http:HEAD", "http:TRACE", "grpc:call", "tcp:connect"];
         (
             prop::sample::select(&CALLERS[..]),
@@ -961,6 +976,13 @@ mod tests {
             for asked in &all_asked {
                 let query = asked.query();
                 let (outcome, reason, by) = naive(&law, &set, &query);
+                let explained = law.explain(&query);
+                prop_assert_eq!(explained.outcome, outcome);
+                for policy in &explained.policies {
+                    let named = by.contains(&*policy.id);
+                    let applied = matches!(policy.came_to, CameTo::Applied | CameTo::Fault { .. });
+                    prop_assert!(applied || !named, "{:?} {} {}", asked, policy.id, text);
+                }
                 for decision in [law.decide(&query), judge.decide(&query), judge.decide(&query)] {
                     prop_assert_eq!((decision.outcome, decision.reason), (outcome, reason), "{:?} {}", asked, text);
                     let named: BTreeSet<String> = decision.policies.iter().map(ToString::to_string).collect();

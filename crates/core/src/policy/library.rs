@@ -11,12 +11,7 @@ use super::{
     reads::{self, Hierarchy},
     schema::ACTIONS,
 };
-use crate::{
-    canonical::Digest,
-    change::PolicyId,
-    identity::ServiceName,
-    service::ServiceSpec,
-};
+use crate::{canonical::Digest, change::PolicyId, identity::ServiceName, service::ServiceSpec};
 
 /// Parsed policy texts by digest, kept across revisions so that a change costs what changed.
 #[derive(Default)]
@@ -69,9 +64,8 @@ impl Library {
         if let Some(known) = self.by_digest.get(&digest) {
             return Ok(known.clone());
         }
-        let parsed = ParsedPolicy::parse(text).map_err(|mistakes| {
-            mistakes.iter().map(|mistake| mistake.what.as_str()).collect::<Vec<_>>().join("; ")
-        })?;
+        let parsed = ParsedPolicy::parse(text)
+            .map_err(|mistakes| mistakes.iter().map(|mistake| mistake.what.as_str()).collect::<Vec<_>>().join("; "))?;
         let parsed = Arc::new(parsed);
         self.by_digest.insert(digest, parsed.clone());
         Ok(parsed)
@@ -163,7 +157,11 @@ impl ActionSet {
         other.0 & !self.0 == 0
     }
 
-    fn of(matches: impl Fn(&str, Option<&str>) -> bool) -> Self {
+    pub(super) fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    pub(super) fn of(matches: impl Fn(&str, Option<&str>) -> bool) -> Self {
         let bits = ACTIONS.iter().enumerate().filter(|(_, (name, group))| matches(name, *group));
         Self(bits.fold(0, |set, (at, _)| set | 1 << at))
     }

@@ -13,7 +13,10 @@ use std::{
 use hashbrown::{DefaultHashBuilder, HashTable};
 use rustc_hash::FxHashMap;
 
-use super::{Decision, Law, Query, Reads, law::{Candidates, Place}};
+use super::{
+    Decision, Law, Query, Reads,
+    law::{Candidates, Place},
+};
 use crate::{identity::SpiffeId, service::Protocol};
 
 /// Decisions that one [`Judge`] remembers; when it is full it forgets them all and begins again.

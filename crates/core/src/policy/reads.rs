@@ -105,8 +105,7 @@ impl fmt::Debug for Reads {
 
 impl fmt::Display for Reads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> =
-            MEMBERS.iter().filter(|(part, _)| self.any_of(*part)).map(|(_, name)| *name).collect();
+        let names: Vec<&str> = MEMBERS.iter().filter(|(part, _)| self.any_of(*part)).map(|(_, name)| *name).collect();
         f.write_str(&names.join(", "))
     }
 }
@@ -116,6 +115,19 @@ pub(super) fn of(condition: &Expr) -> (Reads, Hierarchy) {
     let mut walk = Walk { reads: Reads::NOTHING, hierarchy: Hierarchy::None };
     walk.expression(condition);
     (walk.reads, walk.hierarchy)
+}
+
+/// The member of the context that `expr` names: `["request", "path"]`; empty for the context itself.
+pub(super) fn context_member(expr: &Expr) -> Option<Vec<&str>> {
+    match expr.expr_kind() {
+        ExprKind::Var(Var::Context) => Some(Vec::new()),
+        ExprKind::GetAttr { expr, attr } => {
+            let mut member = context_member(expr)?;
+            member.push(attr);
+            Some(member)
+        }
+        _ => None,
+    }
 }
 
 struct Walk {
@@ -195,16 +207,9 @@ impl Walk {
     }
 
     fn attribute(&mut self, expr: &Expr, attrs: &[&str]) {
-        let mut path: Vec<&str> = attrs.to_vec();
-        let mut base = expr;
-        while let ExprKind::GetAttr { expr, attr } = base.expr_kind() {
-            path.insert(0, attr);
-            base = expr;
-        }
-        if !matches!(base.expr_kind(), ExprKind::Var(Var::Context)) {
-            return self.expression(base);
-        }
-        let read = match path[..] {
+        let Some(mut member) = context_member(expr) else { return self.expression(expr) };
+        member.extend(attrs);
+        let read = match member[..] {
             ["request", "method", ..] => Reads::METHOD,
             ["request", "path", ..] => Reads::REQUEST_PATH,
             ["request", "operation", ..] => Reads::OPERATION,

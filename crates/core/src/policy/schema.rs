@@ -110,8 +110,7 @@ mod tests {
         let schema = VALIDATOR.schema();
         let of_schema: BTreeSet<String> = schema.actions().map(|uid| uid.id().unescaped().to_owned()).collect();
         let groups = ["read", "write"].map(String::from);
-        let of_index: BTreeSet<String> =
-            ACTIONS.iter().map(|(name, _)| (*name).to_owned()).chain(groups).collect();
+        let of_index: BTreeSet<String> = ACTIONS.iter().map(|(name, _)| (*name).to_owned()).chain(groups).collect();
         assert_eq!(of_schema, of_index);
         let entities = schema.action_entities().unwrap();
         for (name, group) in ACTIONS {
