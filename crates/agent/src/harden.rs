@@ -4,19 +4,15 @@
 use std::io;
 
 use landlock::{CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
-use nix::sys::{
-    prctl,
-    resource::{Resource, setrlimit},
-};
+use nix::sys::prctl;
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
 };
 
 /// Shuts this process to debuggers, `/proc/<pid>/mem` and core dumps: other processes of the same user cannot read the
-/// keys it holds. To be called before the first secret arrives.
+/// keys it holds. To be called before the first secret arrives; a program it executes is open again.
 pub fn non_dumpable() -> io::Result<()> {
     prctl::set_dumpable(false)?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     Ok(())
 }
 

@@ -74,7 +74,8 @@ fn why_refused(sysctl: &Path) -> String {
             return format!("; help: {name} is {refuses} on this host: `sysctl {name}={allows}` allows it");
         }
     }
-    "; help: a container or seccomp profile may forbid unshare(2): see `doctor`".to_owned()
+    "; help: the profile of a container or a service manager (seccomp, AppArmor) may forbid unshare(2) or mount(2)"
+        .to_owned()
 }
 
 /// What to start.
@@ -141,7 +142,7 @@ pub async fn spawn(spec: LaunchSpec) -> Result<LaunchedWorkload, LaunchError> {
     }
     let order = LaunchOrder {
         command: spec.command,
-        dir: spec.dir,
+        dir: std::path::absolute(spec.dir)?,
         env: spec.env,
         isolate: spec.isolate,
         data_dir: spec.data_dir,
@@ -245,4 +246,28 @@ pub enum EnterError {
         /// Why.
         source: io::Error,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_setting_that_forbids_namespaces_is_named_with_the_one_that_allows_them() {
+        let sysctl = tempfile::tempdir().unwrap();
+        for dir in ["kernel", "user"] {
+            fs::create_dir(sysctl.path().join(dir)).unwrap();
+        }
+        let check = |name: &str, value: &str, expected: &str| {
+            let file = sysctl.path().join(name);
+            fs::write(&file, format!("{value}\n")).unwrap();
+            let said = why_refused(sysctl.path());
+            assert!(said.contains(expected), "{said}");
+            fs::remove_file(file).unwrap();
+        };
+        check("kernel/unprivileged_userns_clone", "0", "`sysctl kernel.unprivileged_userns_clone=1` allows it");
+        check("user/max_user_namespaces", "0", "`sysctl user.max_user_namespaces=15000` allows it");
+        check("kernel/apparmor_restrict_unprivileged_userns", "1", "is 1 on this host");
+        check("user/max_user_namespaces", "9000", "seccomp");
+    }
 }

@@ -21,9 +21,8 @@ use nix::{
         prctl,
         signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask},
         signalfd::{SfdFlags, SignalFd},
-        stat::Mode,
     },
-    unistd::Pid,
+    unistd::{Pid, getppid, setsid},
 };
 use rustix::{
     event::{PollFd, PollFlags},
@@ -158,26 +157,34 @@ fn execute(order: &LaunchOrder) -> Result<Pid, String> {
     }
     let path = order.env.get("PATH").map(OsString::from).or_else(|| std::env::var_os("PATH"));
     let file = program::find(name, &order.dir, path.as_deref()).map_err(|e| e.to_string())?;
-    let isolated = order.isolate;
+    let (isolated, launcher) = (order.isolate, Pid::this());
     let mut command = Command::new(&file);
-    command.arg0(name).args(arguments).current_dir(&order.dir).envs(&order.env).stdin(Stdio::null()).process_group(0);
+    command.arg0(name).args(arguments).current_dir(&order.dir).envs(&order.env).stdin(Stdio::null());
+    let become_workload = move || {
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+        // No terminal: it could read what is typed there. And a process group that can be signalled as one.
+        setsid()?;
+        confine(isolated)?;
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // The launcher may have died before that. In a process namespace its first process then ends this one.
+        if !isolated && getppid() != launcher {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(())
+    };
     // SAFETY: the launcher has a single thread, so the child may allocate and lock.
-    unsafe { command.pre_exec(move || confine(isolated)) };
+    unsafe { command.pre_exec(become_workload) };
     let child = command.spawn().map_err(|e| program::refused(file, &e).to_string())?;
     Ok(Pid::from_raw(child.id().cast_signed()))
 }
 
-/// Makes this process what a workload may be. Everything it executes stays so.
+/// Gives up what a workload must not have. Everything this process executes stays so.
 pub(crate) fn confine(isolated: bool) -> io::Result<()> {
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
     if isolated {
         harden::keep_capabilities(CapabilitySet::empty())?;
     }
     harden::no_new_privileges()?;
-    harden::scope_to_descendants()?;
-    nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
-    prctl::set_pdeathsig(Signal::SIGKILL)?;
-    Ok(())
+    harden::scope_to_descendants()
 }
 
 /// Serves the broker and the agent until the workload ends (how) or the agent does (`None`).

@@ -133,14 +133,16 @@ fn start_init() -> Result<(Pid, OwnedFd), NamespaceError> {
     // SAFETY: see `in_child`.
     match step("start the first process of the namespace", unsafe { fork() })? {
         ForkResult::Child => {
+            drop(told);
             let code = match prepare_init() {
                 Ok(()) => 0,
                 Err(e) => e.raw_os_error().unwrap_or(nix::libc::EIO) as u8,
             };
-            let _ = nix::unistd::write(&tell, &[code]);
+            // Nobody reads: the launcher died before its death could be this process's.
+            let alive = nix::unistd::write(&tell, &[code]).is_ok() && code == 0;
             // SAFETY: descriptors of this process only; nothing in it uses one any more.
             unsafe { nix::libc::close_range(0, u32::MAX, 0) };
-            while code == 0 {
+            while alive {
                 rustix::event::pause();
             }
             // SAFETY: see `in_child`.
@@ -209,6 +211,12 @@ fn arrange_mounts(data_dir: &Path, notes: &mut Vec<String>) -> Result<(), Namesp
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>),
     )?;
     let data_dir = step("find the data directory", data_dir.canonicalize())?;
+    // A directory that was entered before a mount lies over it stays what it was; our own is one that every child,
+    // and so /proc/1/cwd, begins with.
+    step("leave the working directory", std::env::set_current_dir("/"))?;
+    for alias in aliases(&data_dir) {
+        hide(&alias, true)?;
+    }
     hide(&data_dir, false)?;
     let overlays = [("/etc/resolv.conf", Some(RESOLV_CONF.to_owned())), ("/etc/nsswitch.conf", names_by_dns())];
     for (path, text) in overlays {
@@ -223,6 +231,45 @@ fn arrange_mounts(data_dir: &Path, notes: &mut Vec<String>) -> Result<(), Namesp
         hide(&cache, true)?;
     }
     Ok(())
+}
+
+/// Where else `dir`, or a part of it, is mounted.
+fn aliases(dir: &Path) -> Vec<PathBuf> {
+    let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else { return Vec::new() };
+    aliases_in(&mounts, dir).into_iter().filter(|alias| alias.is_dir()).collect()
+}
+
+/// proc(5): `id parent major:minor root mountpoint options...`. Of one file system, `root` is the part that is seen at
+/// `mountpoint`.
+fn aliases_in(mounts: &str, dir: &Path) -> Vec<PathBuf> {
+    let mounts: Vec<(&str, PathBuf, PathBuf)> = mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(2);
+            Some((fields.next()?, unescaped(fields.next()?), unescaped(fields.next()?)))
+        })
+        .collect();
+    // Of mounts on one place the last lies on top.
+    let over = mounts.iter().filter(|(_, _, at)| dir.starts_with(at)).max_by_key(|(_, _, at)| at.components().count());
+    let Some((device, root, at)) = over else { return Vec::new() };
+    let Ok(below) = dir.strip_prefix(at) else { return Vec::new() };
+    let inside = root.join(below);
+    mounts
+        .iter()
+        .filter(|(other, _, _)| other == device)
+        .filter_map(|(_, root, at)| match (inside.strip_prefix(root), root.starts_with(&inside)) {
+            (Ok(rest), _) => Some(at.join(rest)),
+            (Err(_), true) => Some(at.clone()),
+            (Err(_), false) => None,
+        })
+        .filter(|alias| alias != dir && !alias.starts_with(dir))
+        .collect()
+}
+
+/// Octal escapes stand for space, tab, newline and backslash.
+fn unescaped(field: &str) -> PathBuf {
+    let plain = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    plain.iter().fold(field.to_owned(), |text, (escape, byte)| text.replace(escape, byte)).into()
 }
 
 /// Mounts an empty directory over `dir`.
@@ -276,4 +323,22 @@ pub(crate) fn join(pid: rustix::process::Pid) -> Result<(), NamespaceError> {
     let ours = step("read the namespaces of this process", of("self"))?;
     flags.set(CloneFlags::CLONE_NEWPID, theirs != ours);
     step("enter the namespaces", nix::sched::setns(process.as_fd(), flags))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_found_wherever_it_is_mounted_again() {
+        let mounts = "21 1 8:1 / / rw - ext4 /dev/a rw\n\
+                      22 21 8:2 / /home rw - ext4 /dev/b rw\n\
+                      23 21 8:2 /ada /srv/my\\040home rw - ext4 /dev/b rw\n\
+                      24 21 8:2 /ada/mesh/data/keys /keys rw - ext4 /dev/b rw\n\
+                      25 21 8:2 /bob /srv/bob rw - ext4 /dev/b rw\n\
+                      26 21 8:1 /home /old rw - ext4 /dev/a rw\n";
+        let found = aliases_in(mounts, Path::new("/home/ada/mesh/data"));
+        assert_eq!(found, [PathBuf::from("/srv/my home/mesh/data"), PathBuf::from("/keys")]);
+        assert_eq!(aliases_in(mounts, Path::new("/var/data")), Vec::<PathBuf>::new());
+    }
 }
