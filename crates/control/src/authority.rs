@@ -233,8 +233,10 @@ impl Authority {
     /// Makes a new key and SVID for the control plane itself.
     pub async fn issue_control(&self) -> Result<X509Svid, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let issued = self.issue(&self.trust_domain.control(), None, &key).await?;
-        Ok(X509Svid::parse(issued.chain, key.serialize_der())?)
+        let mut chain = self.issue(&self.trust_domain.control(), None, &key).await?.chain;
+        // A newcomer holds nothing but the root's hash, from its join token, and has to see the root to know us by it.
+        chain.push(self.root.clone());
+        Ok(X509Svid::parse(chain, key.serialize_der())?)
     }
 
     /// What the control plane shows on its TLS listener.
