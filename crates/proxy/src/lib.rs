@@ -7,33 +7,54 @@
 //! Threads: each worker is one single-threaded runtime with its own listeners (duplicated descriptors), pools, live table
 //! and counters; an exchange never leaves its worker, so the path takes no lock.
 //!
-//! | room | holds |
+//! | room, in reading order | holds |
 //! |---|---|
-//! | `sidecar` | the process: what it gives up, where its log goes |
-//! | [`link`] | the conversation with the agent |
-//! | [`shared`] | what the agent told this proxy; orders to the workers |
-//! | [`view`] | a view made ready for the path |
-//! | [`workers`] | the threads
+//! | `exchange` | the story of one exchange, in both directions |
+//! | `accept`, `serve` | a connection comes in; HTTP/1.1, HTTP/2 or plain bytes are served on it |
+//! | `guard` | what two HTTP/1.1 parsers could read in two ways does not get through |
+//! | `identify` | mutual TLS: who is at the other end |
 //! | `route` | which way a request takes, and the limits of the way |
-//! | [`record`] | decision records: queued, kept, reported, read back |
-//! | [`decided`] | one decision as the data path hands it to the record |
-//! | [`admin`] | metrics and pages for operators |
-//! | [`counts`] | what a worker counts |
-//! | [`listen`] | sockets, of this host's network or of the workload's namespace |
-//! | [`dns`] | `*.mesh` inside that namespace |
+//! | `authenticate`, `authorize` | from whom a request is; the law is asked |
+//! | `forward` | the request goes on, to the workload or to another sidecar |
+//! | `balance`, `pool` | which instance, and the connection to it |
+//! | `flow`, `tunnel`, `websocket` | bodies frame by frame; byte streams joined; where a WebSocket frame ends |
+//! | `hygiene` | what may cross from one connection to the next |
+//! | `live` | the live table: judged before it begins, judged again while it lives |
+//! | `answer` | outcome to status |
+//! | [`decided`], [`record`] | one decision; kept, reported, read back |
+//! | [`counts`], [`admin`] | what a worker counts; metrics and pages for operators |
+//! | [`workers`], [`shared`], [`view`] | the threads; what the agent told this proxy; a view made ready for the path |
+//! | [`link`], `sidecar` | the conversation with the agent; the process: what it gives up, where its log goes |
+//! | [`listen`], [`dns`] | sockets, of this host's network or of the workload's namespace; `*.mesh` inside that namespace |
 
+mod accept;
 pub mod admin;
+mod answer;
+mod authenticate;
+mod authorize;
+mod balance;
 pub mod counts;
 pub mod decided;
 pub mod dns;
-pub mod listen;
-pub mod record;
+mod exchange;
+mod flow;
+mod forward;
+mod guard;
+mod hygiene;
+mod identify;
 pub mod link;
+pub mod listen;
+mod live;
+mod pool;
+pub mod record;
 mod route;
+mod serve;
 pub mod shared;
 mod sidecar;
+mod tunnel;
 pub mod view;
+mod websocket;
 pub mod workers;
 
-pub use sidecar::sidecar_main;
 pub use shared::{App, Door, Endpoint, Setup, Shared};
+pub use sidecar::sidecar_main;

@@ -20,7 +20,7 @@ use countersign_api::svid::{Bundle, TlsIdentity, X509Svid};
 use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
-    policy::PolicyError,
+    policy::{Library, PolicyError},
     view::View,
 };
 use parking_lot::Mutex;
@@ -80,7 +80,8 @@ pub struct Shared {
     pub(crate) view: ArcSwapOption<Compiled>,
     pub(crate) endpoints: ArcSwap<EndpointsByService>,
     identity: Mutex<Identity>,
-    fresh_at_ms: AtomicU64, // on `began`'s clock, plus one; 0: never
+    library: Mutex<Library>, // one view is compiled at a time
+    fresh_at_ms: AtomicU64,  // on `began`'s clock
     began: Instant,
     draining: AtomicBool,
     app_ready: AtomicBool,
@@ -122,6 +123,7 @@ impl Shared {
             view: ArcSwapOption::empty(),
             endpoints: ArcSwap::default(),
             identity: Mutex::default(),
+            library: Mutex::default(),
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
             draining: AtomicBool::new(false),
@@ -134,7 +136,7 @@ impl Shared {
     /// Compiles `view` and returns once every worker enforces it on everything new and everything open. A view that does
     /// not compile changes nothing: the last good one stays in force.
     pub async fn apply(&self, view: View) -> Result<Revision, Vec<PolicyError>> {
-        let compiled = Arc::new(Compiled::new(view, self.view.load().as_deref())?);
+        let compiled = Arc::new(Compiled::new(view, self.view.load().as_deref(), &mut self.library.lock())?);
         let revision = compiled.revision();
         self.view.store(Some(compiled.clone()));
         self.every_worker(|done| Order::Apply(compiled.clone(), done)).await;
@@ -206,13 +208,18 @@ impl Shared {
     /// The agent was in step with a control plane `age` ago.
     pub fn set_fresh(&self, age: Duration) {
         let at = self.began.elapsed().saturating_sub(age);
-        self.fresh_at_ms.fetch_max(at.as_millis() as u64 + 1, Ordering::Relaxed);
+        self.fresh_at_ms.fetch_max(at.as_millis() as u64, Ordering::Relaxed);
     }
 
-    /// How long ago the agent was last in step with a control plane; `None`: never since this proxy began.
-    pub fn age(&self) -> Option<Duration> {
-        let at = self.fresh_at_ms.load(Ordering::Relaxed).checked_sub(1)?;
-        Some(self.began.elapsed().saturating_sub(Duration::from_millis(at)))
+    /// How long ago the agent was last in step with a control plane, or this proxy began without ever hearing of one.
+    pub fn staleness(&self) -> Duration {
+        let at = self.fresh_at_ms.load(Ordering::Relaxed);
+        self.began.elapsed().saturating_sub(Duration::from_millis(at))
+    }
+
+    /// How long this proxy runs.
+    pub fn uptime(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// Takes note of whether the workload accepts connections.

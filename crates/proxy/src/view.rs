@@ -9,7 +9,7 @@ use std::sync::{
 use countersign_core::{
     change::Revision,
     identity::ServiceName,
-    policy::{Law, PolicyError},
+    policy::{Law, Library, PolicyError},
     view::{View, VisibleService},
 };
 use rustc_hash::FxHashMap;
@@ -20,16 +20,16 @@ use crate::route::Routes;
 pub struct Compiled {
     /// What it was compiled from.
     pub view: View,
-    pub(crate) law: Law,
+    pub(crate) law: Arc<Law>,
     pub(crate) routes: FxHashMap<ServiceName, Routes>,
     revision: AtomicU64,
 }
 
 impl Compiled {
     /// Compiles `view`. The limits of routes that `previous` has too go on counting where they were: a change elsewhere
-    /// must not hand every caller a fresh burst.
-    pub fn new(view: View, previous: Option<&Self>) -> Result<Self, Vec<PolicyError>> {
-        let law = Law::compile(&view)?;
+    /// must not hand every caller a fresh burst. `library` keeps the parsed policies for the next one.
+    pub fn new(view: View, previous: Option<&Self>, library: &mut Library) -> Result<Self, Vec<PolicyError>> {
+        let law = Arc::new(Law::compile_with(&view, library)?);
         let routes = view
             .routes
             .iter()
@@ -53,13 +53,6 @@ impl Compiled {
     /// What the workload can see of `service`.
     pub fn visible(&self, service: &ServiceName) -> Option<&VisibleService> {
         self.view.services.get(service)
-    }
-
-    /// The service of a name as requests write it, `<service>.mesh`, when this workload can see it.
-    pub fn service_of_host(&self, host: &str) -> Option<(&ServiceName, &VisibleService)> {
-        let name = host.strip_suffix(".mesh")?;
-        // ServiceName orders as its text does, but has no Borrow<str>: parsing is one pass over at most 63 bytes.
-        self.view.services.get_key_value(&ServiceName::parse(name).ok()?)
     }
 
     pub(crate) fn is_same(self: &Arc<Self>, other: &Arc<Self>) -> bool {

@@ -1,0 +1,195 @@
+//! Outcome to status: the only place where what went wrong becomes what the caller sees. `docs/answers.txt` is written
+//! from this table.
+//!
+//! Every answer of the mesh's own carries `countersign-reason`; that header is taken from whatever applications or
+//! strangers send, so only the mesh can set it.
+
+use http::{HeaderName, HeaderValue, Response, StatusCode, header};
+
+use crate::{
+    decided::DecisionId,
+    flow::Watched,
+    live::{Cut, Kind},
+};
+
+/// The header that says why the mesh, and not the application, answered.
+pub(crate) const REASON: HeaderName = HeaderName::from_static("countersign-reason");
+
+/// Why the mesh answers instead of the application.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Denied(DecisionId),
+    Malformed(&'static str),
+    HeadTooLarge,
+    UnknownService,
+    WrongAuthority,
+    WrongProtocol,
+    RateLimited,
+    ConcurrencyLimited,
+    NoView,
+    NoIdentity,
+    Stale,
+    Overloaded,
+    Draining,
+    Unrecorded,
+    NoInstance,
+    Unreachable,
+    AppUnreachable,
+    AppBroke,
+    UpstreamBroke,
+    TimedOut,
+}
+
+/// How loud a refusal is in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Level {
+    Debug,
+    Info,
+    Warn,
+}
+
+/// One row of the table.
+pub(crate) struct Row {
+    pub(crate) status: StatusCode,
+    pub(crate) grpc_status: u16,
+    pub(crate) reason: &'static str,
+    pub(crate) level: Level,
+    /// Whether whoever forwarded the request may try it elsewhere: nothing of it was processed.
+    pub(crate) unprocessed: bool,
+    pub(crate) what_to_do: &'static str,
+}
+
+impl Refusal {
+    pub(crate) fn row(self) -> Row {
+        use Level::{Debug, Info, Warn};
+        use Refusal::*;
+        let (status, grpc_status, reason, level, unprocessed, what_to_do) = match self {
+            Denied(_) => (403, 7, "denied", Info, false, "`countersign decision show ID` says which policies decided"),
+            Malformed(_) => (400, 13, "malformed", Info, false, "the body names the defect; send it otherwise"),
+            HeadTooLarge => (431, 8, "head-too-large", Info, false, "send fewer or shorter headers"),
+            UnknownService => (404, 12, "unknown-service", Info, false, "no such service is declared in mesh.toml"),
+            WrongAuthority => (
+                421,
+                14,
+                "wrong-authority",
+                Warn,
+                true,
+                "the callee's sidecar stands for another service: look for an instance that moved",
+            ),
+            WrongProtocol => {
+                (400, 12, "wrong-protocol", Info, false, "the service declares another `protocol` in mesh.toml")
+            }
+            RateLimited => (429, 8, "rate-limited", Info, false, "wait, or raise `rate_per_second` in routes.toml"),
+            ConcurrencyLimited => {
+                (429, 8, "concurrency-limited", Info, false, "wait, or raise `concurrent_max` in routes.toml")
+            }
+            NoView => {
+                (503, 14, "no-view", Warn, true, "the sidecar has just started, or its agent reaches no control plane")
+            }
+            NoIdentity => (503, 14, "no-identity", Warn, true, "the sidecar has no SVID yet; see the agent's log"),
+            Stale => (503, 14, "stale", Warn, true, "no control plane was heard for `max_staleness`: look after it"),
+            Overloaded => (503, 14, "overloaded", Warn, true, "more instances, or a higher `exchanges_max`"),
+            Draining => (503, 14, "draining", Debug, true, "the instance is stopping; another one will answer"),
+            Unrecorded => (
+                503,
+                14,
+                "unrecorded",
+                Warn,
+                true,
+                "the record is full and the service asks to be `recorded = \"always\"`",
+            ),
+            NoInstance => {
+                (503, 14, "no-instance", Warn, false, "no instance of the service is ready: see `countersign status`")
+            }
+            Unreachable => (
+                503,
+                14,
+                "unreachable",
+                Warn,
+                true,
+                "no instance's sidecar could be reached: see the network between the hosts",
+            ),
+            AppUnreachable => {
+                (503, 14, "app-unreachable", Warn, true, "the workload does not accept connections on its port")
+            }
+            AppBroke => (502, 14, "app-broke", Warn, false, "the workload closed or garbled its answer: see its log"),
+            UpstreamBroke => (
+                502,
+                14,
+                "upstream-broke",
+                Warn,
+                false,
+                "the connection to the callee's sidecar broke while it answered",
+            ),
+            TimedOut => (
+                504,
+                4,
+                "timed-out",
+                Warn,
+                false,
+                "the callee did not begin to answer in time: see `timeout_ms` in routes.toml",
+            ),
+        };
+        let status = StatusCode::from_u16(status).expect("INVARIANT: the statuses above are valid");
+        Row { status, grpc_status, reason, level, unprocessed, what_to_do }
+    }
+
+    /// Why it ended, when the head of the answer was not yet sent.
+    pub(crate) fn of_cut(cut: Cut) -> Self {
+        match cut {
+            Cut::Denied(id) => Self::Denied(id),
+            Cut::Stale => Self::Stale,
+            Cut::Closing => Self::Draining,
+        }
+    }
+
+    fn body(self) -> String {
+        match self {
+            Self::Denied(id) => format!(r#"{{"error":"denied","decision":"{id}"}}"#),
+            Self::Malformed(defect) => format!(r#"{{"error":"malformed","defect":"{defect}"}}"#),
+            other => format!(r#"{{"error":"{}"}}"#, other.row().reason),
+        }
+    }
+}
+
+/// The answer to a refused request. A caller who speaks gRPC gets a trailers-only answer.
+pub(crate) fn answer(refusal: Refusal, kind: Kind) -> Response<Watched> {
+    let row = refusal.row();
+    log(refusal, &row);
+    let response = Response::builder().header(REASON, HeaderValue::from_static(row.reason));
+    let built = if kind == Kind::Grpc {
+        let message = match refusal {
+            Refusal::Denied(id) => format!("denied; decision {id}"),
+            Refusal::Malformed(defect) => format!("malformed: {defect}"),
+            _ => row.reason.to_owned(),
+        };
+        response
+            .header(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"))
+            .header("grpc-status", HeaderValue::from(row.grpc_status))
+            .header("grpc-message", message)
+            .body(Watched::own(""))
+    } else {
+        response
+            .status(row.status)
+            .header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))
+            .body(Watched::own(refusal.body()))
+    };
+    built.expect("INVARIANT: every part is a valid header value")
+}
+
+/// The refusal that `response`, which came from another sidecar, says that it made before anything was processed.
+pub(crate) fn unprocessed<B>(response: &Response<B>) -> Option<Refusal> {
+    use Refusal::*;
+    let reason = response.headers().get(REASON)?;
+    let all = [WrongAuthority, NoView, NoIdentity, Stale, Overloaded, Draining, Unrecorded, AppUnreachable];
+    all.into_iter().find(|refusal| refusal.row().unprocessed && reason == refusal.row().reason)
+}
+
+fn log(refusal: Refusal, row: &Row) {
+    // A refusal is counted for each request; it is logged at a level that says who should care.
+    match row.level {
+        Level::Debug => tracing::debug!(reason = row.reason, status = row.status.as_u16(), "exchange refused"),
+        Level::Info => tracing::debug!(reason = row.reason, ?refusal, "exchange refused"),
+        Level::Warn => tracing::warn!(reason = row.reason, help = row.what_to_do, "exchange refused"),
+    }
+}

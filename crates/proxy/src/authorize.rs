@@ -1,0 +1,54 @@
+//! Caller to Permit: the law is asked. Nothing else in this crate makes a [`Permit`], and nothing is forwarded to the
+//! workload without one.
+
+use std::{rc::Rc, sync::Arc};
+
+use countersign_core::{
+    record::{Judged, Outcome},
+    service::Recorded,
+};
+use http::HeaderValue;
+
+use crate::{answer::Refusal, authenticate::Caller, live::Exchange, view::Compiled, workers::Worker};
+
+/// Proof that the law allows this exchange, now. Spent by forwarding.
+///
+/// INVARIANT (permit-before-forward): made only by [`authorize`], for an exchange that is in the live table.
+pub(crate) struct Permit {
+    exchange: Rc<Exchange>,
+    caller: Caller,
+}
+
+/// Asks the law about `exchange`, which is in the live table.
+pub(crate) fn authorize(
+    worker: &Worker,
+    caller: Caller,
+    exchange: &Rc<Exchange>,
+    view: &Arc<Compiled>,
+) -> Result<Permit, Refusal> {
+    let (outcome, id) = exchange.judge(view, Judged::AtStart);
+    match outcome {
+        Outcome::Permit => worker.counts.permitted.add(1),
+        Outcome::StepUp => worker.counts.step_up.add(1),
+        Outcome::Deny => worker.counts.denied.add(1),
+    }
+    if outcome != Outcome::Permit {
+        return Err(Refusal::Denied(id)); // no caller can step up before tokens carry assurance
+    }
+    let always = view.view.spec.as_ref().is_some_and(|spec| spec.recorded == Recorded::Always);
+    if always && exchange.record(None).is_err() {
+        return Err(Refusal::Unrecorded);
+    }
+    Ok(Permit { exchange: exchange.clone(), caller })
+}
+
+impl Permit {
+    pub(crate) fn exchange(&self) -> &Rc<Exchange> {
+        &self.exchange
+    }
+
+    /// The verified caller, as the workload is told.
+    pub(crate) fn caller_header(&self) -> HeaderValue {
+        self.caller.peer().caller_header()
+    }
+}

@@ -1,0 +1,305 @@
+//! The story of one exchange, in both directions.
+//!
+//! ```text
+//! from the mesh   admit -> route -> register -> authenticate -> authorize -> forward to the workload -> answer
+//! to the mesh     admit -> route (rule, limits, target) -> forward to an instance -> answer
+//! ```
+//!
+//! Every exit passes through one place per direction, where the outcome becomes an answer and is counted.
+
+use std::{rc::Rc, sync::Arc, time::Instant};
+
+use countersign_core::{
+    identity::ServiceName,
+    path::{Authority, NormalPath},
+    service::Protocol,
+};
+use h2::ext::Protocol as ConnectProtocol;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, header, uri::PathAndQuery};
+
+use crate::{
+    answer::{Refusal, answer},
+    authenticate::authenticate,
+    authorize::authorize,
+    decided::TraceId,
+    flow::{Account, Flow, Watched},
+    forward, hygiene,
+    identify::Peer,
+    live::{Asked, Kind},
+    pool::Outgoing,
+    route::{Limited, Rule},
+    shared::Door,
+    tunnel::{Sort, Wire},
+    view::Compiled,
+    workers::Worker,
+};
+
+/// What goes back to the caller.
+pub(crate) enum Reply {
+    /// A response.
+    Whole(Response<Watched>),
+    /// A response after whose head both sides exchange bytes.
+    Tunnel { head: Response<()>, callee: Wire, account: Account, sort: Sort },
+}
+
+/// What a request is for, as its head says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Intent {
+    /// A request and its response.
+    Message,
+    /// A WebSocket.
+    WebSocket,
+    /// A TCP connection.
+    Tunnel,
+}
+
+/// A request from the mesh, for our workload, well-formed and for the right service.
+///
+/// INVARIANT (routed-once): made only by [`route_inbound`]; the path judged is the path forwarded.
+pub(crate) struct Routed {
+    pub(crate) intent: Intent,
+    pub(crate) protocol: Protocol,
+    pub(crate) method: Method,
+    pub(crate) path_and_query: PathAndQuery,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Flow,
+}
+
+/// An exchange from the mesh to our workload.
+pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Request<Flow>) -> Reply {
+    let began = Instant::now();
+    let kind = kind_of(request.headers());
+    let (view, routed, asked) = match admit(worker).and_then(|view| route_inbound(worker, view, request)) {
+        Ok(routed) => routed,
+        Err(refusal) => {
+            worker.counts.inbound.started.add(1);
+            worker.counts.inbound.open.add(1);
+            worker.counts.inbound.end(refusal.row().status.as_u16(), 0, 0, 0);
+            return refused(worker, refusal, kind);
+        }
+    };
+    let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
+    let caller = authenticate(peer);
+    let outcome = match authorize(worker, caller, &exchange, &view) {
+        Ok(permit) => forward::to_app(worker, permit, routed).await,
+        Err(refusal) => Err(refusal),
+    };
+    match outcome {
+        Ok(reply) => {
+            exchange.status.set(reply.status());
+            reply
+        }
+        Err(refusal) => {
+            exchange.status.set(refusal.row().status.as_u16());
+            refused(worker, refusal, kind)
+        }
+    }
+}
+
+/// An exchange from our workload into the mesh.
+pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, request: Request<Flow>) -> Reply {
+    let outgoing = Outgoing::new(worker);
+    let kind = kind_of(request.headers());
+    let outcome = match admit(worker).and_then(|view| route_outbound(worker, &outgoing, &view, door, intent, request)) {
+        Ok(sending) => forward::to_mesh(worker, &outgoing, sending).await,
+        Err(refusal) => Err(refusal),
+    };
+    match outcome {
+        Ok(reply) => {
+            outgoing.status.set(reply.status());
+            reply
+        }
+        Err(refusal) => {
+            outgoing.status.set(refusal.row().status.as_u16());
+            refused(worker, refusal, kind)
+        }
+    }
+}
+
+fn refused(worker: &Worker, refusal: Refusal, kind: Kind) -> Reply {
+    if matches!(refusal, Refusal::Malformed(_) | Refusal::HeadTooLarge) {
+        worker.counts.malformed.add(1);
+    }
+    Reply::Whole(answer(refusal, kind))
+}
+
+/// Whether anything may be judged or forwarded now. Fail closed: what cannot be judged by a fresh view is not served.
+fn admit(worker: &Worker) -> Result<Arc<Compiled>, Refusal> {
+    let view = worker.view().ok_or(Refusal::NoView)?;
+    let Some(spec) = &view.view.spec else { return Ok(view) }; // the law denies with its own reason
+    if worker.shared.staleness().as_secs() >= u64::from(spec.max_staleness_seconds) {
+        return Err(Refusal::Stale);
+    }
+    if worker.live.len() * worker.shared.setup.worker_count >= spec.exchanges_max as usize {
+        return Err(Refusal::Overloaded);
+    }
+    Ok(view)
+}
+
+/// Reads the head of a request from the mesh. What it says is judged and, unchanged, forwarded.
+fn route_inbound(
+    worker: &Worker,
+    view: Arc<Compiled>,
+    request: Request<Flow>,
+) -> Result<(Arc<Compiled>, Routed, Asked), Refusal> {
+    let (parts, body) = request.into_parts();
+    let service = &view.view.service;
+    let host = agreed_authority(parts.uri.authority().map(|a| a.as_str()), &parts.headers)?;
+    let host = Authority::parse(host).map_err(|_| Refusal::Malformed("host"))?;
+    if host.service().as_ref() != Some(service) {
+        return Err(Refusal::WrongAuthority);
+    }
+    let protocol = view.view.spec.as_ref().map_or(Protocol::Http, |spec| spec.protocol);
+    let upgrade = parts.extensions.get::<ConnectProtocol>();
+    let intent = match (&parts.method, upgrade) {
+        (&Method::CONNECT, Some(upgrade)) if upgrade.as_str() == "websocket" => Intent::WebSocket,
+        (&Method::CONNECT, None) => Intent::Tunnel,
+        (&Method::CONNECT, Some(_)) => return Err(Refusal::WrongProtocol),
+        _ => Intent::Message,
+    };
+    if (intent == Intent::Tunnel) != (protocol == Protocol::Tcp) {
+        return Err(Refusal::WrongProtocol);
+    }
+    let (path, path_and_query) = match parts.uri.path_and_query().filter(|_| intent != Intent::Tunnel) {
+        Some(raw) => normal(raw)?,
+        None => ("/".into(), PathAndQuery::from_static("/")),
+    };
+    let mut headers = parts.headers;
+    let size = size_of(&headers)?;
+    hygiene::request(&mut headers);
+    let trace_id = hygiene::trace(&mut headers);
+    // The handshake of a WebSocket is a GET (RFC 8441, section 5): that is what is judged.
+    let method = if intent == Intent::WebSocket { Method::GET } else { parts.method };
+    let kind = match protocol {
+        Protocol::Http => Kind::Http,
+        Protocol::Grpc => Kind::Grpc,
+        Protocol::Tcp => Kind::Tcp,
+    };
+    let asked = Asked {
+        kind,
+        method: method.clone(),
+        path,
+        host: worker.host_name(service),
+        size,
+        first_contact: false,
+        trace_id: Some(trace_id),
+    };
+    let routed = Routed { intent, protocol, method, path_and_query, headers, body };
+    Ok((view, routed, asked))
+}
+
+/// A request of our workload with the way it takes.
+pub(crate) struct Sending {
+    pub(crate) intent: Intent,
+    pub(crate) kind: Kind,
+    pub(crate) target: ServiceName,
+    pub(crate) rule: Option<Arc<Rule>>,
+    pub(crate) method: Method,
+    pub(crate) path_and_query: PathAndQuery,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Flow,
+}
+
+fn route_outbound(
+    worker: &Worker,
+    outgoing: &Outgoing,
+    view: &Compiled,
+    door: &Door,
+    intent: Intent,
+    request: Request<Flow>,
+) -> Result<Sending, Refusal> {
+    let (parts, body) = request.into_parts();
+    let named = match door {
+        Door::Upstream(service) => {
+            agreed_authority(parts.uri.authority().map(|a| a.as_str()), &parts.headers)?;
+            service.clone()
+        }
+        Door::ForwardProxy | Door::Inbound => {
+            if parts.uri.scheme_str().is_some_and(|scheme| scheme != "http") {
+                return Err(Refusal::Malformed("scheme"));
+            }
+            let host = agreed_authority(parts.uri.authority().map(|a| a.as_str()), &parts.headers)?;
+            let host = Authority::parse(host).map_err(|_| Refusal::Malformed("host"))?;
+            host.service().ok_or(Refusal::UnknownService)?
+        }
+    };
+    let visible = view.visible(&named).ok_or(Refusal::UnknownService)?;
+    if (intent == Intent::Tunnel) != (visible.protocol == Protocol::Tcp) {
+        return Err(Refusal::WrongProtocol);
+    }
+    let (path, path_and_query) = match parts.uri.path_and_query().filter(|_| intent != Intent::Tunnel) {
+        Some(raw) => normal(raw)?,
+        None => ("/".into(), PathAndQuery::from_static("/")),
+    };
+    size_of(&parts.headers)?;
+    let rule = view.routes.get(&named).and_then(|routes| routes.find(&parts.method, &path, &parts.headers));
+    if let Some(rule) = rule {
+        let place = rule.enter(worker.steady_ns()).map_err(|limited| match limited {
+            Limited::Rate => Refusal::RateLimited,
+            Limited::Concurrency => Refusal::ConcurrencyLimited,
+        })?;
+        *outgoing.place.borrow_mut() = place;
+    }
+    let target = rule.and_then(|rule| rule.pick(fastrand::u32(..))).cloned().unwrap_or(named);
+    let visible = view.visible(&target).ok_or(Refusal::UnknownService)?;
+    if (intent == Intent::Tunnel) != (visible.protocol == Protocol::Tcp) {
+        return Err(Refusal::WrongProtocol);
+    }
+    let kind = if visible.protocol == Protocol::Tcp { Kind::Tcp } else { kind_of(&parts.headers) };
+    let mut headers = parts.headers;
+    hygiene::request(&mut headers);
+    headers.remove(header::HOST);
+    let TraceId(_) = hygiene::trace(&mut headers);
+    Ok(Sending { intent, kind, target, rule: rule.cloned(), method: parts.method, path_and_query, headers, body })
+}
+
+/// The host that the request line (or `:authority`) and `Host` agree on. RFC 9113, 8.3.1: they must not differ.
+fn agreed_authority<'a>(target: Option<&'a str>, headers: &'a HeaderMap) -> Result<&'a str, Refusal> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = hosts.next().map(|host| host.to_str().map_err(|_| Refusal::Malformed("host"))).transpose()?;
+    if hosts.next().is_some() {
+        return Err(Refusal::Malformed("host"));
+    }
+    match (target, host) {
+        (Some(target), Some(host)) if !target.eq_ignore_ascii_case(host) => Err(Refusal::Malformed("host")),
+        (Some(host), _) | (None, Some(host)) => Ok(host),
+        (None, None) => Err(Refusal::Malformed("host")),
+    }
+}
+
+/// The path in its one normal form, and what is forwarded for it.
+fn normal(raw: &PathAndQuery) -> Result<(Arc<str>, PathAndQuery), Refusal> {
+    let text = if raw.as_str() == "*" { return Err(Refusal::Malformed("path")) } else { raw.as_str() };
+    let path = NormalPath::parse(text).map_err(|refused| Refusal::Malformed(refused.as_str()))?;
+    let forwarded = match path.is_as_it_came() {
+        true => raw.clone(),
+        false => path.path_and_query().parse().map_err(|_| Refusal::Malformed("path"))?,
+    };
+    Ok((path.as_str().into(), forwarded))
+}
+
+/// The declared length of the body: one number, or none.
+fn size_of(headers: &HeaderMap) -> Result<Option<u64>, Refusal> {
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let Some(length) = lengths.next() else { return Ok(None) };
+    let digits = length.as_bytes();
+    let number = std::str::from_utf8(digits).ok().filter(|_| digits.iter().all(u8::is_ascii_digit));
+    match (number.and_then(|number| number.parse().ok()), lengths.next()) {
+        (Some(length), None) => Ok(Some(length)),
+        _ => Err(Refusal::Malformed("content-length")),
+    }
+}
+
+fn kind_of(headers: &HeaderMap) -> Kind {
+    let grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
+    if headers.get(header::CONTENT_TYPE).is_some_and(grpc) { Kind::Grpc } else { Kind::Http }
+}
+
+impl Reply {
+    fn status(&self) -> u16 {
+        match self {
+            Self::Whole(response) => response.status().as_u16(),
+            Self::Tunnel { head, .. } => head.status().as_u16(),
+        }
+    }
+}

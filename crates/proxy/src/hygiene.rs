@@ -1,0 +1,220 @@
+//! What may cross from one connection to the next: hop-by-hop headers end here, nobody outside the mesh may speak of
+//! identity, and the trace goes on.
+
+use std::fmt::Write as _;
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue,
+    header::{self, Entry},
+};
+
+use crate::decided::TraceId;
+
+/// Who the caller is, as the workload learns it.
+pub(crate) const CALLER: HeaderName = HeaderName::from_static("countersign-caller");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
+// RFC 9110, section 7.6.1: these concern one connection only, whether `Connection` names them or not. `TE` goes on for
+// gRPC, reduced to `trailers`; `Expect` was answered by whoever asks for the body.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::EXPECT,
+];
+
+// Headers by which other proxies tell an application who is calling. From outside they are claims, and an application
+// that believes them would believe anyone. Compared with `_` read as `-`: CGI and WSGI make both the same variable.
+const IDENTITY: [&str; 15] = [
+    "x-forwarded-client-cert",
+    "x-client-cert",
+    "x-client-verify",
+    "x-client-dn",
+    "x-client-subject-dn",
+    "x-ssl-cert",
+    "x-ssl-client-cert",
+    "ssl-client-cert",
+    "ssl-client-verify",
+    "client-cert",
+    "client-cert-chain",
+    "x-spiffe-id",
+    "x-remote-user",
+    "remote-user",
+    "x-authenticated-user",
+];
+
+/// Removes from a request what must not cross to the next connection.
+pub(crate) fn request(headers: &mut HeaderMap) {
+    hop_by_hop(headers);
+    claims(headers);
+}
+
+/// Removes from an application's response what must not cross.
+pub(crate) fn response_of_app(headers: &mut HeaderMap) {
+    hop_by_hop(headers);
+    claims(headers);
+}
+
+/// Removes from the response of another sidecar what concerns that connection; what the mesh says of itself stays.
+pub(crate) fn response_of_mesh(headers: &mut HeaderMap) {
+    hop_by_hop(headers);
+}
+
+/// Removes from trailers what may only stand in a head.
+pub(crate) fn trailers(headers: &mut HeaderMap) {
+    hop_by_hop(headers);
+    claims(headers);
+    headers.remove(header::CONTENT_LENGTH);
+    headers.remove(header::HOST);
+}
+
+fn hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> = headers
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .filter_map(|name| name.trim().parse().ok())
+            // RFC 9110, section 7.6.1: end-to-end fields cannot be taken away by naming them here.
+            .filter(|name| ![header::HOST, header::CONTENT_LENGTH, header::TE, header::CONTENT_TYPE].contains(name))
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+    }
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+    if let Entry::Occupied(mut te) = headers.entry(header::TE) {
+        let trailers = te.iter().any(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
+        if trailers {
+            te.insert(HeaderValue::from_static("trailers"));
+        } else {
+            te.remove();
+        }
+    }
+}
+
+fn claims(headers: &mut HeaderMap) {
+    let is_claim = |name: &HeaderName| {
+        let name = name.as_str();
+        let (b, n) = (name.as_bytes(), name.len());
+        // Cheap first: all of them begin with one of these letters.
+        n >= 10 && matches!(b[0], b'c' | b'x' | b's' | b'r') && {
+            let like = |known: &str| {
+                n >= known.len() && known.bytes().zip(b).all(|(k, g)| k == if *g == b'_' { b'-' } else { *g })
+            };
+            like("countersign-") || IDENTITY.iter().any(|known| known.len() == n && like(known))
+        }
+    };
+    if headers.keys().any(is_claim) {
+        let found: Vec<HeaderName> = headers.keys().filter(|name| is_claim(name)).cloned().collect();
+        for name in found {
+            headers.remove(name);
+        }
+    }
+}
+
+/// Continues the W3C trace of a request, or begins one: the trace id stays, this hop gets a span id of its own.
+pub(crate) fn trace(headers: &mut HeaderMap) -> TraceId {
+    let continued = headers.get(TRACEPARENT).and_then(|value| parse_traceparent(value.as_bytes()));
+    let (trace_id, flags) = continued.unwrap_or_else(|| {
+        headers.remove(TRACESTATE); // W3C Trace Context 3.3: without a valid parent it says nothing
+        (TraceId(fastrand::u128(1..)), 0)
+    });
+    let mut text = String::with_capacity(55);
+    let _ = write!(text, "00-{trace_id}-{:016x}-{flags:02x}", fastrand::u64(1..));
+    headers.insert(TRACEPARENT, text.try_into().expect("INVARIANT: hexadecimal digits and dashes"));
+    trace_id
+}
+
+// W3C Trace Context 3.2: version, 16 bytes of trace id, 8 of parent id, flags; later versions may add fields.
+fn parse_traceparent(value: &[u8]) -> Option<(TraceId, u8)> {
+    let text = std::str::from_utf8(value.get(..55)?).ok()?;
+    let lower_hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let mut parts = text.split('-');
+    let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let shape = (version.len(), trace.len(), parent.len(), flags.len()) == (2, 32, 16, 2) && parts.next().is_none();
+    let longer = value.len() > 55 && (version == "00" || value[55] != b'-');
+    if !shape || longer || version == "ff" || ![version, trace, parent, flags].iter().all(|part| lower_hex(part)) {
+        return None;
+    }
+    let trace = u128::from_str_radix(trace, 16).ok().filter(|id| *id != 0)?;
+    u64::from_str_radix(parent, 16).ok().filter(|id| *id != 0)?;
+    Some((TraceId(trace), u8::from_str_radix(flags, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(given: &[(&str, &str)]) -> HeaderMap {
+        given.iter().map(|(n, v)| (n.parse::<HeaderName>().unwrap(), v.parse::<HeaderValue>().unwrap())).collect()
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        let mut names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn what_connection_names_ends_here_and_end_to_end_headers_do_not() {
+        let mut given = headers(&[
+            ("connection", "x-private, close, content-length"),
+            ("keep-alive", "timeout=5"),
+            ("x-private", "1"),
+            ("content-length", "3"),
+            ("te", "trailers"),
+            ("upgrade", "h2c"),
+            ("x-kept", "1"),
+        ]);
+        request(&mut given);
+        assert_eq!(names(&given), ["content-length", "te", "x-kept"]);
+    }
+
+    #[test]
+    fn nobody_outside_the_mesh_speaks_of_identity() {
+        let mut given = headers(&[
+            ("countersign-caller", "spiffe://shop.example/admin"),
+            ("countersign_caller", "spiffe://shop.example/admin"),
+            ("countersign-reason", "denied"),
+            ("x-forwarded-client-cert", "URI=spiffe://shop.example/admin"),
+            ("x_forwarded_client_cert", "URI=spiffe://shop.example/admin"),
+            ("x-request-id", "1"),
+            ("content-type", "text/plain"),
+        ]);
+        request(&mut given);
+        assert_eq!(names(&given), ["content-type", "x-request-id"]);
+    }
+
+    #[test]
+    fn a_trace_goes_on_and_a_broken_one_begins_anew() {
+        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
+        for (given, continued) in [
+            (format!("00-{id}-00f067aa0ba902b7-01"), true),
+            (format!("01-{id}-00f067aa0ba902b7-01-more"), true),
+            (format!("00-{id}-00f067aa0ba902b7-01-more"), false),
+            (format!("ff-{id}-00f067aa0ba902b7-01"), false),
+            (format!("00-{}-00f067aa0ba902b7-01", "0".repeat(32)), false),
+            (format!("00-{id}-0000000000000000-01"), false),
+            (format!("00-{}-00f067aa0ba902b7-01", id.to_uppercase()), false),
+            ("".to_owned(), false),
+            ("é".repeat(40), false),
+        ] {
+            let mut map = HeaderMap::new();
+            map.insert(TRACEPARENT, HeaderValue::from_bytes(given.as_bytes()).unwrap());
+            map.insert(TRACESTATE, HeaderValue::from_static("a=b"));
+            assert_eq!(trace(&mut map).to_string() == id, continued, "{given}");
+            assert_eq!(map.contains_key(TRACESTATE), continued, "{given}");
+            let passed = map[TRACEPARENT].to_str().unwrap();
+            assert!(parse_traceparent(passed.as_bytes()).is_some() && passed != given, "{passed}");
+        }
+    }
+}

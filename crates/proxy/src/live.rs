@@ -1,0 +1,308 @@
+//! The live table: every exchange that is judged here, from before its first judgement until its last byte. When the view
+//! changes, all of them are judged again, and those whose answer turned are cut.
+//!
+//! INVARIANT (register-before-judge): an [`Exchange`] can only be judged once it is in the table, so no view can fall
+//! between its first judgement and its first re-judgement.
+//!
+//! One table per worker, never shared: a walk and a judgement cannot run at the same time.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::{Rc, Weak},
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Instant,
+};
+
+use countersign_core::{
+    change::Revision,
+    policy::{self, Action, Decision, Query},
+    record::{End, Ended, Judged, Outcome},
+    service::Protocol,
+};
+use http::Method;
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::{
+    decided::{Decided, DecisionId, TraceId},
+    identify::Peer,
+    pool::Stream,
+    view::Compiled,
+    workers::Worker,
+};
+
+/// What makes an exchange end before its own end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// The law's answer turned; the decision that says so.
+    Denied(DecisionId),
+    /// The view became too old to go on under.
+    Stale,
+    /// This proxy is closing and its time to drain is over.
+    Closing,
+}
+
+/// What an exchange asks for: what of a question does not change while it is open.
+pub(crate) struct Asked {
+    pub(crate) kind: Kind,
+    pub(crate) method: Method,
+    pub(crate) path: Arc<str>, // normalized, without query
+    pub(crate) host: Arc<str>, // without port, lower case
+    pub(crate) size: Option<u64>,
+    pub(crate) first_contact: bool,
+    pub(crate) trace_id: Option<TraceId>,
+}
+
+/// The action of an exchange but for its method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Http,
+    Grpc,
+    Tcp,
+}
+
+/// One exchange in the table.
+pub(crate) struct Exchange {
+    worker: Rc<Worker>,
+    slot: usize,
+    pub(crate) peer: Rc<Peer>,
+    pub(crate) asked: Asked,
+    began: Instant,
+    judged: RefCell<Option<Judgement>>,
+    cut: Cell<Option<Cut>>,
+    wakers: RefCell<SmallVec<[Waker; 2]>>,
+    recorded: Cell<bool>, // the judgement in `judged` is in the record
+    pub(crate) status: Cell<u16>,
+    pub(crate) broke: Cell<bool>,
+    pub(crate) bytes_in: Cell<u64>,
+    pub(crate) bytes_out: Cell<u64>,
+    stream: RefCell<Option<Stream>>, // its stream to the workload, when that speaks HTTP/2
+}
+
+/// The last judgement of an exchange.
+struct Judgement {
+    id: DecisionId,
+    at_ms: u64,
+    now: i64,
+    revision: Revision,
+    decision: Decision,
+    which: Judged,
+    judge_ns: u64,
+    view: Arc<Compiled>,
+}
+
+/// The exchanges of one worker.
+#[derive(Default)]
+pub(crate) struct Live {
+    table: RefCell<Slab<Weak<Exchange>>>,
+}
+
+impl Live {
+    pub(crate) fn len(&self) -> usize {
+        self.table.borrow().len()
+    }
+
+    /// Puts an exchange into the table. It leaves when its last owner drops it.
+    pub(crate) fn register(&self, worker: &Rc<Worker>, peer: &Rc<Peer>, asked: Asked, began: Instant) -> Rc<Exchange> {
+        let mut table = self.table.borrow_mut();
+        let entry = table.vacant_entry();
+        let exchange = Rc::new(Exchange {
+            worker: worker.clone(),
+            slot: entry.key(),
+            peer: peer.clone(),
+            asked,
+            began,
+            judged: RefCell::default(),
+            cut: Cell::new(None),
+            wakers: RefCell::default(),
+            recorded: Cell::new(false),
+            status: Cell::new(0),
+            broke: Cell::new(false),
+            bytes_in: Cell::new(0),
+            bytes_out: Cell::new(0),
+            stream: RefCell::default(),
+        });
+        worker.counts.inbound.started.add(1);
+        worker.counts.inbound.open.add(1);
+        entry.insert(Rc::downgrade(&exchange));
+        exchange
+    }
+
+    fn open(&self) -> Vec<Rc<Exchange>> {
+        self.table.borrow().iter().filter_map(|(_, exchange)| exchange.upgrade()).collect()
+    }
+
+    /// Judges everything that is open by `view`, a slice at a time so that the worker goes on serving in between.
+    pub(crate) async fn rejudge(&self, view: &Arc<Compiled>) {
+        const SLICE: usize = 256;
+        for slice in self.open().chunks(SLICE) {
+            for exchange in slice {
+                exchange.rejudge(view);
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Cuts everything that is open.
+    pub(crate) fn cut_all(&self, cut: Cut) {
+        for exchange in self.open() {
+            exchange.end_by(cut);
+        }
+    }
+
+    /// Records the permits of exchanges that have been open for a while, so that a long stream is seen while it lives.
+    pub(crate) fn record_open(&self, now: Instant) {
+        const UNRECORDED_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+        for exchange in self.open() {
+            if !exchange.recorded.get() && now.duration_since(exchange.began) > UNRECORDED_MAX {
+                let _ = exchange.record(None); // what finds no room is counted by the recorder
+            }
+        }
+    }
+}
+
+impl Exchange {
+    /// Judges this exchange by `view`. The answer is kept with it.
+    pub(crate) fn judge(&self, view: &Arc<Compiled>, which: Judged) -> (Outcome, DecisionId) {
+        let at_ms = self.worker.now_ms();
+        let now = (at_ms / 1000) as i64;
+        let began = Instant::now();
+        let decision = self.worker.decide(view, &self.query(view, now));
+        let judge_ns = began.elapsed().as_nanos() as u64;
+        let id = DecisionId::new(at_ms);
+        let outcome = decision.outcome;
+        self.worker.counts.judge_ns.add(judge_ns);
+        self.recorded.set(false);
+        let revision = view.revision();
+        let judgement = Judgement { id, at_ms, now, revision, decision, which, judge_ns, view: view.clone() };
+        *self.judged.borrow_mut() = Some(judgement);
+        (outcome, id)
+    }
+
+    fn rejudge(&self, view: &Arc<Compiled>) {
+        let current = self.judged.borrow().as_ref().is_some_and(|judged| judged.view.is_same(view));
+        // One that was never judged is about to be, by the view in force then; one that is denied is over.
+        if current || self.cut.get().is_some() || self.judged.borrow().is_none() {
+            return;
+        }
+        let before = self.judged.take();
+        let recorded = self.recorded.get();
+        let (outcome, id) = self.judge(view, Judged::WhileOpen);
+        self.worker.counts.rejudged.add(1);
+        match outcome {
+            Outcome::Permit => {
+                // The same answer again is not a new decision: the record keeps the first and its ids.
+                if let (Some(before), Some(now)) = (before, self.judged.borrow_mut().as_mut()) {
+                    *now = Judgement { view: now.view.clone(), ..before };
+                }
+                self.recorded.set(recorded);
+            }
+            Outcome::Deny | Outcome::StepUp => self.end_by(Cut::Denied(id)),
+        }
+    }
+
+    fn end_by(&self, cut: Cut) {
+        if self.cut.get().is_none() {
+            self.cut.set(Some(cut));
+            self.worker.counts.cut.add(1);
+            for waker in self.wakers.take() {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Ready once the exchange must end now.
+    pub(crate) fn poll_cut(&self, cx: &mut Context<'_>) -> Poll<Cut> {
+        if let Some(cut) = self.cut.get() {
+            return Poll::Ready(cut);
+        }
+        let mut wakers = self.wakers.borrow_mut();
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            // Two bodies and a tunnel at most, but a task may move: forget the oldest rather than grow.
+            if wakers.len() == 8 {
+                wakers.remove(0);
+            }
+            wakers.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// `future`, or the cut when that comes first.
+    pub(crate) async fn until_cut<T>(&self, future: impl Future<Output = T>) -> Result<T, Cut> {
+        let mut future = std::pin::pin!(future);
+        std::future::poll_fn(|cx| match self.poll_cut(cx) {
+            Poll::Ready(cut) => Poll::Ready(Err(cut)),
+            Poll::Pending => future.as_mut().poll(cx).map(Ok),
+        })
+        .await
+    }
+
+    /// Keeps a stream to the workload counted for as long as this exchange lives.
+    pub(crate) fn hold(&self, stream: Stream) {
+        *self.stream.borrow_mut() = Some(stream);
+    }
+
+    /// Hands the judgement to the record.
+    pub(crate) fn record(&self, ended: Option<Ended>) -> Result<(), crate::decided::Shed> {
+        let judged = self.judged.borrow();
+        let Some(judged) = &*judged else { return Ok(()) };
+        self.recorded.set(true);
+        self.worker.recorder.record(&Decided {
+            id: judged.id,
+            at_ms: judged.at_ms,
+            revision: judged.revision,
+            decision: &judged.decision,
+            judged: judged.which,
+            query: self.query(&judged.view, judged.now),
+            trace_id: self.asked.trace_id,
+            judge_ns: judged.judge_ns,
+            ended,
+        })
+    }
+
+    fn query<'a>(&'a self, view: &'a Compiled, now: i64) -> Query<'a> {
+        let asked = &self.asked;
+        Query {
+            principal: self.peer.id(),
+            action: match asked.kind {
+                Kind::Http => Action::Http(asked.method.as_str()),
+                Kind::Grpc => Action::GrpcCall,
+                Kind::Tcp => Action::TcpConnect,
+            },
+            service: &view.view.service,
+            path: &asked.path,
+            context: policy::Context {
+                method: asked.method.as_str(),
+                host: &asked.host,
+                protocol: match asked.kind {
+                    Kind::Http => Protocol::Http,
+                    Kind::Grpc => Protocol::Grpc,
+                    Kind::Tcp => Protocol::Tcp,
+                },
+                size: asked.size,
+                origin: self.peer.origin(),
+                now,
+                first_contact: asked.first_contact,
+            },
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        self.worker.live.table.borrow_mut().remove(self.slot);
+        let duration_us = self.began.elapsed().as_micros() as u64;
+        let (status, bytes_in, bytes_out) = (self.status.get(), self.bytes_in.get(), self.bytes_out.get());
+        self.worker.counts.inbound.end(status, duration_us, bytes_in, bytes_out);
+        if self.recorded.get() {
+            return;
+        }
+        let how = match (self.cut.get(), status, self.broke.get()) {
+            (Some(_), ..) => End::Cut,
+            (None, 0, _) | (None, _, true) => End::Abandoned,
+            (None, ..) => End::Completed,
+        };
+        let _ = self.record(Some(Ended { status, duration_us, bytes_in, bytes_out, how }));
+    }
+}
