@@ -9,7 +9,7 @@ use countersign_core::{
 };
 use http::HeaderValue;
 
-use crate::{answer::Refusal, authenticate::Caller, live::Exchange, view::Compiled, workers::Worker};
+use crate::{answer::Refusal, authenticate::Caller, live::Exchange, view::Compiled};
 
 /// Proof that the law allows this exchange, now. Spent by forwarding.
 ///
@@ -20,18 +20,8 @@ pub(crate) struct Permit {
 }
 
 /// Asks the law about `exchange`, which is in the live table.
-pub(crate) fn authorize(
-    worker: &Worker,
-    caller: Caller,
-    exchange: &Rc<Exchange>,
-    view: &Arc<Compiled>,
-) -> Result<Permit, Refusal> {
+pub(crate) fn authorize(caller: Caller, exchange: &Rc<Exchange>, view: &Arc<Compiled>) -> Result<Permit, Refusal> {
     let (outcome, id) = exchange.judge(view, Judged::AtStart);
-    match outcome {
-        Outcome::Permit => worker.counts.permitted.add(1),
-        Outcome::StepUp => worker.counts.step_up.add(1),
-        Outcome::Deny => worker.counts.denied.add(1),
-    }
     if outcome != Outcome::Permit {
         return Err(Refusal::Denied(id)); // no caller can step up before tokens carry assurance
     }

@@ -80,7 +80,7 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
     };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
     let caller = authenticate(peer);
-    let outcome = match authorize(worker, caller, &exchange, &view) {
+    let outcome = match authorize(caller, &exchange, &view) {
         Ok(permit) => forward::to_app(worker, permit, routed).await,
         Err(refusal) => Err(refusal),
     };

@@ -172,7 +172,7 @@ impl Exchange {
         let judge_ns = began.elapsed().as_nanos() as u64;
         let id = DecisionId::new(at_ms);
         let outcome = decision.outcome;
-        self.worker.counts.judge_ns.add(judge_ns);
+        self.worker.counts.judged(which, decision.reason, judge_ns);
         self.recorded.set(false);
         let revision = view.revision();
         let judgement = Judgement { id, at_ms, now, revision, decision, which, judge_ns, view: view.clone() };
@@ -189,7 +189,6 @@ impl Exchange {
         let before = self.judged.take();
         let recorded = self.recorded.get();
         let (outcome, id) = self.judge(view, Judged::WhileOpen);
-        self.worker.counts.rejudged.add(1);
         match outcome {
             Outcome::Permit => {
                 // The same answer again is not a new decision: the record keeps the first and its ids.
@@ -295,14 +294,16 @@ impl Drop for Exchange {
         let duration_us = self.began.elapsed().as_micros() as u64;
         let (status, bytes_in, bytes_out) = (self.status.get(), self.bytes_in.get(), self.bytes_out.get());
         self.worker.counts.inbound.end(status, duration_us, bytes_in, bytes_out);
-        if self.recorded.get() {
-            return;
-        }
         let how = match (self.cut.get(), status, self.broke.get()) {
             (Some(_), ..) => End::Cut,
             (None, 0, _) | (None, _, true) => End::Abandoned,
             (None, ..) => End::Completed,
         };
-        let _ = self.record(Some(Ended { status, duration_us, bytes_in, bytes_out, how }));
+        let ended = Ended { status, duration_us, bytes_in, bytes_out, how };
+        match &*self.judged.borrow() {
+            Some(judged) if self.recorded.get() => self.worker.recorder.amend(judged.id, &ended),
+            Some(_) => _ = self.record(Some(ended)), // what finds no room is counted by the recorder
+            None => {}
+        }
     }
 }

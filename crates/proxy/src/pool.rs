@@ -199,7 +199,8 @@ pub(crate) async fn connect_app(worker: &Worker) -> Result<TcpStream, ConnectErr
         socket.connect(app.address).await
     };
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
-    let stream = connected.map_err(|_| ConnectError::TimedOut)?.map_err(ConnectError::Io)?;
+    let connected = connected.map_err(|_| ConnectError::TimedOut).and_then(|stream| stream.map_err(ConnectError::Io));
+    let stream = connected.inspect_err(|_| worker.shared.doubt_app())?;
     tune(&stream);
     worker.counts.app_connections.add(1);
     Ok(stream)

@@ -81,7 +81,7 @@ pub struct Shared {
     pub(crate) endpoints: ArcSwap<EndpointsByService>,
     identity: Mutex<Identity>,
     library: Mutex<Library>, // one view is compiled at a time
-    fresh_at_ms: AtomicU64,  // on `began`'s clock
+    fresh_at_ms: AtomicU64,  // on `began`'s clock, plus one; 0: never
     began: Instant,
     draining: AtomicBool,
     app_ready: AtomicBool,
@@ -208,13 +208,18 @@ impl Shared {
     /// The agent was in step with a control plane `age` ago.
     pub fn set_fresh(&self, age: Duration) {
         let at = self.began.elapsed().saturating_sub(age);
-        self.fresh_at_ms.fetch_max(at.as_millis() as u64, Ordering::Relaxed);
+        self.fresh_at_ms.fetch_max(at.as_millis() as u64 + 1, Ordering::Relaxed);
     }
 
-    /// How long ago the agent was last in step with a control plane, or this proxy began without ever hearing of one.
-    pub fn staleness(&self) -> Duration {
-        let at = self.fresh_at_ms.load(Ordering::Relaxed);
-        self.began.elapsed().saturating_sub(Duration::from_millis(at))
+    /// How long ago the agent was last in step with a control plane; `None`: never since this proxy began.
+    pub fn age(&self) -> Option<Duration> {
+        let at = self.fresh_at_ms.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.began.elapsed().saturating_sub(Duration::from_millis(at)))
+    }
+
+    /// What the age of the view is held against: until the first word of freshness, the time since this proxy began.
+    pub(crate) fn staleness(&self) -> Duration {
+        self.age().unwrap_or_else(|| self.began.elapsed())
     }
 
     /// How long this proxy runs.
