@@ -179,9 +179,15 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
     let mut mistakes: Vec<Mistake> = all.flat_map(Source::into_mistakes).collect();
     mistakes.sort_by(|a, b| (&a.file, a.span.start).cmp(&(&b.file, b.span.start)));
     match mesh.trust_domain {
-        Some(trust_domain) if mistakes.is_empty() => {
-            Ok(Directory { trust_domain, defaults: mesh.defaults, services: mesh.services, roles, policies, routes, tests })
-        }
+        Some(trust_domain) if mistakes.is_empty() => Ok(Directory {
+            trust_domain,
+            defaults: mesh.defaults,
+            services: mesh.services,
+            roles,
+            policies,
+            routes,
+            tests,
+        }),
         _ => Err(Mistakes(mistakes)),
     }
 }
@@ -214,7 +220,11 @@ fn read_policies(
             }
             if let Some(first) = policies.get(&found.id) {
                 let what = format!("policy id `{}` is taken", found.id);
-                source.mistake(found.span, what, format!("`{}` has it; give each policy an @id of its own", first.file));
+                source.mistake(
+                    found.span,
+                    what,
+                    format!("`{}` has it; give each policy an @id of its own", first.file),
+                );
                 continue;
             }
             let text = PolicyText { file: source.file.clone(), span: found.span, text: found.text };
@@ -263,8 +273,9 @@ impl Diagnostic for Mistake {
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
-        (!self.text.is_empty())
-            .then(|| Box::new(std::iter::once(LabeledSpan::underline(self.span.clone()))) as Box<dyn Iterator<Item = _>>)
+        (!self.text.is_empty()).then(|| {
+            Box::new(std::iter::once(LabeledSpan::underline(self.span.clone()))) as Box<dyn Iterator<Item = _>>
+        })
     }
 }
 
@@ -422,5 +433,199 @@ instances = 3
             mesh.toml:29:12 `recorded` cannot be `never` (there are `best_effort`, `always`)
             mesh.toml:32:1 3 instances cannot listen on one port (leave `port` out: the variable PORT tells each instance its own)
         "#]].assert_eq(&told(&files(&[("mesh.toml", text)])));
+    }
+
+    const SMALL: &str = "\
+trust_domain = \"shop.example\"
+[services]
+web = { port = 1 }
+catalog = { port = 2 }
+catalog-next = { port = 3 }
+db = { port = 4, protocol = \"tcp\" }
+";
+
+    #[test]
+    fn every_mistake_in_roles_toml_is_told_at_once() {
+        let roles = "\
+[roles.\"a b\"]
+members = [\"wbe\", \"web\", \"spiffe://shop.example/web\", \"spiffe://other/x\", \"Web\", 3]
+[roles.empty]
+members = []
+[roles.none]
+[roles.word]
+members = \"web\"
+member = []
+[role.x]
+";
+        expect_test::expect![[r#"
+            roles.toml:1:8 `a b` is not the name of a role (use 1 to 64 letters, digits, `-`, `_` and `.`)
+            roles.toml:2:12 there is no service `wbe` (did you mean `web`?)
+            roles.toml:2:26 `spiffe://shop.example/web` stands here twice (once is enough)
+            roles.toml:2:75 `Web` is not a service name: only `a`-`z`, `0`-`9` and `-` are allowed
+            roles.toml:2:82 `members[…]` must be a string, not a number (put it in quotes: "3")
+            roles.toml:5:8 role `none` has no `members` (say who has it: members = ["web"]; an empty array is nobody)
+            roles.toml:7:11 `members` must be an array of strings (write ["web"])
+            roles.toml:8:1 unknown key `member` (did you mean `members`?)
+            roles.toml:9:2 unknown key `role` (did you mean `roles`?)
+        "#]]
+        .assert_eq(&told(&files(&[("mesh.toml", SMALL), ("roles.toml", roles)])));
+    }
+
+    #[test]
+    fn every_mistake_in_routes_toml_is_told_at_once() {
+        let routes = "\
+[routes.path]
+service = \"catalog\"
+path = \"/a/../b\"
+methods = [\"get\", \"GTE\", \"POST\"]
+[routes.normal]
+service = \"catalog\"
+path = \"/%41\"
+path_prefix = \"/items/\"
+headers = { Accept = \"x\", \"a b\" = \"x\", y = \" x\", z = \"é\" }
+timeout = \"0s\"
+[routes.nothing]
+service = \"catalog\"
+path = \"/a?b\"
+methods = []
+headers = {}
+split = {}
+retry = { budget_percent = 0 }
+limit = {}
+[routes.weights]
+service = \"catalog\"
+path = \"/w\"
+split = { catalog = 0, catalog-nxet = 5, catalog-next = -1, db = 3 }
+limit = { burst = 3 }
+[routes.all]
+service = \"catalog\"
+[routes.late]
+service = \"catalog\"
+path = \"/late\"
+[routes.tcp]
+service = \"db\"
+path = \"/\"
+retry = { attempts = 1 }
+[routes.there]
+service = \"web\"
+split = { catalog-next = 1 }
+[routes.back]
+service = \"catalog-next\"
+split = { web = 1, catalog-next = 1 }
+[routes.nowhere]
+service = \"catalgo\"
+[routes.nobody]
+timeout = 5
+";
+        expect_test::expect![[r#"
+            routes.toml:3:8 no request has this path: dot segments are ambiguous
+            routes.toml:4:12 `get` is not a method (methods are upper case: "GET")
+            routes.toml:4:19 `GTE` is not a method (did you mean `GET`?)
+            routes.toml:7:8 this is not the normal form of the path (write "/A")
+            routes.toml:8:1 `path` says it all already (leave one of the two out)
+            routes.toml:8:15 a prefix ends without a slash (write "/items": it matches whole segments)
+            routes.toml:9:13 names of headers are lower case here (write accept)
+            routes.toml:9:27 `a b` is not the name of a header
+            routes.toml:9:44 no header has this value (use visible ASCII, without spaces at the ends)
+            routes.toml:9:54 no header has this value (use visible ASCII, without spaces at the ends)
+            routes.toml:10:11 `timeout` is out of bounds (give 1ms to 1h, like "30s")
+            routes.toml:13:8 a path has no query (write "/a")
+            routes.toml:14:1 `methods` names none (leave it out to match all)
+            routes.toml:15:1 `headers` names none (leave it out to match all)
+            routes.toml:16:1 `split` names no service (leave it out to send all to `service`)
+            routes.toml:17:1 `retry` has no `attempts` (say how often: retry = { attempts = 2 })
+            routes.toml:17:28 `budget_percent` is out of bounds (give 1 to 100)
+            routes.toml:18:1 `limit` limits nothing (give `rate_per_second` or `concurrent_max`)
+            routes.toml:22:21 the weight of `catalog` is zero (leave it out, or give it a share)
+            routes.toml:22:24 there is no service `catalog-nxet` (did you mean `catalog-next`?)
+            routes.toml:22:57 `catalog-next` is out of bounds (give 1 to 10000)
+            routes.toml:22:61 `db` speaks tcp, and callers of this rule speak http (split between services of one protocol)
+            routes.toml:23:11 `burst` without a rate means nothing (give `rate_per_second`)
+            routes.toml:26:9 route `late` is never reached (`all` above it matches everything; put this one first)
+            routes.toml:31:1 `path` does not fit a tcp service: it has connections, no requests (leave it out)
+            routes.toml:32:1 `retry` does not fit a tcp service: it has connections, no requests (leave it out)
+            routes.toml:35:9 the callers of `web` are sent round in a circle (a split is final: the rules of the service it picks are not asked again)
+            routes.toml:38:9 the callers of `catalog-next` are sent round in a circle (a split is final: the rules of the service it picks are not asked again)
+            routes.toml:40:11 there is no service `catalgo` (did you mean `catalog`?)
+            routes.toml:41:9 route `nobody` has no `service` (say which service it is for: service = "catalog")
+            routes.toml:42:11 `timeout` must be a string, not a number (put it in quotes: "5")
+        "#]].assert_eq(&told(&files(&[("mesh.toml", SMALL), ("routes.toml", routes)])));
+    }
+
+    #[test]
+    fn a_rank_is_the_place_among_the_rules_of_one_service_in_the_order_of_the_file() {
+        let routes = "\
+[routes.z]
+service = \"catalog\"
+path = \"/z\"
+[routes.w]
+service = \"web\"
+[routes.a]
+service = \"catalog\"
+";
+        let directory = parse(&files(&[("mesh.toml", SMALL), ("routes.toml", routes)])).unwrap();
+        let ranks: Vec<_> = directory.routes.iter().map(|(name, route)| (&**name, route.rank)).collect();
+        assert_eq!(ranks, [("a", 1), ("w", 0), ("z", 0)]);
+    }
+
+    #[test]
+    fn mistakes_of_all_files_come_together_and_a_broken_file_does_not_hide_the_others() {
+        let broken = "trust_domain = \"shop.example\"\n[services.web\nrun = [\"x\"]\n[services.]\n";
+        let given = files(&[
+            ("mesh.toml", broken),
+            ("roles.toml", "[roles.front]\nmember = [\"web\"]\n"),
+            ("policies/a.cedar", "permit (principal, action, resource"),
+            ("policies/b.cedar", "@id(\"b\") permit (principal in Role::\"nobody\", action, resource);"),
+            ("policies/c.txt", "not read"),
+            ("gate/d.cedar", "not read"),
+        ]);
+        expect_test::expect![[r#"
+            mesh.toml:2:14 unclosed table, expected `]`
+            mesh.toml:4:11 unquoted keys cannot be empty, expected letters, numbers, `-`, `_`
+            policies/a.cedar:1:36 unexpected end of input (expected `!=`, `)`, `,`, `:`, `<`, `<=`, `==`, `>`, `>=`, `in`, or `is`)
+            roles.toml:1:8 role `front` has no `members` (say who has it: members = ["web"]; an empty array is nobody)
+            roles.toml:2:1 unknown key `member` (did you mean `members`?)
+        "#]]
+        .assert_eq(&told(&given));
+        assert_eq!(
+            told(&Files::new()),
+            "mesh.toml:1:1 there is no `mesh.toml` in this directory (`countersign init DIR` makes one; `-C DIR` names another directory)\n"
+        );
+    }
+
+    #[test]
+    fn a_policy_names_what_exists_and_its_id_is_its_own() {
+        let given = files(&[
+            ("mesh.toml", SMALL),
+            (
+                "policies/a.cedar",
+                "@id(\"reads\") permit (principal == Workload::\"web\", action, resource in Service::\"catalgo\");",
+            ),
+            ("policies/b.cedar", "\n@id(\"reads\") permit (principal in Role::\"front\", action, resource);"),
+        ]);
+        expect_test::expect![[r#"
+            policies/a.cedar:1:72 the service `catalgo` does not exist (did you mean Service::"catalog"?)
+            policies/b.cedar:2:1 policy id `reads` is taken (`policies/a.cedar` has it; give each policy an @id of its own)
+            policies/b.cedar:2:35 the role `front` does not exist (known are the [roles.*] of roles.toml)
+        "#]].assert_eq(&told(&given));
+    }
+
+    #[test]
+    fn a_mistake_shows_its_file_its_line_and_a_caret() {
+        let mistakes = parse(&files(&[("mesh.toml", "trust_domain = \"shop.example\"\n[servces]\n")])).unwrap_err();
+        let mut shown = String::new();
+        let theme = miette::GraphicalTheme::unicode_nocolor();
+        let handler = miette::GraphicalReportHandler::new_themed(theme).with_links(false);
+        handler.render_report(&mut shown, &mistakes.all()[0]).unwrap();
+        expect_test::expect![[r#"
+              × unknown key `servces`
+               ╭─[mesh.toml:2:2]
+             1 │ trust_domain = "shop.example"
+             2 │ [servces]
+               ·  ───────
+               ╰────
+              help: did you mean `services`?
+        "#]]
+        .assert_eq(&shown);
     }
 }

@@ -79,3 +79,107 @@ impl Plan {
         self.change_set.changes.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::directory::{Files, parse};
+
+    fn directory(mesh: &str, roles: &str, routes: &str, policy: &str) -> Directory {
+        let files: Files = [
+            ("mesh.toml", format!("trust_domain = \"shop.example\"\n{mesh}")),
+            ("roles.toml", roles.to_owned()),
+            ("routes.toml", routes.to_owned()),
+            ("policies/all.cedar", policy.to_owned()),
+        ]
+        .map(|(path, text)| (path.to_owned(), text))
+        .into();
+        parse(&files).unwrap_or_else(|mistakes| panic!("{:#?}", mistakes.all()))
+    }
+
+    const TWO: &str = "[services]\nweb = { port = 1 }\ncatalog = { port = 2 }\n";
+    const FRONT: &str = "[roles.front]\nmembers = [\"web\"]\n";
+    const ROUTE: &str = "[routes.slow]\nservice = \"catalog\"\ntimeout = \"2s\"\n";
+    const POLICY: &str =
+        "@id(\"reads\") permit (principal in Role::\"front\", action, resource in Service::\"catalog\");";
+
+    /// What the plan from `before` to `after` says, after proving that it leads there.
+    fn planned(before: &Directory, after: &Directory) -> Vec<String> {
+        let from = MeshState::default();
+        let from = from.apply_all(&plan(before, &from, Revision(0)).unwrap().change_set).unwrap();
+        let plan_after = plan(after, &from, Revision(1)).unwrap();
+        assert_eq!(plan_after.change_set.base, Revision(1));
+        let to = from.apply_all(&plan_after.change_set).unwrap();
+        assert!(plan(after, &to, Revision(2)).unwrap().is_empty());
+        let brought = plan_after.change_set.changes.iter().filter_map(Change::body);
+        assert!(brought.eq(plan_after.bodies.iter().map(|(digest, _)| *digest)), "a text for each policy that changes");
+        plan_after.change_set.changes.iter().map(|change| format!("{} {}", change.kind(), change.subject())).collect()
+    }
+
+    #[test]
+    fn a_plan_holds_what_differs_and_what_is_referred_to_comes_first() {
+        let nothing = directory("", "", "", "");
+        let all = directory(TWO, FRONT, ROUTE, POLICY);
+        for (case, before, after, expected) in [
+            ("nothing", &all, &all, vec![]),
+            (
+                "all",
+                &nothing,
+                &all,
+                vec![
+                    "declare_service service catalog",
+                    "declare_service service web",
+                    "set_role role front",
+                    "set_policy policy reads",
+                    "set_route route slow",
+                ],
+            ),
+            (
+                "nothing left",
+                &all,
+                &nothing,
+                vec![
+                    "remove_route route slow",
+                    "remove_policy policy reads",
+                    "remove_role role front",
+                    "remove_service service catalog",
+                    "remove_service service web",
+                ],
+            ),
+            (
+                "a service that only this host runs otherwise",
+                &all,
+                &directory(&TWO.replace("port = 1", "port = 9"), FRONT, ROUTE, POLICY),
+                vec![],
+            ),
+            (
+                "a service that declares otherwise",
+                &all,
+                &directory(&TWO.replace("port = 1", "port = 1, namespace = \"x\""), FRONT, ROUTE, POLICY),
+                vec!["declare_service service web"],
+            ),
+            (
+                "a role, a route and a policy",
+                &all,
+                &directory(
+                    TWO,
+                    &FRONT.replace("\"web\"", ""),
+                    &ROUTE.replace("2s", "3s"),
+                    &POLICY.replace("permit", "forbid"),
+                ),
+                vec!["set_role role front", "set_policy policy reads", "set_route route slow"],
+            ),
+        ] {
+            assert_eq!(planned(before, after), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_mesh_keeps_its_trust_domain() {
+        let held = MeshState { trust_domain: Some(TrustDomain::parse("old.example").unwrap()), ..MeshState::default() };
+        assert_eq!(
+            plan(&directory("", "", "", ""), &held, Revision(1)).unwrap_err().to_string(),
+            "the mesh is `old.example`, and `mesh.toml` says `shop.example`: a trust domain is for life"
+        );
+    }
+}

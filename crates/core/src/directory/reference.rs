@@ -213,6 +213,6 @@ pub(super) const RETRY: &[Key] = &[
 
 pub(super) const LIMIT: &[Key] = &[
     key("rate_per_second", "1 to 1000000", "none", "Requests per second, sustained."),
-    key("burst", "1 to 1000000", "the rate", "Requests that may come at once above the rate."),
+    key("burst", "1 to 1000000", "0", "Requests that may come at once beyond the rate."),
     key("concurrent_max", "1 to 1000000", "none", "Exchanges open at the same time."),
 ];
