@@ -4,11 +4,15 @@
 //! Until an owner is enrolled the mesh is unprotected: whoever owns the data directory acts as operator `local`, and
 //! every change-set that is lawful passes. Nothing is written here.
 
+use std::{collections::BTreeSet, sync::Arc};
+
+use parking_lot::Mutex;
+
 use countersign_api::local::Apply;
 use countersign_core::{
     change::{Bodies, Change, ChangeSet, Member, Revision},
     identity::TrustDomain,
-    policy::{self, Library},
+    policy::{self, Library, ParsedPolicy},
     state::MeshState,
 };
 
@@ -21,9 +25,15 @@ const MISTAKES_MAX: usize = 50;
 /// The operator of an unprotected mesh: whoever owns the data directory.
 pub const LOCAL: &str = "local";
 
+/// Judges change-sets. Remembers parsed policies, so that a change costs what changed.
+#[derive(Default)]
+pub struct Gate {
+    library: Mutex<Library>,
+}
+
 /// A change-set that passed the gate, on the base it names.
 ///
-/// INVARIANT (admitted-before-append): only [`admit`] makes one, and the ledger takes nothing else.
+/// INVARIANT (admitted-before-append): only [`Gate::admit`] makes one, and the ledger takes nothing else.
 #[derive(Debug)]
 pub struct Admitted {
     change_set: ChangeSet,
@@ -52,35 +62,68 @@ impl Admitted {
     }
 }
 
-/// Examines `asked` against the mesh at `head`. `own` is the trust domain that the authority speaks for, once there is one.
-pub fn admit(asked: Apply, head: &Head, own: Option<&TrustDomain>) -> Result<Admitted, Refused> {
-    let Apply { change_set, bodies } = asked;
-    let held = head.follower.revision();
-    if change_set.base != held {
-        return Err(Refused::Moved { base: change_set.base, held });
-    }
-    let mut mistakes = mistakes_of_texts(&change_set, &bodies, head);
-    for change in &change_set.changes {
-        if let (Change::CreateMesh { trust_domain }, Some(own)) = (change, own)
-            && trust_domain != own
-        {
-            mistakes.push(format!("the mesh is `{trust_domain}`, but this control plane's keys speak for `{own}`"));
+impl Gate {
+    /// Examines `asked` against the mesh at `head`. `own` is the trust domain that the authority speaks for, once there
+    /// is one.
+    pub fn admit(&self, asked: Apply, head: &Head, own: Option<&TrustDomain>) -> Result<Admitted, Refused> {
+        let Apply { change_set, bodies } = asked;
+        let held = head.follower.revision();
+        if change_set.base != held {
+            return Err(Refused::Moved { base: change_set.base, held });
         }
+        let mut mistakes = mistakes_of_texts(&change_set, &bodies, head);
+        for change in &change_set.changes {
+            if let (Change::CreateMesh { trust_domain }, Some(own)) = (change, own)
+                && trust_domain != own
+            {
+                mistakes.push(format!("the mesh is `{trust_domain}`, but this control plane's keys speak for `{own}`"));
+            }
+        }
+        match head.follower.state().apply_all(&change_set) {
+            Ok(next) if mistakes.is_empty() => {
+                mistakes = mistakes_of_references(&next);
+                mistakes.extend(self.mistakes_of_policies(&next, &bodies, head));
+            }
+            Ok(_) => {}
+            Err(error) => mistakes.push(error.to_string()),
+        }
+        if mistakes.is_empty() {
+            return Ok(Admitted { change_set, bodies, actor: LOCAL.into() });
+        }
+        let more = mistakes.len().saturating_sub(MISTAKES_MAX);
+        mistakes.truncate(MISTAKES_MAX);
+        if more > 0 {
+            mistakes.push(format!("and {more} more"));
+        }
+        Err(Refused::Unlawful(mistakes))
     }
-    match head.follower.state().apply_all(&change_set) {
-        Ok(next) if mistakes.is_empty() => mistakes = mistakes_of_next(&next, &bodies, head),
-        Ok(_) => {}
-        Err(error) => mistakes.push(error.to_string()),
+
+    /// The policies in force at `head`, parsed.
+    pub fn policies(&self, head: &Head) -> Vec<Arc<ParsedPolicy>> {
+        let mut library = self.library.lock();
+        let follower = &head.follower;
+        let texts = follower.state().policies.values().filter_map(|p| Some((p.body, follower.bodies().get(&p.body)?)));
+        texts.filter_map(|(digest, text)| library.insert(digest, text).ok()).collect()
     }
-    if mistakes.is_empty() {
-        return Ok(Admitted { change_set, bodies, actor: LOCAL.into() });
+
+    /// Every policy that does not parse, does not validate strictly, or names what does not exist in `next`.
+    fn mistakes_of_policies(&self, next: &MeshState, brought: &Bodies, head: &Head) -> Vec<String> {
+        let mut library = self.library.lock();
+        let mut mistakes = Vec::new();
+        for (id, policy) in &next.policies {
+            let text = brought.get(&policy.body).or_else(|| head.follower.bodies().get(&policy.body));
+            if let Some(Err(what)) = text.map(|text| library.insert(policy.body, text)) {
+                mistakes.push(format!("policy `{id}` ({}): {what}", policy.file));
+            }
+        }
+        if mistakes.is_empty() {
+            mistakes.extend(policy::mistakes_of_state(next, &library).iter().map(ToString::to_string));
+        }
+        // What was refused, and what is not in force any more, is not kept.
+        let in_force: BTreeSet<_> = head.follower.state().bodies().chain(next.bodies()).collect();
+        library.retain(|digest| in_force.contains(digest));
+        mistakes
     }
-    let more = mistakes.len().saturating_sub(MISTAKES_MAX);
-    mistakes.truncate(MISTAKES_MAX);
-    if more > 0 {
-        mistakes.push(format!("and {more} more"));
-    }
-    Err(Refused::Unlawful(mistakes))
 }
 
 fn mistakes_of_texts(change_set: &ChangeSet, bodies: &Bodies, head: &Head) -> Vec<String> {
@@ -94,7 +137,7 @@ fn mistakes_of_texts(change_set: &ChangeSet, bodies: &Bodies, head: &Head) -> Ve
     for digest in bodies.forged() {
         mistakes.push(format!("a text that came as {} does not hash to it", digest.short()));
     }
-    let named: std::collections::BTreeSet<_> = change_set.changes.iter().filter_map(Change::body).collect();
+    let named: BTreeSet<_> = change_set.changes.iter().filter_map(Change::body).collect();
     for (digest, _) in bodies.iter().filter(|(digest, _)| !named.contains(digest)) {
         mistakes.push(format!("text {} belongs to no change", digest.short()));
     }
@@ -107,19 +150,9 @@ fn mistakes_of_texts(change_set: &ChangeSet, bodies: &Bodies, head: &Head) -> Ve
     mistakes
 }
 
-/// What does not hold in the state that the changes lead to.
-fn mistakes_of_next(next: &MeshState, brought: &Bodies, head: &Head) -> Vec<String> {
+/// Every name in the state that the changes lead to which stands for nothing there.
+fn mistakes_of_references(next: &MeshState) -> Vec<String> {
     let mut mistakes = Vec::new();
-    let mut library = Library::default();
-    for (id, policy) in &next.policies {
-        let Some(text) = brought.get(&policy.body).or_else(|| head.follower.bodies().get(&policy.body)) else { continue };
-        if let Err(what) = library.insert(policy.body, text) {
-            mistakes.push(format!("policy `{id}` ({}): {what}", policy.file));
-        }
-    }
-    if mistakes.is_empty() {
-        mistakes.extend(policy::mistakes_of_state(next, &library).iter().map(ToString::to_string));
-    }
     let declared = |service| next.services.contains_key(service);
     for (name, service) in &next.services {
         for upstream in service.spec.upstreams.iter().filter(|upstream| !declared(upstream)) {

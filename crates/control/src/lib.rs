@@ -25,6 +25,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     net::TcpListener,
@@ -61,6 +62,7 @@ use authority::{
 };
 use clock::Clock;
 use decisions::Decisions;
+use gate::Gate;
 use ledger::{Ledger, OpenError};
 use metrics::{LevelsNow, Metrics};
 use publish::Publisher;
@@ -73,6 +75,9 @@ pub const STORE_FILE: &str = "control.db";
 pub const LOCK_FILE: &str = "control.lock";
 /// Where the key-encryption key lies below the data directory unless told otherwise.
 pub const KEY_FILE: &str = "keys/kek";
+
+/// How long open connections have to end when the control plane stops.
+const STOP_WITHIN: Duration = Duration::from_secs(1);
 
 /// How a control plane is started.
 #[derive(Debug, Clone)]
@@ -190,6 +195,8 @@ pub struct Plane {
     pub storage: Storage,
     /// The ledger.
     pub ledger: Arc<Ledger>,
+    /// Judges changes.
+    pub gate: Arc<Gate>,
     /// Tells agents.
     pub publisher: Arc<Publisher>,
     /// Decision records.
@@ -255,6 +262,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         clock,
         storage,
         ledger,
+        gate: Arc::default(),
         publisher,
         decisions,
         metrics,
@@ -273,14 +281,16 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     let local = local_api::bind(&socket).map_err(|source| StartError::Io { path: socket.clone(), source })?;
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
-    tasks.spawn(named("the local API", local_api::serve(local, plane.clone())));
-    tasks.spawn(named("the listener for agents", serve_agents(plane.clone(), listener, stopping)));
-    tasks.spawn(named("the heartbeat", beat(plane.clone())));
-    tasks.spawn(named("the renewal of its own SVID", renew(plane.clone())));
+    let mut spawn = |part, task| tasks.spawn(until_stopped(part, task, stopping.clone()));
+    spawn("the local API", local_api::serve(local, plane.clone()).boxed());
+    spawn("the heartbeat", beat(plane.clone()).boxed());
+    spawn("the renewal of its own SVID", renew(plane.clone()).boxed());
     if let Some(listener) = metrics_listener {
         let of = plane.clone();
-        tasks.spawn(named("the metrics listener", metrics::serve(listener, move || of.metrics.page(of.levels()))));
+        spawn("the metrics listener", metrics::serve(listener, move || of.metrics.page(of.levels())).boxed());
     }
+    // It ends by itself when told to stop: agents are told that their connection goes.
+    tasks.spawn(serve_agents(plane.clone(), listener, stopping));
     tracing::info!(%listen, revision = plane.ledger.head().follower.revision().0, "control plane started");
     Ok(Control { listen, metrics: metrics_address, plane, tasks: Mutex::new(tasks), stop, socket, _lock: lock })
 }
@@ -304,9 +314,12 @@ impl Control {
     /// Stops serving. Agents go on from what they hold.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
+        self.plane.publisher.end();
         let mut tasks = std::mem::take(&mut *self.tasks.lock());
-        tasks.abort_all();
-        while tasks.join_next().await.is_some() {}
+        let ended = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOP_WITHIN, ended).await.is_err() {
+            tasks.shutdown().await;
+        }
         if let Some(instances) = self.plane.publisher.unsaved_instances() {
             let _ = self.plane.storage.run("put_instances", move |store| store.put_instances(&instances)).await;
         }
@@ -330,9 +343,12 @@ impl Plane {
     /// The flow of a change: gate, ledger, and the authority when the mesh was just created.
     pub async fn apply(&self, asked: Apply) -> Result<Applied, Problem> {
         let authority = self.authority();
-        let own = authority.as_ref().map(|authority| authority.trust_domain());
-        let head = self.ledger.head();
-        let admitted = gate::admit(asked, &head, own).map_err(local_api::gate_problem)?;
+        let own = authority.as_ref().map(|authority| authority.trust_domain().clone());
+        let (gate, head) = (self.gate.clone(), self.ledger.head());
+        // Parsing ten thousand policies takes a second: not on a thread that serves others.
+        let judged = tokio::task::spawn_blocking(move || gate.admit(asked, &head, own.as_ref())).await;
+        let judged = judged.map_err(|_| local_api::append_problem(ledger::AppendError::Stopping))?;
+        let admitted = judged.map_err(local_api::gate_problem)?;
         let appended = match self.ledger.append(admitted).await {
             Ok(head) => head,
             Err(error) => {
@@ -379,6 +395,17 @@ impl Plane {
         Ok(())
     }
 
+    /// What the control plane shows to agents, as soon as there is an authority.
+    async fn identity(&self) -> Arc<TlsIdentity> {
+        let mut shown = self.identity.subscribe();
+        loop {
+            if let Some(identity) = shown.borrow_and_update().clone() {
+                return identity;
+            }
+            shown.changed().await.expect("INVARIANT: the sender lives in `self`");
+        }
+    }
+
     fn note(&self, what: &'static str, warning: Option<String>) {
         let mut warnings = self.warnings.write();
         match warning {
@@ -403,12 +430,13 @@ impl Plane {
 }
 
 /// Agents are let in as soon as there is an authority.
-async fn serve_agents(plane: Arc<Plane>, listener: TcpListener, stop: watch::Receiver<bool>) {
-    let mut identity = plane.identity.subscribe();
-    let Ok(identity) = identity.wait_for(Option::is_some).await.map(|identity| identity.clone()) else { return };
-    if let Some(identity) = identity {
-        agents::serve(plane, listener, identity, stop).await;
-    }
+async fn serve_agents(plane: Arc<Plane>, listener: TcpListener, mut stop: watch::Receiver<bool>) -> &'static str {
+    let identity = tokio::select! {
+        identity = plane.identity() => identity,
+        _ = stop.wait_for(|stop| *stop) => return "the listener for agents",
+    };
+    agents::serve(plane, listener, identity, stop).await;
+    "the listener for agents"
 }
 
 /// Once a second: says that we are there, takes out who is not, writes down who is.
@@ -432,9 +460,7 @@ async fn beat(plane: Arc<Plane>) {
 /// Renews the control plane's own SVID at half its life, and the intermediate in time.
 async fn renew(plane: Arc<Plane>) {
     let half_life_ms = SVID_LIFETIME.as_millis() as u64 / 2;
-    let mut identity = plane.identity.subscribe();
-    let Ok(identity) = identity.wait_for(Option::is_some).await.map(|identity| identity.clone()) else { return };
-    let Some(identity) = identity else { return };
+    let identity = plane.identity().await;
     loop {
         tokio::time::sleep(Duration::from_secs(10)).await;
         let Some(authority) = plane.authority() else { continue };
@@ -461,8 +487,11 @@ async fn renew(plane: Arc<Plane>) {
     }
 }
 
-async fn named(part: &'static str, task: impl Future<Output = ()>) -> &'static str {
-    task.await;
+async fn until_stopped(part: &'static str, task: BoxFuture<'static, ()>, mut stop: watch::Receiver<bool>) -> &'static str {
+    tokio::select! {
+        () = task => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
     part
 }
 

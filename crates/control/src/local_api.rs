@@ -26,12 +26,11 @@ use tokio::{
 
 use countersign_api::local::{
     Applied, Apply, AuthorityView, ChangeDetail, ChangeSummary, DecisionDetail, Invitation, Invite, LedgerLine, Mesh,
-    Problem, RecordFilter, ServiceView, Status, TailEvent, Waited,
+    Problem, ProxyRevision, RecordFilter, ServiceView, Status, TailEvent, Waited,
 };
 use countersign_core::{
     change::{Bodies, ChangeSet, Revision},
     ledger::Entry,
-    policy::Library,
 };
 
 use crate::{
@@ -160,24 +159,16 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
     let head = plane.ledger.head();
     let follower = &head.follower;
     let state = follower.state();
-    let mut library = Library::default();
-    let policies: Vec<_> = state
-        .policies
-        .iter()
-        .filter_map(|(id, policy)| {
-            let text = follower.bodies().get(&policy.body)?;
-            Some((id, library.insert(policy.body, text).ok()?))
-        })
-        .collect();
+    let policies = plane.gate.policies(&head);
     let services = state.services.iter().filter_map(|(name, service)| {
-        let concerns = policies.iter().filter(|(_, policy)| policy.concerns(name, &service.spec));
+        let concerns = policies.iter().filter(|policy| policy.concerns(name, &service.spec));
         Some(ServiceView {
             name: name.clone(),
             id: state.trust_domain.as_ref()?.workload(name),
             protocol: service.spec.protocol.to_string(),
             state: "active".into(),
             instances: plane.publisher.instances_of(name),
-            policies: concerns.map(|(id, _)| id.to_string()).collect(),
+            policies: concerns.map(|policy| policy.id().to_string()).collect(),
             upstreams: service.spec.upstreams.iter().cloned().collect(),
         })
     });
@@ -260,19 +251,22 @@ async fn changes(
     let size = plane.ledger.head().follower.revision().0;
     let limit = limit.unwrap_or(50).min(CHANGES_MAX);
     let entries = plane.ledger.stored(size.saturating_sub(limit.into()), limit).await.map_err(stored)?;
-    let summaries: Result<Vec<_>, _> =
-        entries.iter().rev().map(|entry| read(&plane, entry).map(|(summary, _)| summary)).collect();
-    Ok(Json(summaries?))
+    let proxies = plane.publisher.proxies();
+    let summary = |entry: &StoredEntry| read(&plane, entry, &proxies).map(|(summary, _)| summary);
+    Ok(Json(entries.iter().rev().map(summary).collect::<Result<_, _>>()?))
 }
 
-fn read(plane: &Plane, stored: &StoredEntry) -> Result<(ChangeSummary, ChangeSet), Refusal> {
+fn read(
+    plane: &Plane,
+    stored: &StoredEntry,
+    proxies: &[ProxyRevision],
+) -> Result<(ChangeSummary, ChangeSet), Refusal> {
     let unread = |what: String| {
         let path = plane.storage.place().to_owned();
         Refusal(store_problem(&StoreError::Damaged { path, what }))
     };
     let entry = Entry::parse(&stored.entry).map_err(|e| unread(e.to_string()))?;
     let change_set: ChangeSet = serde_json::from_slice(&stored.change_set).map_err(|e| unread(e.to_string()))?;
-    let proxies = plane.publisher.proxies();
     let revision = entry.revision();
     let summary = ChangeSummary {
         revision,
@@ -298,7 +292,8 @@ async fn change(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>
     let index = revision.0.checked_sub(1).ok_or_else(missing)?;
     let entries = plane.ledger.stored(index, 1).await.map_err(stored)?;
     let entry = entries.first().ok_or_else(missing)?;
-    let (summary, change_set) = read(&plane, entry)?;
+    let proxies = plane.publisher.proxies();
+    let (summary, change_set) = read(&plane, entry, &proxies)?;
     let digests: Vec<_> = change_set.changes.iter().filter_map(|change| change.body()).collect();
     let texts = plane.storage.run("bodies", move |store| store.bodies(&digests)).await.map_err(stored)?;
     let mut bodies = Bodies::default();
@@ -306,7 +301,7 @@ async fn change(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>
         bodies.insert(text);
     }
     let entry = String::from_utf8_lossy(&entry.entry).into_owned();
-    Ok(Json(ChangeDetail { summary, change_set, bodies, entry, proxies: plane.publisher.proxies() }))
+    Ok(Json(ChangeDetail { summary, change_set, bodies, entry, proxies }))
 }
 
 #[derive(serde::Deserialize)]

@@ -180,6 +180,11 @@ impl Publisher {
         self.bump();
     }
 
+    /// Ends every stream: the control plane stops.
+    pub fn end(&self) {
+        self.inner.lock().streams.clear();
+    }
+
     /// Hears one message of an agent's stream.
     pub fn hear(&self, host: &ServiceName, said: mesh::follow_request::Message, now_ms: u64) -> Result<(), Refused> {
         use mesh::follow_request::Message as Said;
@@ -343,5 +348,112 @@ impl Inner {
             question.waiting.retain(|waiting| waiting != host);
             !question.waiting.is_empty()
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(given: &str) -> ServiceName {
+        ServiceName::parse(given).unwrap()
+    }
+
+    fn join(publisher: &Publisher, host: &str) -> Joined {
+        publisher.join(&mesh::FollowHello::default(), &name(host), 0)
+    }
+
+    fn up(instance: &str, port: u16) -> mesh::follow_request::Message {
+        let address = format!("127.0.0.1:{port}");
+        mesh::follow_request::Message::Up(mesh::InstanceUp { instance: instance.into(), address, ..Default::default() })
+    }
+
+    fn event(bytes: &Bytes) -> Event {
+        mesh::FollowEvent::decode(bytes.clone()).unwrap().event.unwrap()
+    }
+
+    /// PROVES (same-bytes-to-all)
+    #[test]
+    fn every_agent_gets_the_same_bytes_in_the_same_order() {
+        let publisher = Publisher::new(Registry::default());
+        let mut agents: Vec<Joined> = ["a", "b", "c"].map(|host| join(&publisher, host)).into();
+        publisher.hear(&name("a"), up("web/1", 1), 0).unwrap();
+        publisher.heartbeat(1);
+        publisher.hear(&name("b"), up("web/2", 2), 0).unwrap();
+        let heard: Vec<Vec<Bytes>> =
+            agents.iter_mut().map(|agent| (0..3).map(|_| agent.events.try_recv().unwrap()).collect()).collect();
+        for bytes in &heard {
+            for (one, first) in bytes.iter().zip(&heard[0]) {
+                assert_eq!(one.as_ptr(), first.as_ptr(), "encoded once, shared by all");
+            }
+        }
+    }
+
+    #[test]
+    fn an_agent_that_does_not_keep_up_is_cut_off_and_the_others_are_not() {
+        let publisher = Publisher::new(Registry::default());
+        let (mut slow, mut quick) = (join(&publisher, "slow"), join(&publisher, "quick"));
+        for beat in 0..QUEUE_EVENTS_MAX as u64 + 1 {
+            publisher.heartbeat(beat);
+            assert!(matches!(event(&quick.events.try_recv().unwrap()), Event::Heartbeat(h) if h.at_ms == beat));
+        }
+        assert!(slow.cut.is_cancelled() && !quick.cut.is_cancelled());
+        for beat in 0..QUEUE_EVENTS_MAX as u64 {
+            let heard = event(&slow.events.try_recv().unwrap());
+            assert!(matches!(heard, Event::Heartbeat(h) if h.at_ms == beat), "what came before the gap stays in order");
+        }
+        assert!(matches!(slow.events.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)), "and then it ends");
+        assert_eq!(publisher.stream_counts(), (1, 1));
+    }
+
+    #[test]
+    fn a_later_stream_of_a_host_replaces_the_earlier_whose_end_says_nothing_then() {
+        let publisher = Publisher::new(Registry::default());
+        let first = join(&publisher, "h");
+        publisher.hear(&name("h"), up("web/1", 1), 0).unwrap();
+        let second = join(&publisher, "h");
+        assert!(first.cut.is_cancelled() && !second.cut.is_cancelled());
+        assert_eq!(second.discovery.up.len(), 1, "what it ran is not forgotten");
+        publisher.leave(&name("h"), first.number, 0);
+        assert!(publisher.hosts()[0].connected);
+        publisher.leave(&name("h"), second.number, 0);
+        assert!(!publisher.hosts()[0].connected);
+    }
+
+    #[test]
+    fn what_an_agent_is_welcomed_with_and_what_it_then_hears_leave_nothing_out() {
+        let publisher = Publisher::new(Registry::default());
+        let mut first = join(&publisher, "a");
+        publisher.hear(&name("a"), up("web/1", 1), 0).unwrap();
+        let mut second = join(&publisher, "b");
+        publisher.hear(&name("a"), up("web/2", 2), 0).unwrap();
+        assert_eq!(second.discovery.up.len(), 1);
+        let Event::Discovery(next) = event(&second.events.try_recv().unwrap()) else { panic!() };
+        assert_eq!((next.sequence, next.full), (second.discovery.sequence + 1, false));
+        assert_eq!(first.events.len(), 2);
+        first.events.close();
+    }
+
+    #[tokio::test]
+    async fn a_question_ends_when_every_host_has_answered_or_left() {
+        let publisher = Publisher::new(Registry::default());
+        assert!(publisher.ask("{}".into()).answers.recv().await.is_none(), "nobody to ask");
+        let (_a, b) = (join(&publisher, "a"), join(&publisher, "b"));
+        let mut asked = publisher.ask("{}".into());
+        assert_eq!(asked.host_count, 2);
+        let answer = |last| {
+            let records_json = vec![Bytes::from_static(b"{}")];
+            let answer = mesh::RecordsAnswer { query: asked.number, records_json, last, ..Default::default() };
+            mesh::follow_request::Message::Records(answer)
+        };
+        publisher.hear(&name("a"), answer(false), 0).unwrap();
+        publisher.hear(&name("a"), answer(true), 0).unwrap();
+        publisher.hear(&name("a"), answer(true), 0).unwrap();
+        publisher.leave(&name("b"), b.number, 0);
+        let mut count = 0;
+        while asked.answers.recv().await.is_some() {
+            count += 1;
+        }
+        assert_eq!(count, 2, "an answer after the last is not taken");
     }
 }

@@ -307,3 +307,121 @@ fn short(text: &str) -> String {
     }
     text[..end].to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(given: &str) -> ServiceName {
+        ServiceName::parse(given).unwrap()
+    }
+
+    fn up(instance: &str, address: &str, ready: bool) -> mesh::InstanceUp {
+        mesh::InstanceUp { instance: instance.into(), address: address.into(), ready, ..Default::default() }
+    }
+
+    fn with_host() -> Registry {
+        let mut registry = Registry::default();
+        registry.connect(&mesh::FollowHello::default(), &name("h1"), 0);
+        registry
+    }
+
+    fn acknowledgement(instance: &str, revision: u64, error: &str) -> mesh::Acknowledgement {
+        let instance = mesh::InstanceRevision { instance: instance.into(), revision, error: error.into() };
+        mesh::Acknowledgement { instances: vec![instance] }
+    }
+
+    #[test]
+    fn agents_are_told_only_of_what_differs() {
+        let mut registry = with_host();
+        for (given, told) in [
+            (up("web/1", "127.0.0.1:1", false), 1),
+            (up("web/1", "127.0.0.1:1", false), 0),
+            (up("web/1", "127.0.0.1:1", true), 1),
+            (up("web/1", "127.0.0.1:2", true), 1),
+            (up("web/1", "127.0.0.1:2", true), 0),
+        ] {
+            assert_eq!(registry.up(&name("h1"), &given).unwrap().up.len(), told, "{given:?}");
+        }
+        let gone = mesh::InstanceDown { instance: "web/1".into(), ..Default::default() };
+        assert_eq!(registry.down(&name("h1"), &gone).unwrap().down.len(), 1);
+        assert_eq!(registry.down(&name("h1"), &gone).unwrap().down.len(), 0);
+    }
+
+    #[test]
+    fn what_is_no_instance_no_address_or_runs_elsewhere_is_refused() {
+        let mut registry = with_host();
+        registry.connect(&mesh::FollowHello::default(), &name("h2"), 0);
+        registry.up(&name("h2"), &up("web/2", "127.0.0.1:1", true)).unwrap();
+        let h1 = name("h1");
+        for (given, expected) in [
+            (up("web", "127.0.0.1:1", true), "`web` is not a instance id"),
+            (up("web/1", "localhost:1", true), "`localhost:1` is not an address"),
+            (up("web/1", "", true), "`` is not an address"),
+            (up("web/2", "127.0.0.1:1", true), "instance `web/2` runs on another host"),
+        ] {
+            let refused = registry.up(&h1, &given).unwrap_err().to_string();
+            assert!(refused.starts_with(expected), "{refused}");
+        }
+        let gone = mesh::InstanceDown { instance: "web/2".into(), ..Default::default() };
+        assert!(registry.down(&h1, &gone).is_err());
+        assert!(registry.acknowledge(&h1, &acknowledgement("web/2", 1, "")).is_err());
+        assert_eq!(registry.reachable().len(), 1);
+    }
+
+    #[test]
+    fn a_host_that_comes_back_in_time_keeps_what_it_speaks_of_again_and_no_more() {
+        let mut registry = with_host();
+        let h1 = name("h1");
+        for instance in ["web/1", "web/2"] {
+            registry.up(&h1, &up(instance, "127.0.0.1:1", true)).unwrap();
+        }
+        registry.disconnect(&h1, 1_000);
+        assert_eq!(registry.sweep(1_000 + GRACE_MS - 1), Moved::default(), "a reconnect must not cut traffic");
+        assert_eq!(registry.proxies().count(), 0, "nobody waits for a host that is away");
+        registry.connect(&mesh::FollowHello::default(), &h1, 2_000);
+        assert_eq!(registry.up(&h1, &up("web/1", "127.0.0.1:1", true)).unwrap(), Moved::default());
+        let swept = registry.sweep(2_000 + GRACE_MS);
+        assert_eq!(swept.down, [InstanceId::parse("web/2").unwrap()]);
+        registry.disconnect(&h1, 20_000);
+        assert_eq!(registry.sweep(20_000 + GRACE_MS).down.len(), 1);
+        assert!(registry.reachable().is_empty());
+        assert_eq!(registry.hosts().len(), 1, "the host stays known");
+    }
+
+    #[test]
+    fn a_restarted_control_plane_goes_on_from_what_was_written_down() {
+        let mut registry = with_host();
+        registry.up(&name("h1"), &up("web/1", "127.0.0.1:1", true)).unwrap();
+        let mut restored = Registry::restore(Vec::new(), registry.stored_instances(), 0);
+        assert_eq!(restored.reachable(), registry.reachable());
+        assert_eq!(restored.sweep(RESTART_GRACE_MS - 1), Moved::default());
+        assert_eq!(restored.sweep(RESTART_GRACE_MS).down.len(), 1);
+    }
+
+    #[test]
+    fn an_acknowledgement_never_goes_back_and_may_come_before_the_instance_listens() {
+        let mut registry = with_host();
+        let h1 = name("h1");
+        registry.acknowledge(&h1, &acknowledgement("web/1", 4, "")).unwrap();
+        assert_eq!(registry.proxies().count(), 0, "it cannot be reached yet");
+        registry.up(&h1, &up("web/1", "127.0.0.1:1", true)).unwrap();
+        registry.acknowledge(&h1, &acknowledgement("web/1", 3, "a text is missing")).unwrap();
+        let proxy = registry.proxies().next().unwrap();
+        assert_eq!((proxy.revision, proxy.error.as_deref()), (Revision(4), Some("a text is missing")));
+        registry.acknowledge(&h1, &acknowledgement("web/1", 5, "")).unwrap();
+        assert_eq!(registry.proxies().next().unwrap().error, None);
+    }
+
+    #[test]
+    fn what_an_agent_can_have_kept_is_bounded() {
+        let mut registry = with_host();
+        let h1 = name("h1");
+        for n in 0..INSTANCES_PER_HOST_MAX {
+            let id = InstanceId::new(&name("web"), &n.to_string());
+            registry.instances.insert(id, Instance::of(h1.clone()));
+        }
+        assert_eq!(registry.up(&h1, &up("web/x", "127.0.0.1:1", true)), Err(Refused::TooMany));
+        assert_eq!(short(&"é".repeat(1_000)).len(), TEXT_BYTES_MAX);
+    }
+}

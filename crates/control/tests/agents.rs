@@ -160,6 +160,7 @@ async fn an_svid_is_signed_only_for_a_declared_service_and_a_sound_request() {
     assert_eq!(other.issue("web/1").await.unwrap_err().code(), Code::PermissionDenied, "an instance of another host");
 }
 
+/// PROVES (agent-speaks-for-its-host)
 #[tokio::test]
 async fn a_workload_a_stranger_and_a_foreign_mesh_reach_nothing_of_the_mesh_service() {
     let plane = Plane::start().await;
@@ -195,6 +196,7 @@ async fn a_workload_a_stranger_and_a_foreign_mesh_reach_nothing_of_the_mesh_serv
     assert_eq!(answer.unwrap_err().code(), Code::Unknown, "the connection was cut in its handshake");
 }
 
+/// PROVES (agent-speaks-for-its-host)
 #[tokio::test]
 async fn an_agent_speaks_for_its_own_host_and_says_hello_first() {
     let plane = Plane::start().await;

@@ -1,0 +1,371 @@
+//! What survives, what is refused, and who wins: the ledger of a control plane through its doors.
+
+mod support;
+
+use std::{
+    io::{BufRead, BufReader},
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    path::Path,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use countersign_api::local::{ChangeDetail, ChangeSummary, LedgerLine, Mesh};
+use countersign_control::{StartError, clock::Clock, ledger::OpenError, start, start_with_clock};
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, Change, Member, Revision},
+    identity::TrustDomain,
+    service::{Protocol, ServiceSpec},
+};
+use rusqlite::Connection;
+use support::{Plane, config, declare, name, permit, trust_domain};
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+fn database(dir: &Path) -> Connection {
+    Connection::open(dir.join("control.db")).unwrap()
+}
+
+/// A stopped control plane's directory, with four entries and two texts.
+async fn written() -> tempfile::TempDir {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    for (base, id) in [(1, "one"), (2, "two")] {
+        let (change, bodies) = permit(id, "web", "catalog");
+        plane.apply_with(base, vec![change], bodies).await.unwrap();
+    }
+    plane.apply(3, vec![Change::RemovePolicy { id: "one".into() }]).await.unwrap();
+    plane.control.stop().await;
+    plane.dir
+}
+
+/// PROVES (edited-ledger-refused)
+#[tokio::test]
+async fn an_edited_ledger_is_refused_with_what_is_wrong() {
+    for (edit, expected) in [
+        (
+            "UPDATE entries SET entry = CAST(replace(CAST(entry AS TEXT), 'local', 'other') AS BLOB) WHERE idx = 1",
+            "entry 1 is not what was hashed when it was written",
+        ),
+        ("DELETE FROM entries WHERE idx = 1", "entry 1 is missing"),
+        ("DELETE FROM entries WHERE idx = 3", "4 entries were written, 3 are there"),
+        ("DELETE FROM entries", "4 entries were written, 0 are there"),
+        ("DELETE FROM head", "4 entries are there, but no head"),
+        (
+            "UPDATE entries SET idx = -idx - 10 WHERE idx IN (1, 2);
+             UPDATE entries SET idx = 2 WHERE idx = -11;
+             UPDATE entries SET idx = 1 WHERE idx = -12;",
+            "entry 1 of the ledger is damaged: it says that its index is 2",
+        ),
+        ("UPDATE entries SET leaf = zeroblob(32) WHERE idx = 2", "entry 2 is not what was hashed when it was written"),
+        ("UPDATE head SET root = zeroblob(32)", "its root was 000000000000, the entries add up to "),
+        (
+            "UPDATE bodies SET bytes = CAST(replace(CAST(bytes AS TEXT), 'Action::\"read\"', 'Action::\"write\"') AS BLOB)
+             WHERE CAST(bytes AS TEXT) LIKE '@id(\"two\")%'",
+            "does not hash to its name",
+        ),
+        (
+            "UPDATE bodies SET bytes = CAST(bytes || ' ' AS BLOB) WHERE CAST(bytes AS TEXT) LIKE '@id(\"one\")%'",
+            "does not hash to its name",
+        ),
+        ("DELETE FROM bodies WHERE CAST(bytes AS TEXT) LIKE '@id(\"one\")%'", "of entry 1 is missing"),
+        (
+            "UPDATE bodies SET bytes = CAST(replace(CAST(bytes AS TEXT), 'web', 'wob') AS BLOB)
+             WHERE CAST(bytes AS TEXT) LIKE '%create_mesh%'",
+            "entry 0 of the ledger is damaged: its change-set has digest ",
+        ),
+        ("DELETE FROM bodies WHERE CAST(bytes AS TEXT) LIKE '%create_mesh%'", "entry 0 of the ledger is damaged: "),
+    ] {
+        let dir = written().await;
+        let edited = database(dir.path());
+        edited.execute_batch("PRAGMA ignore_check_constraints = 1").unwrap();
+        edited.execute_batch(edit).unwrap();
+        assert!(edited.changes() > 0, "{edit}");
+        drop(edited);
+        match start(config(dir.path().into())).await {
+            Err(error @ StartError::Ledger(OpenError::Damaged { .. })) => {
+                assert!(error.to_string().contains(expected), "{edit}\n{error}");
+                assert!(error.help().unwrap().contains("restore"), "{edit}");
+            }
+            other => panic!("{edit}: {:?}", other.err()),
+        }
+    }
+}
+
+/// PROVES (edited-ledger-refused)
+#[tokio::test]
+async fn an_edit_that_recomputes_the_hashes_of_its_entry_still_meets_the_root() {
+    let dir = written().await;
+    let edited = database(dir.path());
+    let entry: Vec<u8> = edited.query_row("SELECT entry FROM entries WHERE idx = 1", [], |row| row.get(0)).unwrap();
+    let entry = String::from_utf8(entry).unwrap().replace("local", "other").into_bytes();
+    let leaf = countersign_core::ledger::hash_leaf(&entry);
+    edited.execute("UPDATE entries SET entry = ?1, leaf = ?2 WHERE idx = 1", rusqlite::params![entry, leaf.0]).unwrap();
+    drop(edited);
+    let error = start(config(dir.path().into())).await.err().unwrap();
+    assert!(error.to_string().contains("its root was"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_store_or_of_a_later_version_is_refused() {
+    let dir = written().await;
+    database(dir.path()).execute_batch("PRAGMA user_version = 999").unwrap();
+    let error = start(config(dir.path().into())).await.err().unwrap();
+    assert!(error.help().unwrap().contains("version"), "{error:?}");
+
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("control.db"), "this is not a database, it only lies where one should be").unwrap();
+    let error = start(config(dir.path().into())).await.err().unwrap();
+    assert!(error.help().unwrap().contains("copy"), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_untouched_ledger_opens_again_with_its_history() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let (change, bodies) = permit("one", "web", "catalog");
+    plane.apply_with(1, vec![change.clone()], bodies.clone()).await.unwrap();
+    let before = plane.status().await;
+    let plane = plane.restart().await.unwrap();
+    let after = plane.status().await;
+    assert_eq!((after.revision, after.root, after.services), (before.revision, before.root, before.services));
+
+    let changes: Vec<ChangeSummary> = plane.get("/v1/changes").await;
+    assert_eq!(changes.iter().map(|change| change.revision.0).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(changes[0].changes, ["set_policy policy one"]);
+    assert_eq!(changes[0].actor, "local");
+    let detail: ChangeDetail = plane.get("/v1/changes/2").await;
+    assert_eq!((detail.change_set.changes, detail.bodies.clone()), (vec![change], bodies));
+    let mesh: Mesh = plane.get("/v1/mesh").await;
+    assert_eq!(mesh.bodies, detail.bodies);
+
+    let (_, lines) = plane.send("GET", "/v1/ledger", Vec::new()).await;
+    let lines: Vec<LedgerLine> =
+        lines.split(|byte| *byte == b'\n').filter(|l| !l.is_empty()).map(|l| serde_json::from_slice(l).unwrap()).collect();
+    assert_eq!(lines.iter().map(|line| line.root).collect::<Vec<_>>(), [None, Some(after.root)]);
+    assert_eq!(lines[1].entry, detail.entry);
+}
+
+/// PROVES (acknowledged-is-durable)
+#[tokio::test]
+async fn every_change_that_was_acknowledged_survives_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "applies_until_it_is_killed", "--ignored", "--nocapture"])
+        .env("COUNTERSIGN_TEST_DATA_DIR", dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let acknowledged = BufReader::new(child.stdout.take().unwrap())
+        .lines()
+        .map_while(Result::ok)
+        .filter_map(|line| line.rsplit_once("acknowledged ")?.1.parse::<u64>().ok())
+        .find(|revision| *revision >= 25)
+        .expect("the child applies changes");
+    child.kill().unwrap();
+    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    let control = start(config(dir.path().into())).await.unwrap();
+    let plane = Plane { control, dir };
+    let revision = plane.status().await.revision.0;
+    assert!(revision >= acknowledged, "{revision} of {acknowledged}");
+    plane.apply(revision, vec![declare("after")]).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "the child of `every_change_that_was_acknowledged_survives_a_kill`"]
+async fn applies_until_it_is_killed() {
+    let Some(data_dir) = std::env::var_os("COUNTERSIGN_TEST_DATA_DIR") else { return };
+    let control = start(config(data_dir.into())).await.unwrap();
+    // The directory belongs to the parent; this guard is never dropped with content worth keeping.
+    let link = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(
+        Path::new(&std::env::var_os("COUNTERSIGN_TEST_DATA_DIR").unwrap()).join("control.sock"),
+        link.path().join("control.sock"),
+    )
+    .unwrap();
+    let plane = Plane { control, dir: link };
+    plane.create(&[]).await;
+    for base in 1..10_000 {
+        let applied = plane.apply(base, vec![declare(&format!("s{base}"))]).await.unwrap();
+        println!("acknowledged {}", applied.revision);
+    }
+}
+
+#[tokio::test]
+async fn of_fifty_who_apply_on_one_base_exactly_one_wins() {
+    let plane = Arc::new(Plane::start().await);
+    plane.create(&[]).await;
+    for base in 1..4 {
+        let racers = (0..50).map(|racer| {
+            let plane = plane.clone();
+            tokio::spawn(async move { plane.apply(base, vec![declare(&format!("r{base}-{racer}"))]).await })
+        });
+        let mut won = 0;
+        for racer in racers.collect::<Vec<_>>() {
+            match racer.await.unwrap() {
+                Ok(applied) => {
+                    assert_eq!(applied.revision, Revision(base + 1));
+                    won += 1;
+                }
+                Err(problem) => assert_eq!(problem.status, 409, "{problem:?}"),
+            }
+        }
+        assert_eq!(won, 1, "base {base}");
+    }
+    assert_eq!(plane.status().await.revision, Revision(4));
+}
+
+/// PROVES (admitted-before-append)
+#[tokio::test]
+async fn what_the_law_does_not_allow_is_refused_with_every_mistake_and_changes_nothing() {
+    let plane = Plane::start().await;
+    let created = |td: &str| Change::CreateMesh { trust_domain: TrustDomain::parse(td).unwrap() };
+    let refused = |answer: Result<_, countersign_api::local::Problem>| {
+        let problem = answer.map(|_: countersign_api::local::Applied| ()).unwrap_err();
+        assert_eq!(problem.status, 422, "{problem:?}");
+        assert!(problem.help.is_some());
+        problem.detail.unwrap()
+    };
+    assert!(refused(plane.apply(0, vec![declare("a")]).await).contains("create_mesh"));
+    assert!(refused(plane.apply(0, vec![created("other.example")]).await).contains("keys speak for `shop.example`"));
+    assert!(refused(plane.apply(0, Vec::new()).await).contains("no change"));
+    plane.create(&["web", "catalog"]).await;
+    let root = plane.status().await.root;
+
+    let mut spec = ServiceSpec::new(Protocol::Http);
+    spec.upstreams.insert(name("nowhere"));
+    let bad_upstream = Change::DeclareService { name: name("x"), spec };
+    let bad_role = Change::SetRole { name: "r".into(), members: [Member::Service(name("nobody"))].into() };
+    let both = refused(plane.apply(1, vec![bad_upstream, bad_role]).await);
+    assert!(both.contains("upstream `nowhere`") && both.contains("member `nobody`"), "{both}");
+
+    let policy = |id: &str, text: &str| {
+        let mut bodies = Bodies::default();
+        let body = bodies.insert(text.to_owned());
+        (vec![Change::SetPolicy { id: id.into(), file: "policies/p.cedar".into(), body }], bodies)
+    };
+    for (id, text, expected) in [
+        ("p", "@id(\"p\") permit (principal = x);", "p.cedar"),
+        ("p", "@id(\"p\") permit (principal, action, resource) when { context.nothing == 1 };", "p.cedar"),
+        ("p", "@id(\"p\") permit (principal, action == Action::\"http:FLY\", resource);", "p.cedar"),
+        ("p", "@id(\"q\") permit (principal, action, resource);", "the id `q`"),
+        ("p", "@id(\"p\") permit (principal == Workload::\"ghost\", action, resource);", "ghost"),
+    ] {
+        let (changes, bodies) = policy(id, text);
+        let detail = refused(plane.apply_with(1, changes, bodies).await);
+        assert!(detail.contains(expected), "{text}\n{detail}");
+    }
+    let (changes, _) = policy("p", "@id(\"p\") permit (principal, action, resource);");
+    assert!(refused(plane.apply(1, changes).await).contains("did not come with it"));
+    let (_, bodies) = policy("p", "@id(\"p\") permit (principal, action, resource);");
+    assert!(refused(plane.apply_with(1, vec![declare("y")], bodies).await).contains("belongs to no change"));
+    let forged = serde_json::json!({
+        "change_set": {"base": 1, "changes": [{"kind": "set_policy", "id": "p", "file": "f", "body": Digest::of(b"x")}]},
+        "bodies": {Digest::of(b"x").to_string(): "y"},
+    });
+    let (status, body) = plane.send("POST", "/v1/changes", forged.to_string().into_bytes()).await;
+    assert_eq!(status, 422, "{}", String::from_utf8_lossy(&body));
+    for garbage in ["", "{}", "[]", "null", "{\"change_set\":{\"base\":1,\"changes\":[{\"kind\":\"fly\"}]},\"bodies\":{}}"] {
+        assert_eq!(plane.send("POST", "/v1/changes", garbage.into()).await.0, 400, "{garbage}");
+    }
+    assert_eq!(plane.status().await.root, root);
+    let used = permit("p", "web", "catalog");
+    plane.apply_with(1, vec![used.0], used.1).await.unwrap();
+    let removed = refused(plane.apply(2, vec![Change::RemoveService { name: name("web") }]).await);
+    assert!(removed.contains("web"), "a policy still names it: {removed}");
+    assert_eq!(plane.status().await.revision, Revision(2));
+}
+
+#[tokio::test]
+async fn two_control_planes_on_one_directory_another_mesh_or_a_lost_key_do_not_start() {
+    let plane = Plane::start().await;
+    plane.create(&[]).await;
+    let second = start(config(plane.dir.path().into())).await.err().unwrap();
+    assert!(matches!(second, StartError::Running(_)), "{second}");
+    assert!(plane.status().await.revision == Revision(1), "the first goes on");
+
+    let dir = {
+        let Plane { control, dir } = plane;
+        control.stop().await;
+        dir
+    };
+    let other = TrustDomain::parse("other.example").unwrap();
+    let mut wanted = config(dir.path().into());
+    wanted.trust_domain = Some(other);
+    let refused = start(wanted).await.err().unwrap();
+    assert!(matches!(refused, StartError::OtherMesh { .. }), "{refused}");
+
+    let key = dir.path().join("keys/kek");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let refused = start(config(dir.path().into())).await.err().unwrap();
+    assert!(refused.help().unwrap().starts_with("chmod 600"), "{refused}");
+    std::fs::write(&key, "00".repeat(32)).unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let refused = start(config(dir.path().into())).await.err().unwrap();
+    assert!(refused.help().unwrap().contains("key file"), "{refused}");
+    std::fs::remove_file(&key).unwrap();
+    let refused = start(config(dir.path().into())).await.err().unwrap();
+    assert!(matches!(refused, StartError::KeyFile(_)), "a new key is never made beside sealed ones: {refused}");
+}
+
+#[tokio::test]
+async fn a_directory_or_an_address_that_cannot_be_used_is_named_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = start(config(file.join("data"))).await.err().unwrap();
+    assert!(error.to_string().contains("file/data") && error.help().is_some(), "{error}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut wanted = config(dir.path().join("data"));
+    wanted.listen = taken.local_addr().unwrap();
+    let error = start(wanted).await.err().unwrap();
+    assert!(error.help().unwrap().contains(&taken.local_addr().unwrap().port().to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_clock_before_the_newest_entry_is_refused_at_start_and_while_it_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = Arc::new(AtomicU64::new(now_ms()));
+    let clock = Clock::from_fn({
+        let told = told.clone();
+        move || told.load(Ordering::Relaxed)
+    });
+    let control = start_with_clock(config(dir.path().into()), clock.clone()).await.unwrap();
+    let plane = Plane { control, dir };
+    plane.create(&[]).await;
+    told.fetch_sub(60_000, Ordering::Relaxed);
+    plane.apply(1, vec![declare("a")]).await.expect("a minute is within what clocks do");
+    let changes: Vec<ChangeSummary> = plane.get("/v1/changes").await;
+    assert_eq!(changes[0].at_ms, changes[1].at_ms, "time does not run backwards in the ledger");
+    told.fetch_sub(60 * 60_000, Ordering::Relaxed);
+    let problem = plane.apply(2, vec![declare("b")]).await.unwrap_err();
+    assert!(problem.title.contains("clock") && problem.help.unwrap().contains("clock"));
+    let Plane { control, dir } = plane;
+    control.stop().await;
+    let error = start_with_clock(config(dir.path().into()), clock).await.err().unwrap();
+    assert!(matches!(error, StartError::Ledger(OpenError::Clock { .. })), "{error}");
+    assert!(error.help().unwrap().contains("timedatectl"));
+}
+
+#[tokio::test]
+async fn without_a_trust_domain_agents_wait_until_the_mesh_is_created() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut wanted = config(dir.path().into());
+    wanted.trust_domain = None;
+    let plane = Plane { control: start(wanted).await.unwrap(), dir };
+    let problem = plane.control.invite(support::WITHIN, None).await.unwrap_err();
+    assert_eq!(problem.status, 409);
+    assert_eq!(plane.send("GET", "/v1/authority", Vec::new()).await.0, 404);
+    plane.create(&["web"]).await;
+    let mut agent = plane.agent("h1").await;
+    agent.issue("web/1").await.unwrap();
+    assert_eq!(plane.bundle().await.trust_domain(), &trust_domain());
+}
