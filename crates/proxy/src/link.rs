@@ -38,9 +38,11 @@ use crate::{
 mod app;
 mod configure;
 mod enforce;
+mod names;
 
 use configure::{Configuration, ConfigureError, Listeners};
 use enforce::Offered;
+use names::Names;
 
 /// How long the agent may take to configure a sidecar that it started.
 const CONFIGURE_WITHIN: Duration = Duration::from_secs(30);
@@ -158,11 +160,12 @@ impl Sidecar {
     /// Binds, starts the threads, and answers `listening`. The receiver says when a drain is done.
     fn start(configuration: Configuration, to_agent: Agent) -> Result<(Self, mpsc::Receiver<Ended>), LinkError> {
         let start = |what| move |source| LinkError::Start { what, source };
-        let listeners = Listeners::bind(&configuration)?;
+        let sockets = configuration.sockets()?;
+        let listeners = Listeners::bind(&configuration, &sockets)?;
         let listening = listeners.listening();
         let shared = Arc::new(Shared::new(Setup {
             instance: configuration.instance.clone(),
-            app: configuration.app,
+            app: configuration.app(&sockets),
             worker_count: configuration.worker_count,
         }));
         let (report, reports) = mpsc::channel(REPORTS_MAX);
@@ -185,7 +188,13 @@ impl Sidecar {
         let _ = say.try_send(message(sidecar_message::Message::Listening(listening)));
         let spoken = tokio::spawn(speak(unread, to_agent));
         let reported = tokio::spawn(pass_on_reports(reports, say.clone()));
-        tokio::spawn(enforce::run(shared.clone(), offered.clone(), say.clone()));
+        let names = if configuration.transparent {
+            let upstreams = listeners.upstreams().map_err(start("the names of services"))?;
+            Some(Names::start(sockets, shared.clone(), upstreams).map_err(start("the names of services"))?)
+        } else {
+            None
+        };
+        tokio::spawn(enforce::run(shared.clone(), offered.clone(), names, say.clone()));
         if shared.setup.app.is_some() {
             tokio::spawn(app::watch(shared.clone(), say.clone()));
         }

@@ -15,7 +15,7 @@ use std::{
 use countersign_api::{sidecar::AGENT_FD, svid};
 use nix::sys::{
     prctl,
-    resource::{Resource, setrlimit},
+    resource::{Resource, getrlimit, setrlimit},
 };
 use rustix::net::sockopt;
 use tracing::{error, info};
@@ -68,10 +68,14 @@ fn run() -> Result<Ended, SidecarError> {
     Ok(ended?)
 }
 
-/// Other processes of the same user cannot read the keys this one will hold, and no core dump contains them.
+/// Other processes of the same user cannot read the keys this one will hold, and no core dump contains them; it may open as many
+/// descriptors as its user is allowed.
 fn harden() -> io::Result<()> {
     prctl::set_dumpable(false)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // Every exchange holds two connections: the soft limit of a login shell would be the first thing to run out.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     Ok(())
 }
 

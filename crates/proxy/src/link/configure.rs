@@ -10,26 +10,29 @@ use std::{
 
 use countersign_api::sidecar::{Configure, Listening};
 use countersign_core::identity::{InstanceId, NameError, ServiceName};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
-use crate::shared::{App, Door, Shared};
+use crate::{
+    listen::Sockets,
+    shared::{App, Door, Shared},
+};
 
 /// Most threads of one sidecar.
 const WORKERS_MAX: u32 = 256;
-/// Connections that wait to be accepted on one listener.
-const BACKLOG: i32 = 1024;
 
 /// A `Configure`, parsed.
 pub(super) struct Configuration {
     pub instance: InstanceId,
     pub worker_count: usize,
-    pub app: Option<App>,
+    app: Option<SocketAddr>,
     pub records_dir: PathBuf,
     pub records_bytes_max: u64,
     inbound: SocketAddr,
     outbound_http: SocketAddr,
     upstreams: BTreeMap<ServiceName, SocketAddr>,
     admin: SocketAddr,
+    isolated: bool,
+    pub transparent: bool,
 }
 
 /// Every listener, bound and not yet open.
@@ -60,6 +63,12 @@ pub enum ConfigureError {
     /// A number of threads out of bounds.
     #[error("`workers` must be 1 to {WORKERS_MAX}, not {0}")]
     Workers(u32),
+    /// The addresses of services by name would be shared with everybody on the host.
+    #[error("`transparent` needs a workload that is `isolated`")]
+    NotIsolated,
+    /// The broker of the workload's namespace was not handed over.
+    #[error("could not reach the broker of the workload's namespace")]
+    NoBroker(#[source] io::Error),
     /// An address that is taken, or not of this host.
     #[error("could not listen on {address} for {door}")]
     Listen {
@@ -74,6 +83,9 @@ pub enum ConfigureError {
 
 impl Configuration {
     pub fn parse(given: Configure) -> Result<Self, ConfigureError> {
+        if given.transparent && !given.isolated {
+            return Err(ConfigureError::NotIsolated);
+        }
         let app = (!given.app_address.is_empty()).then(|| address("app_address", &given.app_address)).transpose()?;
         Ok(Self {
             instance: InstanceId::parse(&given.instance)
@@ -82,30 +94,46 @@ impl Configuration {
                 workers @ 1..=WORKERS_MAX => workers as usize,
                 workers => return Err(ConfigureError::Workers(workers)),
             },
-            app: app.map(|address| App { address, socket: Box::new(move || tcp_socket(address)) }),
+            app,
             records_dir: given.records_dir.into(),
             records_bytes_max: given.records_bytes_max,
             inbound: address("inbound_listen", &given.inbound_listen)?,
             outbound_http: address("outbound_http_listen", &given.outbound_http_listen)?,
             upstreams: upstreams(&given.upstreams)?,
             admin: address("admin_listen", &given.admin_listen)?,
+            isolated: given.isolated,
+            transparent: given.transparent,
         })
+    }
+
+    /// Where the workload's side has its sockets: in its own namespace when it is isolated.
+    pub fn sockets(&self) -> Result<Sockets, ConfigureError> {
+        if self.isolated { Sockets::inherited().map_err(ConfigureError::NoBroker) } else { Ok(Sockets::direct()) }
+    }
+
+    /// How to reach the workload.
+    pub fn app(&self, sockets: &Sockets) -> Option<App> {
+        let (address, isolated, sockets) = (self.app?, self.isolated, sockets.clone());
+        let socket = move || {
+            if isolated { sockets.socket() } else { Socket::new(Domain::for_address(address), Type::STREAM, None) }
+        };
+        Some(App { address, socket: Box::new(socket) })
     }
 }
 
 impl Listeners {
     /// Binds every listener, or says which one could not be.
-    pub fn bind(wanted: &Configuration) -> Result<Self, ConfigureError> {
+    pub fn bind(wanted: &Configuration, of_workload: &Sockets) -> Result<Self, ConfigureError> {
+        let of_host = Sockets::direct();
         let upstreams = wanted.upstreams.iter().map(|(service, address)| (Door::Upstream(service.clone()), *address));
         let doors = [(Door::Inbound, wanted.inbound), (Door::ForwardProxy, wanted.outbound_http)];
         let doors = doors.into_iter().chain(upstreams).map(|(door, address)| {
-            let (listener, bound) = listen(&format!("{door:?}"), address)?;
+            let sockets = if door == Door::Inbound { &of_host } else { of_workload };
+            let (listener, bound) = listen(&format!("{door:?}"), sockets, address)?;
             Ok((door, listener, bound))
         });
-        Ok(Self {
-            doors: doors.collect::<Result<_, ConfigureError>>()?,
-            admin: listen("the admin pages", wanted.admin)?,
-        })
+        let doors = doors.collect::<Result<_, ConfigureError>>()?;
+        Ok(Self { doors, admin: listen("the admin pages", &of_host, wanted.admin)? })
     }
 
     /// Where everything listens.
@@ -121,6 +149,15 @@ impl Listeners {
             }
         }
         listening
+    }
+
+    /// A second handle to the listener of each upstream.
+    pub fn upstreams(&self) -> io::Result<BTreeMap<ServiceName, TcpListener>> {
+        let upstreams = self.doors.iter().filter_map(|(door, listener, _)| match door {
+            Door::Upstream(service) => Some(listener.try_clone().map(|listener| (service.clone(), listener))),
+            Door::Inbound | Door::ForwardProxy => None,
+        });
+        upstreams.collect()
     }
 
     /// Lets the workers accept; hands back the listener of the admin pages.
@@ -145,20 +182,11 @@ fn address(member: &'static str, given: &str) -> Result<SocketAddr, ConfigureErr
     given.parse().map_err(|_| ConfigureError::Address { member, given: given.chars().take(100).collect() })
 }
 
-fn listen(door: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ConfigureError> {
+fn listen(door: &str, sockets: &Sockets, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ConfigureError> {
     let bound = || {
-        let socket = tcp_socket(address)?;
-        socket.set_reuse_address(true)?; // a restarted sidecar takes up where connections of the last one still linger
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        let listener = TcpListener::from(socket);
+        let listener = sockets.listen(address)?;
         let bound = listener.local_addr()?;
         Ok((listener, bound))
     };
     bound().map_err(|source| ConfigureError::Listen { door: door.into(), address, source })
-}
-
-fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
-    Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
 }

@@ -13,7 +13,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{InstanceRevision, message};
+use super::{InstanceRevision, message, names::Names};
 use crate::shared::Shared;
 
 /// What the agent offered and nobody has taken up yet: the newest view, and the latest revision at which it holds.
@@ -51,13 +51,19 @@ impl Offered {
 }
 
 /// Takes up what is offered until the agent is gone.
-pub(super) async fn run(shared: Arc<Shared>, offered: Arc<Offered>, say: mpsc::Sender<SidecarMessage>) {
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    offered: Arc<Offered>,
+    names: Option<Names>,
+    say: mpsc::Sender<SidecarMessage>,
+) {
+    let names = Arc::new(Mutex::new(names));
     let mut refused: Option<String> = None; // why the view offered last is not in force
     loop {
         let next = offered.next().await;
         if let Some(json) = next.view_json {
-            let shared = shared.clone();
-            let taken = spawn_blocking(move || take_up(&shared, &json)).await;
+            let (shared, names) = (shared.clone(), names.clone());
+            let taken = spawn_blocking(move || take_up(&shared, &mut names.lock(), &json)).await;
             refused = taken.unwrap_or_else(|panic| Err(panic.to_string())).err();
             if let Some(error) = &refused {
                 warn!(error, "could not take up a view; the last good one stays in force");
@@ -79,11 +85,15 @@ pub(super) async fn run(shared: Arc<Shared>, offered: Arc<Offered>, say: mpsc::S
 }
 
 /// Parses, compiles and puts in force; returns when every worker enforces it on everything open.
-fn take_up(shared: &Shared, json: &[u8]) -> Result<(), String> {
+fn take_up(shared: &Shared, names: &mut Option<Names>, json: &[u8]) -> Result<(), String> {
     let view: View = serde_json::from_slice(json).map_err(|error| format!("could not read the view: {error}"))?;
     let revision = view.revision;
-    Handle::current().block_on(shared.apply(view)).map(drop).map_err(|errors| {
+    Handle::current().block_on(shared.apply(view)).map_err(|errors| {
         let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
         format!("could not compile revision {revision}: {}", errors.join("; "))
-    })
+    })?;
+    if let (Some(names), Some(compiled)) = (names, shared.view()) {
+        names.follow(&compiled.view);
+    }
+    Ok(())
 }
