@@ -336,6 +336,7 @@ fn a_plain_workload_cannot_signal() -> Result<(), Failed> {
 
 // ---- isolated
 
+/// PROVES (no-way-around)
 fn only_loopback() -> Result<(), Failed> {
     is(look("interfaces", ""), "lo")
 }
@@ -434,6 +435,7 @@ fn the_data_directory_is_hidden() -> Result<(), Failed> {
     is(fs::read_to_string(path("key"))?, "secret")
 }
 
+/// PROVES (no-way-around)
 fn nothing_is_left() -> Result<(), Failed> {
     let none = "0000000000000000";
     is(look("status", ""), &format!("{none} {none} {none} {none} {none} 1"))?;
@@ -457,7 +459,7 @@ fn a_hidden_tree_ends() -> Result<(), Failed> {
     tree_ends(true, "1000318")
 }
 
-/// A workload that forks twice and leaves its session ends with its agent, which is killed without warning.
+/// PROVES (nothing-outlives): a workload that forks twice and leaves its session ends with its agent, which is killed without warning.
 fn tree_ends(isolate: bool, mark: &str) -> Result<(), Failed> {
     let scratch = scratch();
     let mark = format!("{mark}{}", std::process::id());

@@ -56,6 +56,8 @@ fn step<T, E: Into<io::Error>>(tried: &'static str, result: Result<T, E>) -> Res
 }
 
 /// Moves this process into namespaces of its own and prepares them.
+///
+/// INVARIANT (no-way-around): of interfaces only `lo` is ever raised here, and none is moved in.
 pub(crate) fn create(data_dir: &Path) -> Result<Namespace, NamespaceError> {
     let processes = rehearse_processes();
     separate(processes.is_ok())?;

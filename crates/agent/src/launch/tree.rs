@@ -45,7 +45,7 @@ pub(super) fn kill(workload: Pid) -> Exit {
     }
 }
 
-/// Ends every descendant and waits until there is none. With a process namespace the kernel does it, when `init` ends.
+/// INVARIANT (nothing-outlives): ends every descendant and waits until there is none. With a process namespace the kernel does it, when `init` ends.
 /// Otherwise only direct children are signalled, whose numbers cannot be reused until they are waited for; their own
 /// children then become ours.
 pub(super) fn kill_all(init: Option<&OwnedFd>) -> io::Result<()> {
