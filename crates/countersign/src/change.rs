@@ -10,7 +10,7 @@ use crate::{
     difference,
     error::{Done, Failure},
     mesh_finder::Place,
-    render::{self, Output, cell, verdict},
+    render::{self, Output, Paint, cell, verdict},
 };
 
 /// Lists the newest changes.
@@ -68,14 +68,12 @@ pub async fn show(place: &Place, revision: Revision, output: Output) -> Done {
 /// Waits until every connected proxy enforces `revision`; fails with the names of those that do not.
 pub async fn wait(place: &Place, revision: Revision, timeout: Duration, output: Output) -> Done {
     let waited = enforced(&Client::control(place), revision, timeout).await?;
-    render::answer(output, &waited, |waited, paint| {
-        format!(
-            "{} revision {} is enforced by all {} proxies\n",
-            paint.good("enforced:"),
-            waited.revision,
-            waited.connected
-        )
-    })
+    render::answer(output, &waited, all_enforce)
+}
+
+/// Says that every connected proxy enforces a revision.
+pub fn all_enforce(waited: &Waited, paint: Paint) -> String {
+    format!("{} revision {} is enforced by all {} proxies\n", paint.good("enforced:"), waited.revision, waited.connected)
 }
 
 /// The end of waiting, as evidence: every connected proxy enforces the revision.

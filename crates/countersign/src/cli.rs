@@ -14,13 +14,13 @@ use countersign_core::{
 };
 
 use crate::{
-    authority, change, decision, doctor,
+    agent, apply, authority, change, control, decision, doctor,
     error::{Done, Failure},
     exec, host, init, ledger,
     mesh_finder::{self, Place},
-    render,
+    policy, render,
     render::{Output, Paint},
-    service, status,
+    run, service, status, telemetry, up,
 };
 
 /// A zero-trust service mesh: every request is judged while it lives.
@@ -55,11 +55,23 @@ pub struct Global {
 /// The nouns.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run the whole mesh of a directory on this machine
+    Up(up::Up),
+    /// Run one command as a workload of a service, with its sidecar
+    Run(run::Run),
+    /// Run the control plane alone
+    Control(control::ControlArguments),
+    /// Run the agent of a host: its workloads and their sidecars
+    Agent(agent::AgentArguments),
     /// Hosts that may run workloads
     #[command(subcommand)]
     Host(HostVerb),
     /// Write a small mesh directory that `up` runs
     Init(InitArguments),
+    /// Show what `apply` would change
+    Plan(apply::PlanArguments),
+    /// Make the mesh what its directory says
+    Apply(apply::ApplyArguments),
     /// Run a command as a running workload would run it: its namespace, environment and sidecar
     Exec(exec::Exec),
     /// Show the mesh at a glance
@@ -70,6 +82,9 @@ pub enum Command {
     /// Changes of the mesh
     #[command(subcommand)]
     Change(ChangeVerb),
+    /// Policies of the request gate
+    #[command(subcommand)]
+    Policy(policy::PolicyVerb),
     /// Decisions about requests
     #[command(subcommand)]
     Decision(DecisionVerb),
@@ -227,6 +242,13 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     let output = global.output;
     let done = match command {
+        Command::Up(arguments) => serve(up::up(arguments, &global)),
+        Command::Run(arguments) => return serve(run::run(arguments, &global)),
+        Command::Control(arguments) => serve(control::control(arguments, &global)),
+        Command::Agent(arguments) => serve(agent::agent(arguments, &global)),
+        Command::Plan(arguments) => ask(apply::plan(arguments, &global)),
+        Command::Apply(arguments) => ask(apply::apply(arguments, &global)),
+        Command::Policy(verb) => policy::policy(verb, &global),
         Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
         Command::Host(HostVerb::Invite { ttl, host }) => ask(host::invite(&place(&global)?, ttl, host, output)),
@@ -262,6 +284,23 @@ pub fn place(global: &Global) -> Result<Place, Failure> {
 pub fn ask<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|e| Failure::new("could not start").because(&e))?.block_on(work)
+}
+
+/// Runs a command that serves until it is told to stop: on all cores, with its events told.
+fn serve<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    // Several crates bring a TLS library's hooks; only this provider is ever used. A second installation is harmless.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| Failure::new("could not start").because(&e))?;
+    let result = runtime.block_on(async {
+        let telemetry = telemetry::start()?;
+        let result = work.await;
+        telemetry.stop().await;
+        result
+    });
+    // What a task blocks on cannot keep a stopped mesh alive.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 fn man(dir: &std::path::Path) -> Done {

@@ -240,24 +240,15 @@ fn writable(data_dir: &Path) -> Check {
     }
 }
 
-/// Whatever lies in the data directory is its owner's alone.
+/// The directory already keeps others out; a key that is open all the same was copied or restored carelessly.
 fn keys(data_dir: &Path) -> Vec<Check> {
-    let files = fs::read_dir(data_dir).into_iter().flatten().flatten();
-    let open = files.filter(|file| {
-        let about = file.metadata();
-        file.file_name() != ".gitignore" && about.is_ok_and(|about| about.is_file() && about.mode() & 0o077 != 0)
-    });
-    // The directory already keeps others out; a key that is open all the same was copied or restored carelessly.
-    let open: Vec<_> = open.filter(|file| file.file_name().to_string_lossy().contains("key")).collect();
-    open.iter()
-        .map(|file| {
-            fail(
-                "permissions",
-                format!("{} is open to others", file.path().display()),
-                format!("`chmod 600 {}`", file.path().display()),
-            )
-        })
-        .collect()
+    let files = fs::read_dir(data_dir.join("keys")).into_iter().flatten().flatten();
+    let open = files.filter(|file| file.metadata().is_ok_and(|about| about.is_file() && about.mode() & 0o077 != 0));
+    open.map(|file| {
+        let path = file.path();
+        fail("permissions", format!("{} is open to others", path.display()), format!("`chmod 600 {}`", path.display()))
+    })
+    .collect()
 }
 
 fn sockets(place: &Place) -> Vec<Check> {
@@ -344,10 +335,12 @@ mod tests {
     #[test]
     fn a_key_that_others_can_read_fails() {
         let root = tempfile::tempdir().unwrap();
-        fs::write(root.path().join("sealing.key"), "").unwrap();
-        fs::set_permissions(root.path().join("sealing.key"), fs::Permissions::from_mode(0o644)).unwrap();
+        let key = root.path().join("keys/kek");
+        fs::create_dir(root.path().join("keys")).unwrap();
+        fs::write(&key, "").unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
         assert_eq!(keys(root.path())[0].grade, Grade::Fail);
-        fs::set_permissions(root.path().join("sealing.key"), fs::Permissions::from_mode(0o600)).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
         assert!(keys(root.path()).is_empty());
     }
 

@@ -11,8 +11,10 @@ use std::{error::Error, fmt, process::ExitCode};
 
 use countersign_api::local::Problem;
 
+use countersign_core::directory::Mistake;
+
 use crate::{
-    mistake::Mistake,
+    mistake,
     render::{Output, Paint},
 };
 
@@ -53,6 +55,11 @@ impl Failure {
         Self { kind: Kind::Usage, ..Self::new(what) }
     }
 
+    /// Something that the gate or the law does not let through.
+    pub fn refused(what: impl Into<String>) -> Self {
+        Self { kind: Kind::Refused, ..Self::new(what) }
+    }
+
     /// Adds the chain of `cause`.
     pub fn because(mut self, cause: &(dyn Error + 'static)) -> Self {
         let mut next = Some(cause);
@@ -85,6 +92,12 @@ impl Failure {
         self
     }
 
+    /// Says what else can be done.
+    pub fn or_help(mut self, more: &str) -> Self {
+        self.help = Some(self.help.map_or_else(|| more.to_owned(), |help| format!("{help}, {more}")));
+        self
+    }
+
     /// What the exit code will say.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -99,11 +112,16 @@ impl Failure {
         })
     }
 
+    /// The failure as a document.
+    pub fn json(&self) -> serde_json::Value {
+        let mistakes: Vec<_> = self.mistakes.iter().map(mistake::json).collect();
+        serde_json::json!({ "error": self.what, "causes": self.causes, "mistakes": mistakes, "help": self.help })
+    }
+
     /// The text of a failure; JSON when that was asked for, so that a program never has to parse prose.
     pub fn render(&self, output: Output, paint: Paint) -> String {
         if output == Output::Json {
-            let value = serde_json::json!({ "error": self.what, "causes": self.causes, "mistakes": self.mistakes, "help": self.help });
-            return format!("{value}\n");
+            return format!("{}\n", self.json());
         }
         let mut text = format!("{} {}\n", paint.bad("error:"), self.what);
         for line in self.causes.iter().flat_map(|cause| cause.lines()) {
@@ -113,7 +131,7 @@ impl Failure {
         }
         for mistake in &self.mistakes {
             text.push('\n');
-            text.push_str(&mistake.render(paint));
+            text.push_str(&mistake::text(mistake, paint));
         }
         if let Some(help) = &self.help {
             text.push_str(&format!("  {} {help}\n", paint.note("help:")));

@@ -4,10 +4,13 @@
 //! `launch` and `sidecar`, which agents start, are taken before anything else: `launch` makes namespaces and must be the
 //! only thread of its process.
 
+mod agent;
+mod apply;
 mod authority;
 mod change;
 mod cli;
 mod client;
+mod control;
 mod decision;
 mod diff;
 mod difference;
@@ -17,11 +20,19 @@ mod exec;
 mod host;
 mod init;
 mod ledger;
+mod mesh_directory;
 mod mesh_finder;
 mod mistake;
+mod policy;
 mod render;
+mod run;
+mod serve;
 mod service;
 mod status;
+mod telemetry;
+mod tell;
+mod up;
+mod watch;
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -33,6 +44,7 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     match arguments.get(1).and_then(|first| first.to_str()) {
         Some("launch") => countersign_agent::launch::launch_main(arguments.into_iter().skip(2)),
+        Some("sidecar") => countersign_proxy::sidecar_main(),
         _ => cli::main(arguments),
     }
 }

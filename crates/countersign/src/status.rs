@@ -36,20 +36,25 @@ fn text(status: &Status, now_ms: u64, paint: Paint) -> String {
             render::distance(status.started_at_ms, now_ms)
         )),
     );
+    for warning in &warnings(status) {
+        let _ = writeln!(text, "{} {}", paint.warn("warning:"), render::tame(warning));
+    }
+    let _ = write!(text, "\n{}", services(&status.services, status.revision.0, paint));
+    let _ = write!(text, "\n{}", hosts(&status.hosts, now_ms, paint));
+    text
+}
+
+/// What is not as it should be, unprotected first.
+pub fn warnings(status: &Status) -> Vec<String> {
     let mut warnings: Vec<String> = Vec::new();
-    if !status.protected {
+    if !status.protected && !status.warnings.iter().any(|warning| warning.contains("unprotected")) {
         warnings.push(UNPROTECTED.to_owned());
     }
     for host in status.hosts.iter().filter(|host| host.connected && host.isolation != "namespace") {
         warnings.push(format!("{NOT_SEPARATED} on host {}: {}", host.host, host.isolation_note));
     }
     warnings.extend(status.warnings.iter().cloned());
-    for warning in &warnings {
-        let _ = writeln!(text, "{} {}", paint.warn("warning:"), render::tame(warning));
-    }
-    let _ = write!(text, "\n{}", services(&status.services, status.revision.0, paint));
-    let _ = write!(text, "\n{}", hosts(&status.hosts, now_ms, paint));
-    text
+    warnings
 }
 
 /// The table of `status` and `service list`.

@@ -1,0 +1,205 @@
+//! `plan` and `apply`: the difference between the mesh directory and the mesh in force, shown or made so. One change-set,
+//! admitted whole or not at all.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+use serde::Serialize;
+
+use countersign_api::local::{Applied, Apply, Mesh, Waited};
+use countersign_core::{
+    canonical::Digest,
+    change::{Change, Revision},
+    directory::{self, Directory},
+};
+
+use crate::{
+    change, cli,
+    cli::Global,
+    client::Client,
+    difference::difference,
+    error::{Done, Failure, Kind},
+    mesh_directory,
+    mesh_finder::{self, Place},
+    policy,
+    render::{self, Paint},
+    status,
+};
+
+/// How often a change-set is planned anew because someone else's came first.
+const ATTEMPTS_MAX: usize = 5;
+
+/// Which directory.
+#[derive(Debug, Args)]
+pub struct PlanArguments {
+    /// The mesh directory [default: the one found from here]
+    #[arg(value_name = "DIR")]
+    pub mesh: Option<PathBuf>,
+}
+
+/// Which directory, and when it is done.
+#[derive(Debug, Args)]
+pub struct ApplyArguments {
+    /// The mesh directory [default: the one found from here]
+    #[arg(value_name = "DIR")]
+    pub mesh: Option<PathBuf>,
+    /// Return when every connected proxy enforces it; fail after this long
+    #[arg(long, value_name = "SPAN", value_parser = cli::span)]
+    pub wait: Option<Duration>,
+}
+
+/// A plan on a mesh.
+struct Planned {
+    on: Mesh,
+    plan: directory::Plan,
+}
+
+/// What applying came to.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum Outcome {
+    /// The mesh was what the directory says already.
+    Unchanged {
+        /// The revision that holds it.
+        revision: Revision,
+    },
+    /// It was changed.
+    Applied {
+        /// The revision that the changes made.
+        revision: Revision,
+        /// The digest of the change-set.
+        digest: Digest,
+        /// One line for each change.
+        changes: Vec<String>,
+        /// Whether an owner is enrolled.
+        protected: bool,
+    },
+}
+
+impl Outcome {
+    /// The revision that holds what the directory says.
+    pub fn revision(&self) -> Revision {
+        match self {
+            Self::Unchanged { revision } | Self::Applied { revision, .. } => *revision,
+        }
+    }
+}
+
+fn found(mesh: Option<PathBuf>, global: &Global) -> Result<Place, Failure> {
+    match mesh {
+        Some(dir) => mesh_finder::at(&dir, global.data_dir.as_deref()),
+        None => cli::place(global),
+    }
+}
+
+/// Shows what `apply` would change.
+pub async fn plan(arguments: PlanArguments, global: &Global) -> Done {
+    let place = found(arguments.mesh, global)?;
+    let directory = mesh_directory::load(place.dir()?)?;
+    let Planned { on, plan } = planned(&Client::control(&place), &directory).await?;
+    let answer = serde_json::json!({
+        "base": plan.change_set.base,
+        "digest": plan.change_set.digest(),
+        "changes": plan.change_set.changes,
+    });
+    render::answer(global.output, &answer, |_, paint| match plan.is_empty() {
+        true => unchanged(on.revision, paint),
+        false => format!(
+            "{}\n{} {} on revision {}; `countersign apply` makes them\n",
+            difference(&plan.change_set.changes, &plan.bodies, Some(&on), paint),
+            paint.note("planned:"),
+            counted(plan.change_set.changes.len()),
+            on.revision,
+        ),
+    })
+}
+
+/// Makes the mesh what its directory says.
+pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
+    let place = found(arguments.mesh, global)?;
+    let directory = mesh_directory::load(place.dir()?)?;
+    tested(&directory)?;
+    let control = Client::control(&place);
+    let (outcome, difference) = apply_directory(&control, &directory, Paint::stdout()).await?;
+    let waited = match arguments.wait {
+        Some(timeout) => Some(change::enforced(&control, outcome.revision(), timeout).await?),
+        None => None,
+    };
+    #[derive(Serialize)]
+    struct Answer {
+        #[serde(flatten)]
+        outcome: Outcome,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        waited: Option<Waited>,
+    }
+    render::answer(global.output, &Answer { outcome, waited }, |answer, paint| {
+        let mut text = match &answer.outcome {
+            Outcome::Unchanged { revision } => unchanged(*revision, paint),
+            Outcome::Applied { revision, changes, protected, .. } => {
+                let warning = match protected {
+                    true => String::new(),
+                    false => format!("{} {}\n", paint.warn("warning:"), status::UNPROTECTED),
+                };
+                format!("{difference}\n{} revision {revision}, {}\n{warning}", paint.good("applied:"), counted(changes.len()))
+            }
+        };
+        if let Some(waited) = &answer.waited {
+            text.push_str(&change::all_enforce(waited, paint));
+        }
+        text
+    })
+}
+
+fn unchanged(revision: Revision, paint: Paint) -> String {
+    format!("{} revision {revision} holds what the directory says\n", paint.good("nothing to change:"))
+}
+
+fn counted(changes: usize) -> String {
+    if changes == 1 { "1 change".to_owned() } else { format!("{changes} changes") }
+}
+
+/// A directory whose own tests fail is not applied: they are what its author said must hold.
+pub fn tested(directory: &Directory) -> Result<(), Failure> {
+    let failed: Vec<_> = policy::run_tests(directory)?.into_iter().filter_map(|test| test.failed()).collect();
+    match failed.len() {
+        0 => Ok(()),
+        count => {
+            let failure = Failure::refused(format!("{count} of the directory's policy tests fail, so nothing was changed"));
+            let failure = failed.into_iter().fold(failure, |failure, failed| failure.cause(failed));
+            Err(failure.help("correct the policies or the tests; `countersign policy test` runs them alone"))
+        }
+    }
+}
+
+/// Applies `directory`, and shows the difference that it made. Someone else's change in between means planning again.
+pub async fn apply_directory(control: &Client, directory: &Directory, paint: Paint) -> Result<(Outcome, String), Failure> {
+    let mut attempts = 0;
+    loop {
+        let Planned { on, plan } = planned(control, directory).await?;
+        if plan.is_empty() {
+            return Ok((Outcome::Unchanged { revision: on.revision }, String::new()));
+        }
+        let shown = difference(&plan.change_set.changes, &plan.bodies, Some(&on), paint);
+        let changes = plan.change_set.changes.iter().map(named).collect();
+        let asked = Apply { change_set: plan.change_set, bodies: plan.bodies };
+        match control.post::<Applied>("/v1/changes", &asked).await {
+            Ok(Applied { revision, digest, protected }) => {
+                return Ok((Outcome::Applied { revision, digest, changes, protected }, shown));
+            }
+            Err(failure) if failure.kind() == Kind::Moved && attempts < ATTEMPTS_MAX => attempts += 1,
+            Err(failure) => return Err(failure),
+        }
+    }
+}
+
+fn named(change: &Change) -> String {
+    format!("{} {}", change.kind(), change.subject())
+}
+
+async fn planned(control: &Client, directory: &Directory) -> Result<Planned, Failure> {
+    let on: Mesh = control.get("/v1/mesh").await?;
+    let plan = directory::plan(directory, &on.state, on.revision).map_err(|e| {
+        Failure::new("this directory is about another mesh").because(&e).help("correct `trust_domain` in mesh.toml, or use another `--data-dir`")
+    })?;
+    Ok(Planned { on, plan })
+}

@@ -1,0 +1,90 @@
+//! `control`: the control plane alone, for meshes of several hosts.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+
+use countersign_api::run_file::{CONTROL_SOCKET, RunFile};
+use countersign_control::{Control, ControlConfig};
+use countersign_core::identity::TrustDomain;
+
+use crate::{
+    cli::{self, Global},
+    error::{Done, Failure},
+    mesh_finder::{self, Place},
+    render, serve,
+};
+
+/// Where it keeps its state and where it listens.
+#[derive(Debug, Args)]
+pub struct ControlArguments {
+    /// The mesh directory whose data directory it uses; not needed with --data-dir
+    #[arg(value_name = "DIR")]
+    pub mesh: Option<PathBuf>,
+    /// Where agents connect
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7443")]
+    pub listen: SocketAddr,
+    /// Where `/metrics` is served
+    #[arg(long, value_name = "IP:PORT")]
+    pub metrics: Option<SocketAddr>,
+    /// A file of mode 0600 whose key seals all other keys [default: one in the data directory]
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// The trust domain of a new mesh [default: that of DIR/mesh.toml]
+    #[arg(long, value_name = "NAME")]
+    pub trust_domain: Option<TrustDomain>,
+}
+
+/// Runs until it is told to stop.
+pub async fn control(arguments: ControlArguments, global: &Global) -> Done {
+    let place = match &arguments.mesh {
+        Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
+        None => cli::place(global)?,
+    };
+    place.create_data_dir()?;
+    let _held = serve::hold(&place)?;
+    let trust_domain = match (arguments.trust_domain, &place.dir) {
+        (Some(given), _) => Some(given),
+        (None, Some(dir)) => Some(crate::mesh_directory::load(dir)?.trust_domain),
+        (None, None) => None,
+    };
+    let told = serve::until_told()?;
+    let config = ControlConfig {
+        data_dir: place.data_dir.clone(),
+        listen: arguments.listen,
+        metrics_listen: arguments.metrics,
+        key_file: arguments.key_file,
+        trust_domain,
+    };
+    let control = start(config).await?;
+    let _running = serve::tell(&place, &run_file(&place, &control))?;
+    render::print_error(&format!("the control plane listens on {} for agents; `countersign host invite` lets one in\n", control.listen));
+    tokio::select! {
+        () = told.cancelled() => {}
+        failed = control.wait_failed() => return Err(Failure::new("the control plane failed").cause(failed)),
+    }
+    control.stop().await;
+    Ok(())
+}
+
+/// Starts it, or says why not.
+pub async fn start(config: ControlConfig) -> Result<Control, Failure> {
+    let data_dir = config.data_dir.display().to_string();
+    countersign_control::start(config).await.map_err(|e| {
+        Failure::new(format!("could not start the control plane with `{data_dir}`"))
+            .because(&e)
+            .help(e.help().unwrap_or_else(|| "`countersign doctor` checks the data directory and says what to do".to_owned()))
+    })
+}
+
+/// What tools can know of a control plane alone.
+pub fn run_file(place: &Place, control: &Control) -> RunFile {
+    RunFile {
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        api: Some(format!("unix://{}", place.data_dir.join(CONTROL_SOCKET).display())),
+        control: Some(format!("https://{}", control.listen)),
+        metrics: control.metrics.map(|address| format!("http://{address}/metrics")),
+        services: Default::default(),
+    }
+}

@@ -1,0 +1,276 @@
+//! `up`: the whole mesh of a directory on this machine, as one process: control plane and agent, which starts the
+//! workloads and their sidecars. It tells what happens, applies the directory when it is saved, and takes everything
+//! down again.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use serde_json::json;
+
+use countersign_agent::{Agent, AgentConfig};
+use countersign_api::{
+    local::{Status, TailEvent},
+    run_file::RunFile,
+};
+use countersign_control::{Control, ControlConfig};
+use countersign_core::{
+    change::Revision,
+    directory::{Directory, Files},
+};
+
+use crate::{
+    agent,
+    apply::{self, Outcome},
+    change, cli,
+    cli::Global,
+    client::{Client, shown},
+    control, decision,
+    error::{Done, Failure},
+    mesh_directory,
+    mesh_finder::{self, Place},
+    render::Paint,
+    serve::{self, Running},
+    status,
+    tell::Teller,
+    watch::Watch,
+};
+
+/// How long the proxies may take to enforce what was saved before that is said.
+const ENFORCE_WITHIN: Duration = Duration::from_secs(10);
+/// How long the token is good with which the agent of this very process joins.
+const INVITATION: Duration = Duration::from_secs(60);
+/// The tail of decisions is opened again this long after it broke.
+const TAIL_AGAIN: Duration = Duration::from_secs(1);
+
+/// Which mesh, and how.
+#[derive(Debug, Args)]
+pub struct Up {
+    /// The mesh directory [default: the one found from here]
+    #[arg(value_name = "DIR")]
+    pub mesh: Option<PathBuf>,
+    /// Where agents of other hosts connect; port 0 picks one
+    #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub listen: SocketAddr,
+    /// Where the control plane serves `/metrics`; port 0 picks one
+    #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub metrics: SocketAddr,
+    /// Leave the mesh as it is when its directory is saved
+    #[arg(long)]
+    pub no_watch: bool,
+}
+
+/// Runs the mesh until it is told to stop.
+pub async fn up(arguments: Up, global: &Global) -> Done {
+    let started = Instant::now();
+    let place = match &arguments.mesh {
+        Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
+        None => cli::place(global)?,
+    };
+    place.create_data_dir()?;
+    let _held = serve::hold(&place)?;
+    let dir = place.dir()?;
+    let (files, _) = mesh_directory::read(dir)?;
+    let directory = mesh_directory::load(dir)?;
+    let told = serve::until_told()?;
+    let control = control::start(ControlConfig {
+        data_dir: place.data_dir.clone(),
+        listen: arguments.listen,
+        metrics_listen: Some(arguments.metrics),
+        key_file: None,
+        trust_domain: Some(directory.trust_domain.clone()),
+    })
+    .await?;
+    let mesh = Mesh { place: &place, dir, control: &control, client: Client::control(&place), started };
+    let result = tokio::select! {
+        result = mesh.begin(directory, global) => match result {
+            Ok((agent, teller)) => {
+                let result = tokio::select! {
+                    result = mesh.serve(&agent, &teller, files, !arguments.no_watch) => result,
+                    () = told.cancelled() => Ok(()),
+                };
+                teller.settled();
+                agent.stop(agent::DRAIN).await;
+                result
+            }
+            Err(failure) => Err(failure),
+        },
+        () = told.cancelled() => Ok(()),
+    };
+    control.stop().await;
+    result
+}
+
+/// A mesh whose control plane runs.
+struct Mesh<'a> {
+    place: &'a Place,
+    dir: &'a Path,
+    control: &'a Control,
+    client: Client,
+    started: Instant,
+}
+
+impl Mesh<'_> {
+    /// Makes the mesh what the directory says and lets this host in.
+    async fn begin(&self, directory: Directory, global: &Global) -> Result<(Agent, Teller), Failure> {
+        apply::tested(&directory)?;
+        apply::apply_directory(&self.client, &directory, Paint::plain()).await?;
+        let host = serve::host_name();
+        let invitation = self.control.invite(INVITATION, Some(host.clone())).await?;
+        let workloads = agent::workloads(&directory, self.dir);
+        let services = workloads.iter().map(|workload| (workload.service.clone(), workload.instances));
+        let teller = Teller::new(global.output, services);
+        let agent = agent::start(AgentConfig {
+            data_dir: self.place.data_dir.clone(),
+            host,
+            control: invitation.control.clone(),
+            join: Some(invitation.token.clone()),
+            workloads,
+            isolate: agent::isolate(&directory),
+            workers: directory.defaults.workers,
+            executable: agent::executable(),
+            exit_with_workload: false,
+        })
+        .await?;
+        Ok((agent, teller))
+    }
+
+    /// Tells, watches and applies until something that cannot be gone on from.
+    async fn serve(&self, agent: &Agent, teller: &Teller, files: Files, watched: bool) -> Done {
+        let mut events = agent.events();
+        tokio::select! {
+            () = teller.follow(&mut events) => Err(Failure::new("the agent ended")),
+            failed = self.control.wait_failed() => Err(Failure::new("the control plane failed").cause(failed)),
+            failure = self.tell_and_apply(agent, teller, files, watched) => Err(failure),
+        }
+    }
+
+    async fn tell_and_apply(&self, agent: &Agent, teller: &Teller, files: Files, watched: bool) -> Failure {
+        let ended = agent.ready().await;
+        teller.settled();
+        let running = match serve::tell(self.place, &self.run_file(agent)) {
+            Ok(running) => running,
+            Err(failure) => return failure,
+        };
+        if let Err(failure) = self.announce(teller, ended.len()).await {
+            return failure;
+        }
+        tokio::select! {
+            never = self.tail(teller) => never,
+            failure = self.apply_saves(agent, teller, &running, files, watched) => failure,
+        }
+    }
+
+    fn run_file(&self, agent: &Agent) -> RunFile {
+        RunFile { services: agent.run_services(), ..control::run_file(self.place, self.control) }
+    }
+
+    async fn announce(&self, teller: &Teller, ended: usize) -> Done {
+        let status: Status = self.client.get("/v1/status").await?;
+        let after = self.started.elapsed();
+        if !teller.is_text() {
+            teller.document(&json!({ "event": "up", "after_ms": u64::try_from(after.as_millis()).unwrap_or(u64::MAX), "status": status }));
+            return Ok(());
+        }
+        let paint = teller.paint();
+        let instances: usize = status.services.iter().map(|service| service.instances.len()).sum();
+        let name = status.trust_domain.as_ref().map_or("the mesh", |name| name.as_str());
+        teller.line(&format!(
+            "{} {} at revision {}: {} services, {instances} instances, {:.1} s",
+            paint.good("up:"),
+            paint.strong(name),
+            status.revision,
+            status.services.len(),
+            after.as_secs_f64(),
+        ));
+        for warning in status::warnings(&status) {
+            teller.warn(&warning);
+        }
+        if ended > 0 {
+            teller.warn(&format!("{ended} instances are not running; they are started again, and again more rarely"));
+        }
+        let at = shown(self.dir);
+        let at = if at == "." { String::new() } else { format!(" -C {at}") };
+        teller.line(&paint.dim(&format!("`countersign{at} status` shows it; saving a file applies it; Ctrl-C stops it")));
+        Ok(())
+    }
+
+    /// Shows decisions as they are made; opened again should it break.
+    async fn tail(&self, teller: &Teller) -> Failure {
+        let own = self.client.get::<Status>("/v1/status").await.ok().and_then(|status| status.trust_domain);
+        loop {
+            if let Ok(mut lines) = self.client.lines("/v1/decisions/tail").await {
+                while let Ok(Some(event)) = lines.next::<TailEvent>().await {
+                    match teller.is_text() {
+                        true => teller.line(&decision::line(&event, own.as_ref(), teller.paint())),
+                        false => teller.document(&json!({ "event": "decision", "decision": event })),
+                    }
+                }
+            }
+            tokio::time::sleep(TAIL_AGAIN).await;
+        }
+    }
+
+    /// Applies the directory whenever it is saved. A mistake is told and changes nothing.
+    async fn apply_saves(&self, agent: &Agent, teller: &Teller, running: &Running, mut files: Files, watched: bool) -> Failure {
+        if !watched {
+            return std::future::pending().await;
+        }
+        let mut watch = match Watch::begin(self.dir) {
+            Ok(watch) => watch,
+            Err(failure) => {
+                self.refuse(teller, &failure);
+                return std::future::pending().await;
+            }
+        };
+        loop {
+            watch.saved().await;
+            let Ok((now, _)) = mesh_directory::read(self.dir) else { continue };
+            if now == files {
+                continue;
+            }
+            files = now;
+            if let Err(failure) = self.apply_save(agent, teller, running).await {
+                self.refuse(teller, &failure);
+            }
+        }
+    }
+
+    async fn apply_save(&self, agent: &Agent, teller: &Teller, running: &Running) -> Done {
+        let saved = Instant::now();
+        let directory = mesh_directory::load(self.dir)?;
+        apply::tested(&directory)?;
+        let (outcome, difference) = apply::apply_directory(&self.client, &directory, teller.paint()).await?;
+        agent.set_workloads(agent::workloads(&directory, self.dir)).await;
+        if let Outcome::Applied { revision, .. } = &outcome {
+            self.tell_applied(teller, &outcome, *revision, &difference, saved).await?;
+        }
+        // Services may have come or gone, and with them addresses.
+        running.tell(&self.run_file(agent))
+    }
+
+    async fn tell_applied(&self, teller: &Teller, outcome: &Outcome, revision: Revision, difference: &str, saved: Instant) -> Done {
+        let paint = teller.paint();
+        match teller.is_text() {
+            true => teller.line(&format!("{difference}{} revision {revision}", paint.good("applied:"))),
+            false => teller.document(&json!({ "event": "applied", "applied": outcome })),
+        }
+        let waited = change::enforced(&self.client, revision, ENFORCE_WITHIN).await?;
+        let after = saved.elapsed();
+        match teller.is_text() {
+            true => teller.line(&format!("{} by all {} proxies, {after:.0?} after the save", paint.good("enforced:"), waited.connected)),
+            false => teller.document(&json!({ "event": "enforced_everywhere", "waited": waited })),
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, teller: &Teller, failure: &Failure) {
+        match teller.is_text() {
+            true => teller.line(&failure.render(crate::render::Output::Text, teller.paint())),
+            false => teller.document(&json!({ "event": "refused", "failure": failure.json() })),
+        }
+    }
+}
