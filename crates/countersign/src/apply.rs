@@ -21,7 +21,6 @@ use crate::{
     error::{Done, Failure, Kind},
     mesh_directory,
     mesh_finder::{self, Place},
-    policy,
     render::{self, Paint},
     status,
 };
@@ -118,7 +117,6 @@ pub async fn plan(arguments: PlanArguments, global: &Global) -> Done {
 pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
     let place = found(arguments.mesh, global)?;
     let directory = mesh_directory::load(place.dir()?)?;
-    tested(&directory)?;
     let control = Client::control(&place);
     let (outcome, difference) = apply_directory(&control, &directory, Paint::stdout()).await?;
     let waited = match arguments.wait {
@@ -156,19 +154,6 @@ fn unchanged(revision: Revision, paint: Paint) -> String {
 
 fn counted(changes: usize) -> String {
     if changes == 1 { "1 change".to_owned() } else { format!("{changes} changes") }
-}
-
-/// A directory whose own tests fail is not applied: they are what its author said must hold.
-pub fn tested(directory: &Directory) -> Result<(), Failure> {
-    let failed: Vec<_> = policy::run_tests(directory)?.into_iter().filter_map(|test| test.failed()).collect();
-    match failed.len() {
-        0 => Ok(()),
-        count => {
-            let failure = Failure::refused(format!("{count} of the directory's policy tests fail, so nothing was changed"));
-            let failure = failed.into_iter().fold(failure, |failure, failed| failure.cause(failed));
-            Err(failure.help("correct the policies or the tests; `countersign policy test` runs them alone"))
-        }
-    }
 }
 
 /// Applies `directory`, and shows the difference that it made. Someone else's change in between means planning again.

@@ -8,9 +8,8 @@ use countersign_api::local::{DecisionDetail, Status, TailEvent};
 use countersign_core::{
     change::PolicyId,
     identity::{SpiffeId, TrustDomain},
-    policy::{Decision, Law, Library, Query},
+    policy::{Decision, Query},
     record::{DecisionRecord, EdgeCount, Inputs, Judged, Outcome, Reason},
-    view::{self, Local},
 };
 
 use crate::{
@@ -18,7 +17,7 @@ use crate::{
     client::{Client, query},
     error::{Done, Failure},
     mesh_finder::Place,
-    render::{self, Output, Paint, cell, verdict},
+    policy, render::{self, Output, Paint, cell, verdict},
 };
 
 /// Shows decisions as they happen.
@@ -142,18 +141,7 @@ fn same(a: &[PolicyId], b: &[PolicyId]) -> bool {
 }
 
 fn judge(detail: &DecisionDetail, inputs: &Inputs) -> Result<Decision, Failure> {
-    let could_not = |revision| Failure::new(format!("could not judge the record again at revision {revision}"));
-    let mesh = &detail.mesh;
-    let mut library = Library::default();
-    for (digest, text) in mesh.bodies.iter() {
-        library.insert(*digest, text).map_err(|e| could_not(mesh.revision).cause(e))?;
-    }
-    let local = Local { service: inputs.service.clone() };
-    let view =
-        view::view(&mesh.state, mesh.revision, &library, &local).map_err(|e| could_not(mesh.revision).because(&e))?;
-    let law = Law::compile(&view)
-        .map_err(|errors| errors.iter().fold(could_not(mesh.revision), |failure, e| failure.cause(e.to_string())))?;
-    Ok(law.decide(&Query::of(inputs)))
+    Ok(policy::law_of(&detail.mesh, &inputs.service)?.decide(&Query::of(inputs)))
 }
 
 fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
