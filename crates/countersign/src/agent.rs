@@ -1,6 +1,10 @@
 //! `agent`: the agent of one host, its workloads and their sidecars; and what every command that starts an agent shares.
 
-use std::{collections::BTreeSet, path::{Path, PathBuf}, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::Args;
 
@@ -60,7 +64,8 @@ pub async fn agent(arguments: AgentArguments, global: &Global) -> Done {
     let told = serve::until_told()?;
     let mut workloads = workloads(&directory, dir);
     workloads.retain(|workload| wanted.is_empty() || wanted.contains(&workload.service));
-    let teller = Teller::new(global.output, workloads.iter().map(|workload| (workload.service.clone(), workload.instances)));
+    let teller =
+        Teller::new(global.output, workloads.iter().map(|workload| (workload.service.clone(), workload.instances)));
     let agent = start(AgentConfig {
         data_dir: place.data_dir.clone(),
         host: arguments.host.unwrap_or_else(serve::host_name),

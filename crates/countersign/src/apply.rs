@@ -21,6 +21,7 @@ use crate::{
     error::{Done, Failure, Kind},
     mesh_directory,
     mesh_finder::{self, Place},
+    policy,
     render::{self, Paint},
     status,
 };
@@ -117,6 +118,7 @@ pub async fn plan(arguments: PlanArguments, global: &Global) -> Done {
 pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
     let place = found(arguments.mesh, global)?;
     let directory = mesh_directory::load(place.dir()?)?;
+    tested(&directory)?;
     let control = Client::control(&place);
     let (outcome, difference) = apply_directory(&control, &directory, Paint::stdout()).await?;
     let waited = match arguments.wait {
@@ -138,7 +140,11 @@ pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
                     true => String::new(),
                     false => format!("{} {}\n", paint.warn("warning:"), status::UNPROTECTED),
                 };
-                format!("{difference}\n{} revision {revision}, {}\n{warning}", paint.good("applied:"), counted(changes.len()))
+                format!(
+                    "{difference}\n{} revision {revision}, {}\n{warning}",
+                    paint.good("applied:"),
+                    counted(changes.len())
+                )
             }
         };
         if let Some(waited) = &answer.waited {
@@ -156,8 +162,26 @@ fn counted(changes: usize) -> String {
     if changes == 1 { "1 change".to_owned() } else { format!("{changes} changes") }
 }
 
+/// A directory whose own tests fail is not applied: they are what its author said must hold.
+pub fn tested(directory: &Directory) -> Result<(), Failure> {
+    let failed: Vec<_> = policy::run_tests(directory)?.into_iter().filter_map(|test| test.failed()).collect();
+    match failed.len() {
+        0 => Ok(()),
+        count => {
+            let failure =
+                Failure::refused(format!("{count} of the directory's policy tests fail, so nothing was changed"));
+            let failure = failed.into_iter().fold(failure, |failure, failed| failure.cause(failed));
+            Err(failure.help("correct the policies or the tests; `countersign policy test` runs them alone"))
+        }
+    }
+}
+
 /// Applies `directory`, and shows the difference that it made. Someone else's change in between means planning again.
-pub async fn apply_directory(control: &Client, directory: &Directory, paint: Paint) -> Result<(Outcome, String), Failure> {
+pub async fn apply_directory(
+    control: &Client,
+    directory: &Directory,
+    paint: Paint,
+) -> Result<(Outcome, String), Failure> {
     let mut attempts = 0;
     loop {
         let Planned { on, plan } = planned(control, directory).await?;
@@ -184,7 +208,9 @@ fn named(change: &Change) -> String {
 async fn planned(control: &Client, directory: &Directory) -> Result<Planned, Failure> {
     let on: Mesh = control.get("/v1/mesh").await?;
     let plan = directory::plan(directory, &on.state, on.revision).map_err(|e| {
-        Failure::new("this directory is about another mesh").because(&e).help("correct `trust_domain` in mesh.toml, or use another `--data-dir`")
+        Failure::new("this directory is about another mesh")
+            .because(&e)
+            .help("correct `trust_domain` in mesh.toml, or use another `--data-dir`")
     })?;
     Ok(Planned { on, plan })
 }

@@ -73,7 +73,12 @@ pub async fn wait(place: &Place, revision: Revision, timeout: Duration, output: 
 
 /// Says that every connected proxy enforces a revision.
 pub fn all_enforce(waited: &Waited, paint: Paint) -> String {
-    format!("{} revision {} is enforced by all {} proxies\n", paint.good("enforced:"), waited.revision, waited.connected)
+    format!(
+        "{} revision {} is enforced by all {} proxies\n",
+        paint.good("enforced:"),
+        waited.revision,
+        waited.connected
+    )
 }
 
 /// The end of waiting, as evidence: every connected proxy enforces the revision.

@@ -248,7 +248,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Agent(arguments) => serve(agent::agent(arguments, &global)),
         Command::Plan(arguments) => ask(apply::plan(arguments, &global)),
         Command::Apply(arguments) => ask(apply::apply(arguments, &global)),
-        Command::Policy(verb) => policy::policy(verb),
+        Command::Policy(verb) => policy::policy(verb, &global),
         Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
         Command::Host(HostVerb::Invite { ttl, host }) => ask(host::invite(&place(&global)?, ttl, host, output)),

@@ -58,7 +58,10 @@ pub async fn control(arguments: ControlArguments, global: &Global) -> Done {
     };
     let control = start(config).await?;
     let _running = serve::tell(&place, &run_file(&place, &control))?;
-    render::print_error(&format!("the control plane listens on {} for agents; `countersign host invite` lets one in\n", control.listen));
+    render::print_error(&format!(
+        "the control plane listens on {} for agents; `countersign host invite` lets one in\n",
+        control.listen
+    ));
     tokio::select! {
         () = told.cancelled() => {}
         failed = control.wait_failed() => return Err(Failure::new("the control plane failed").cause(failed)),
@@ -71,9 +74,9 @@ pub async fn control(arguments: ControlArguments, global: &Global) -> Done {
 pub async fn start(config: ControlConfig) -> Result<Control, Failure> {
     let data_dir = config.data_dir.display().to_string();
     countersign_control::start(config).await.map_err(|e| {
-        Failure::new(format!("could not start the control plane with `{data_dir}`"))
-            .because(&e)
-            .help(e.help().unwrap_or_else(|| "`countersign doctor` checks the data directory and says what to do".to_owned()))
+        Failure::new(format!("could not start the control plane with `{data_dir}`")).because(&e).help(
+            e.help().unwrap_or_else(|| "`countersign doctor` checks the data directory and says what to do".to_owned()),
+        )
     })
 }
 

@@ -17,7 +17,8 @@ use crate::{
     client::{Client, query},
     error::{Done, Failure},
     mesh_finder::Place,
-    policy, render::{self, Output, Paint, cell, verdict},
+    policy,
+    render::{self, Output, Paint, cell, verdict},
 };
 
 /// Shows decisions as they happen.

@@ -34,7 +34,9 @@ pub fn load(dir: &Path) -> Result<Directory, Failure> {
 /// The text of every file that the mesh directory consists of, and what cannot be text.
 pub fn read(dir: &Path) -> Result<(Files, Vec<Mistake>), Failure> {
     let could_not = |path: &Path, e: &io::Error| {
-        Failure::new(format!("could not read `{}`", path.display())).because(e).help("every file of a mesh directory must be readable")
+        Failure::new(format!("could not read `{}`", path.display()))
+            .because(e)
+            .help("every file of a mesh directory must be readable")
     };
     let mut paths: Vec<PathBuf> = Vec::new();
     for folder in std::iter::once("").chain(FOLDERS) {
@@ -50,9 +52,13 @@ pub fn read(dir: &Path) -> Result<(Files, Vec<Mistake>), Failure> {
     }
     let (mut files, mut mistakes) = (Files::new(), Vec::new());
     for path in paths {
-        let Some(name) = path.strip_prefix(dir).ok().and_then(Path::to_str).filter(|name| directory::is_read(name)) else { continue };
+        let Some(name) = path.strip_prefix(dir).ok().and_then(Path::to_str).filter(|name| directory::is_read(name))
+        else {
+            continue;
+        };
         if files.len() == FILES_MAX {
-            return Err(Failure::new(format!("`{}` has more than {FILES_MAX} files", dir.display())).help("a file can hold many policies"));
+            return Err(Failure::new(format!("`{}` has more than {FILES_MAX} files", dir.display()))
+                .help("a file can hold many policies"));
         }
         match text(&path).map_err(|e| could_not(&path, &e))? {
             Ok(text) => {
@@ -84,7 +90,8 @@ fn text(path: &Path) -> io::Result<Result<String, NoText>> {
 /// The mesh that the directory describes, as if it were applied to an empty one.
 pub fn state(directory: &Directory) -> (MeshState, Bodies) {
     let empty = MeshState::default();
-    let plan = directory::plan(directory, &empty, Revision::default()).expect("an empty mesh has no other trust domain");
+    let plan =
+        directory::plan(directory, &empty, Revision::default()).expect("an empty mesh has no other trust domain");
     let state = empty.apply_all(&plan.change_set).expect("INVARIANT: a plan folds on the state it was made for");
     (state, plan.bodies)
 }
@@ -113,7 +120,8 @@ mod tests {
         ]);
         let failure = load(root.path()).unwrap_err();
         let text = failure.render(Output::Text, Paint::plain());
-        for part in ["mesh.toml:3:1", "runn", "policies/a.cedar:1:", "`policies/latin1.cedar` is not UTF-8 text", "───"] {
+        for part in ["mesh.toml:3:1", "runn", "policies/a.cedar:1:", "`policies/latin1.cedar` is not UTF-8 text", "───"]
+        {
             assert!(text.contains(part), "{part}: {text}");
         }
         let json: serde_json::Value = serde_json::from_str(&failure.render(Output::Json, Paint::plain())).unwrap();

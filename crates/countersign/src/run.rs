@@ -9,13 +9,7 @@ use countersign_api::local::{Invitation, Invite, Mesh};
 use countersign_core::{identity::ServiceName, service::ServiceSpec};
 
 use crate::{
-    agent, cli,
-    cli::Global,
-    client::Client,
-    error::Failure,
-    mesh_directory,
-    mesh_finder::Place,
-    serve, status,
+    agent, cli, cli::Global, client::Client, error::Failure, mesh_directory, mesh_finder::Place, serve, status,
     tell::Teller,
 };
 
@@ -53,8 +47,9 @@ pub async fn run(arguments: Run, global: &Global) -> Result<ExitCode, Failure> {
         command.push(part.into_string().map_err(|part| Failure::usage(format!("`{}` is not UTF-8", part.display())))?);
     }
     let name = format!("{}-{}", arguments.service, std::process::id());
-    let host = ServiceName::parse(&name.chars().rev().take(63).collect::<Vec<_>>().into_iter().rev().collect::<String>())
-        .unwrap_or_else(|_| serve::host_name());
+    let host =
+        ServiceName::parse(&name.chars().rev().take(63).collect::<Vec<_>>().into_iter().rev().collect::<String>())
+            .unwrap_or_else(|_| serve::host_name());
     let (place, control, join, spec, isolate) = match (arguments.control, arguments.join) {
         (Some(control), Some(join)) => {
             let spec = ServiceSpec::new(Default::default());

@@ -25,7 +25,9 @@ pub struct Held {
 pub fn hold(place: &Place) -> Result<Held, Failure> {
     let path = place.data_dir.join("run.lock");
     let could_not = |e: &io::Error| {
-        Failure::new(format!("could not lock `{}`", path.display())).because(e).help("the data directory must be yours and writable")
+        Failure::new(format!("could not lock `{}`", path.display()))
+            .because(e)
+            .help("the data directory must be yours and writable")
     };
     // Not truncated: until the lock is held, what stands in it is the other one's.
     let opened = File::options().create(true).truncate(false).read(true).write(true).open(&path);
@@ -35,8 +37,13 @@ pub fn hold(place: &Place) -> Result<Held, Failure> {
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let pid = fs::read_to_string(&path).unwrap_or_default();
             let pid = pid.trim();
-            return Err(Failure::new(format!("this mesh runs already: process {pid}, with the data directory `{}`", place.data_dir.display()))
-                .help(format!("look at it with `countersign status`; stop it with Ctrl-C where it runs, or `kill {pid}`")));
+            return Err(Failure::new(format!(
+                "this mesh runs already: process {pid}, with the data directory `{}`",
+                place.data_dir.display()
+            ))
+            .help(format!(
+                "look at it with `countersign status`; stop it with Ctrl-C where it runs, or `kill {pid}`"
+            )));
         }
         Err(e) => return Err(could_not(&e.into())),
     }
@@ -123,7 +130,8 @@ pub fn host_name() -> ServiceName {
         .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
         .take(63)
         .collect();
-    ServiceName::parse(name.trim_matches('-')).unwrap_or_else(|_| ServiceName::parse("host").expect("`host` is a DNS label"))
+    ServiceName::parse(name.trim_matches('-'))
+        .unwrap_or_else(|_| ServiceName::parse("host").expect("`host` is a DNS label"))
 }
 
 #[cfg(test)]

@@ -24,7 +24,9 @@ pub struct Telemetry {
 pub fn start() -> Result<Telemetry, Failure> {
     let filter = || match env::var(FILTER) {
         Ok(given) => EnvFilter::try_new(&given).map_err(|e| {
-            Failure::usage(format!("did not understand {FILTER}=`{given}`")).because(&e).help("such as `info,countersign_proxy=debug`")
+            Failure::usage(format!("did not understand {FILTER}=`{given}`"))
+                .because(&e)
+                .help("such as `info,countersign_proxy=debug`")
         }),
         // On a terminal the display tells the story; the log is for what went wrong.
         Err(_) if io::stderr().is_terminal() => Ok(EnvFilter::new("warn")),
@@ -36,9 +38,11 @@ pub fn start() -> Result<Telemetry, Failure> {
     };
     let exporters = env::var_os(ENDPOINT).filter(|endpoint| !endpoint.is_empty()).map(|_| exporters()).transpose()?;
     let spans = match &exporters {
-        Some((tracer, _)) => {
-            Some(tracing_opentelemetry::layer().with_tracer(tracer.tracer("countersign")).with_filter(EnvFilter::new("info")))
-        }
+        Some((tracer, _)) => Some(
+            tracing_opentelemetry::layer()
+                .with_tracer(tracer.tracer("countersign"))
+                .with_filter(EnvFilter::new("info")),
+        ),
         None => None,
     };
     let registry = tracing_subscriber::registry().with(spans).with(events.with_filter(filter()?));
@@ -48,9 +52,9 @@ pub fn start() -> Result<Telemetry, Failure> {
 
 fn exporters() -> Result<(SdkTracerProvider, SdkMeterProvider), Failure> {
     let could_not = |e: &(dyn std::error::Error + 'static)| {
-        Failure::new(format!("could not export telemetry to {ENDPOINT}"))
-            .because(e)
-            .help("it must be the URL of an OTLP/gRPC collector, such as `http://localhost:4317`; unset it to export nothing")
+        Failure::new(format!("could not export telemetry to {ENDPOINT}")).because(e).help(
+            "it must be the URL of an OTLP/gRPC collector, such as `http://localhost:4317`; unset it to export nothing",
+        )
     };
     let spans = SpanExporter::builder().with_tonic().build().map_err(|e| could_not(&e))?;
     let metrics = MetricExporter::builder().with_tonic().build().map_err(|e| could_not(&e))?;

@@ -42,7 +42,8 @@ impl Teller {
     pub fn new(output: Output, services: impl IntoIterator<Item = (ServiceName, u32)>) -> Self {
         let bars = MultiProgress::new();
         let terminal = output == Output::Text && io::stdout().is_terminal() && io::stderr().is_terminal();
-        let style = ProgressStyle::with_template("{spinner} {prefix:16} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let style = ProgressStyle::with_template("{spinner} {prefix:16} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner());
         let progress = |name: &ServiceName, instances| {
             let bar = terminal.then(|| {
                 let bar = bars.add(ProgressBar::new_spinner()).with_style(style.clone());
@@ -53,8 +54,16 @@ impl Teller {
             });
             Progress { instances, ready: BTreeSet::new(), bar }
         };
-        let services = services.into_iter().map(|(name, instances)| (name.clone(), progress(&name, instances))).collect();
-        Self { output, paint: Paint::stdout(), started: Instant::now(), quiet: false, bars, services: Mutex::new(services) }
+        let services =
+            services.into_iter().map(|(name, instances)| (name.clone(), progress(&name, instances))).collect();
+        Self {
+            output,
+            paint: Paint::stdout(),
+            started: Instant::now(),
+            quiet: false,
+            bars,
+            services: Mutex::new(services),
+        }
     }
 
     /// Tells only what one workload writes, and what goes wrong.
@@ -132,7 +141,10 @@ impl Teller {
                 if self.quiet {
                     return;
                 }
-                let again = restart_in.map_or_else(|| "it is not started again".to_owned(), |span| format!("starting it again in {span:?}"));
+                let again = restart_in.map_or_else(
+                    || "it is not started again".to_owned(),
+                    |span| format!("starting it again in {span:?}"),
+                );
                 self.line(&format!("{} {instance} ended: {}; {again}", paint.bad("error:"), tame(why)));
                 for line in last_lines {
                     self.line(&format!("  {} {}", paint.dim("|"), tame(line)));
@@ -164,14 +176,18 @@ impl Teller {
             }
             AgentEvent::ControlFollowed { .. } | AgentEvent::Joined { .. } | AgentEvent::InstanceStopped { .. } => {}
             AgentEvent::InstanceStarting { instance } => self.progress(instance, |_| "starting".to_owned()),
-            AgentEvent::IdentityIssued { instance } => self.progress(instance, |progress| match progress.ready.is_empty() {
-                true => "has its identity".to_owned(),
-                false => String::new(),
-            }),
-            AgentEvent::Enforced { instance, revision } => self.progress(instance, |progress| match progress.ready.is_empty() {
-                true => format!("enforces revision {revision}"),
-                false => String::new(),
-            }),
+            AgentEvent::IdentityIssued { instance } => {
+                self.progress(instance, |progress| match progress.ready.is_empty() {
+                    true => "has its identity".to_owned(),
+                    false => String::new(),
+                })
+            }
+            AgentEvent::Enforced { instance, revision } => {
+                self.progress(instance, |progress| match progress.ready.is_empty() {
+                    true => format!("enforces revision {revision}"),
+                    false => String::new(),
+                })
+            }
             AgentEvent::InstanceReady { instance } => self.ready(instance),
         }
     }

@@ -116,6 +116,7 @@ struct Mesh<'a> {
 impl Mesh<'_> {
     /// Makes the mesh what the directory says and lets this host in.
     async fn begin(&self, directory: Directory, global: &Global) -> Result<(Agent, Teller), Failure> {
+        apply::tested(&directory)?;
         apply::apply_directory(&self.client, &directory, Paint::plain()).await?;
         let host = serve::host_name();
         let invitation = self.control.invite(INVITATION, Some(host.clone())).await?;
@@ -193,7 +194,8 @@ impl Mesh<'_> {
         }
         let at = shown(self.dir);
         let at = if at == "." { String::new() } else { format!(" -C {at}") };
-        teller.line(&paint.dim(&format!("`countersign{at} status` shows it; saving a file applies it; Ctrl-C stops it")));
+        teller
+            .line(&paint.dim(&format!("`countersign{at} status` shows it; saving a file applies it; Ctrl-C stops it")));
         Ok(())
     }
 
@@ -214,7 +216,14 @@ impl Mesh<'_> {
     }
 
     /// Applies the directory whenever it is saved. A mistake is told and changes nothing.
-    async fn apply_saves(&self, agent: &Agent, teller: &Teller, running: &Running, mut files: Files, watched: bool) -> Failure {
+    async fn apply_saves(
+        &self,
+        agent: &Agent,
+        teller: &Teller,
+        running: &Running,
+        mut files: Files,
+        watched: bool,
+    ) -> Failure {
         if !watched {
             return std::future::pending().await;
         }
@@ -241,6 +250,7 @@ impl Mesh<'_> {
     async fn apply_save(&self, agent: &Agent, teller: &Teller, running: &Running) -> Done {
         let saved = Instant::now();
         let directory = mesh_directory::load(self.dir)?;
+        apply::tested(&directory)?;
         let (outcome, difference) = apply::apply_directory(&self.client, &directory, teller.paint()).await?;
         agent.set_workloads(agent::workloads(&directory, self.dir)).await;
         if let Outcome::Applied { revision, .. } = &outcome {
@@ -250,7 +260,14 @@ impl Mesh<'_> {
         running.tell(&self.run_file(agent))
     }
 
-    async fn tell_applied(&self, teller: &Teller, outcome: &Outcome, revision: Revision, difference: &str, saved: Instant) -> Done {
+    async fn tell_applied(
+        &self,
+        teller: &Teller,
+        outcome: &Outcome,
+        revision: Revision,
+        difference: &str,
+        saved: Instant,
+    ) -> Done {
         let paint = teller.paint();
         match teller.is_text() {
             true => teller.line(&format!("{difference}{} revision {revision}", paint.good("applied:"))),
@@ -259,7 +276,11 @@ impl Mesh<'_> {
         let waited = change::enforced(&self.client, revision, ENFORCE_WITHIN).await?;
         let after = saved.elapsed();
         match teller.is_text() {
-            true => teller.line(&format!("{} by all {} proxies, {after:.0?} after the save", paint.good("enforced:"), waited.connected)),
+            true => teller.line(&format!(
+                "{} by all {} proxies, {after:.0?} after the save",
+                paint.good("enforced:"),
+                waited.connected
+            )),
             false => teller.document(&json!({ "event": "enforced_everywhere", "waited": waited })),
         }
         Ok(())

@@ -38,7 +38,8 @@ impl Watch {
                 let _ = said.try_send(());
             }
         });
-        let mut watch = Self { dir: dir.into(), watcher: watcher.map_err(|e| could_not(&e))?, watched: BTreeSet::new(), saved };
+        let mut watch =
+            Self { dir: dir.into(), watcher: watcher.map_err(|e| could_not(&e))?, watched: BTreeSet::new(), saved };
         watch.watcher.watch(dir, RecursiveMode::NonRecursive).map_err(|e| could_not(&e))?;
         watch.watch_folders();
         Ok(watch)
@@ -89,7 +90,10 @@ mod tests {
         tokio::time::timeout(soon, watch.saved()).await.expect("the save is seen");
         assert!(tokio::time::timeout(2 * SETTLE, watch.saved()).await.is_err(), "two writes are one save");
         fs::write(root.path().join(".countersign/run.json"), "{}").unwrap();
-        assert!(tokio::time::timeout(2 * SETTLE, watch.saved()).await.is_err(), "the data directory is not looked into");
+        assert!(
+            tokio::time::timeout(2 * SETTLE, watch.saved()).await.is_err(),
+            "the data directory is not looked into"
+        );
         fs::create_dir(root.path().join("policies")).unwrap();
         tokio::time::timeout(soon, watch.saved()).await.expect("the new folder is seen");
         fs::write(root.path().join("policies/a.cedar"), "x").unwrap();
