@@ -2,6 +2,7 @@
 //! one else. A channel keeps the certificate it was opened with; a renewed identity means a new channel.
 
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::Duration,
@@ -10,7 +11,7 @@ use std::{
 use countersign_api::svid::server_name;
 use http::Uri;
 use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
+use rustls::{CertificateError, ClientConfig, OtherError};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::{Channel, Endpoint};
@@ -58,10 +59,10 @@ impl ControlAddress {
 
     /// The address of this host from which control is reached, which is where the rest of the mesh finds this host.
     /// Asks the kernel which way a packet would take and sends none.
-    pub(crate) async fn own_address(&self) -> std::io::Result<IpAddr> {
+    pub(crate) async fn own_address(&self) -> io::Result<IpAddr> {
         let host = self.authority.host().trim_start_matches('[').trim_end_matches(']');
         let port = self.authority.port_u16().unwrap_or_default();
-        let mut last = std::io::Error::other("the name has no address");
+        let mut last = io::Error::other("the name has no address");
         for to in tokio::net::lookup_host((host, port)).await? {
             let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
             match std::net::UdpSocket::bind((any, 0)).and_then(|socket| {
@@ -101,10 +102,21 @@ impl ControlAddress {
     }
 }
 
-async fn dial(address: &str, tls: Arc<ClientConfig>) -> std::io::Result<TlsStream<TcpStream>> {
+async fn dial(address: &str, tls: Arc<ClientConfig>) -> io::Result<TlsStream<TcpStream>> {
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
-    TlsConnector::from(tls).connect(server_name(), tcp).await
+    TlsConnector::from(tls).connect(server_name(), tcp).await.map_err(in_words)
+}
+
+/// What our own verifiers have against a peer, in their words: rustls shows it as a value.
+fn in_words(error: io::Error) -> io::Error {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match tls {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why)))) => {
+            io::Error::new(error.kind(), why.to_string())
+        }
+        _ => error,
+    }
 }
 
 impl std::fmt::Display for ControlAddress {

@@ -327,7 +327,7 @@ impl Instance {
                         self.status.send_modify(|status| status.exit = Some(Exit::Code(127)));
                         chain(&error)
                     }
-                    Ok(mut workload) => match self.watch_over(&mut workload, broker, &output, &mut drained).await {
+                    Ok(mut workload) => match self.watch_over(host, &mut workload, broker, &output, &mut drained).await {
                         None => return,
                         Some(exit) => {
                             self.status.send_modify(|status| status.exit = Some(exit));
@@ -393,6 +393,7 @@ impl Instance {
     /// Watches a running workload until it ends by itself, and how; `None` when it was stopped after the drain.
     async fn watch_over(
         &self,
+        host: &Host,
         workload: &mut LaunchedWorkload,
         broker: &watch::Sender<Broker>,
         output: &Output,
@@ -407,6 +408,7 @@ impl Instance {
             status.phase = Phase::Running;
             (status.pid, status.namespace_pid) = (Some(workload.pid), workload.namespace_pid);
         });
+        self.announce(host);
         if let Some(socket) = workload.broker.take() {
             broker.send_replace(Some(Arc::new(socket)));
         }
@@ -442,6 +444,7 @@ impl Instance {
             status.last_exit = Some(why.clone());
             status.settled = true;
         });
+        self.announce(host);
         host.tell(AgentEvent::WorkloadEnded { instance: self.id.clone(), why, last_lines, restart_in });
     }
 

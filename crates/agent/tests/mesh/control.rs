@@ -1,0 +1,398 @@
+//! A control plane for tests: real TLS, real gRPC, a real ledger; it signs what it is asked to and can be told to lie.
+//! Keeps nothing on disk: one that is stopped can be served again on the same address.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, atomic::AtomicBool, atomic::AtomicI64, atomic::Ordering},
+};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use bytes::Bytes;
+use countersign_api::{
+    mesh::{
+        self, FollowEvent, FollowRequest, IssueX509SvidRequest, IssueX509SvidResponse, JoinRequest, JoinResponse,
+        RenewAgentRequest,
+        enrolment_server::{Enrolment, EnrolmentServer},
+        follow_event::Event,
+        follow_request::Message,
+        mesh_server::{Mesh, MeshServer},
+    },
+    svid::{Bundle, ClientCertificate, TlsIdentity, X509Svid},
+};
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, Change, ChangeSet},
+    identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
+    ledger::Follower,
+    service::{Protocol, ServiceSpec},
+};
+use futures_util::Stream;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    service::TowerToHyperService,
+};
+use parking_lot::Mutex;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls_pki_types::CertificateDer;
+use time::OffsetDateTime;
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+/// The control plane.
+pub struct Control {
+    pub trust_domain: TrustDomain,
+    root: Authority,
+    issuing: Authority,
+    ledger: Mutex<Ledger>,
+    streams: Mutex<Vec<mpsc::Sender<Result<FollowEvent, Status>>>>,
+    discovery: Mutex<(u64, BTreeMap<String, mesh::Endpoint>)>,
+    /// Everything agents said, in order.
+    pub said: Mutex<Vec<Message>>,
+    /// Join tokens that were shown.
+    pub shown: Mutex<Vec<String>>,
+    tokens: Mutex<Vec<String>>,
+    /// How long the SVIDs of instances live, in seconds.
+    pub svid_seconds: AtomicI64,
+    /// Instances that were given an SVID, in order.
+    pub issued: Mutex<Vec<String>>,
+    /// Welcomes agents with another root than the ledger's.
+    pub lies_about_root: AtomicBool,
+}
+
+#[derive(Clone, Default)]
+struct Ledger {
+    follower: Follower,
+    entries: Vec<Bytes>,
+    change_sets: Vec<Bytes>,
+    bodies: Bodies,
+}
+
+/// A control plane that is being served. Dropped, it is gone.
+pub struct Served {
+    pub address: SocketAddr,
+    task: JoinHandle<()>,
+    control: Arc<Control>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.control.streams.lock().clear();
+    }
+}
+
+fn at(offset: i64) -> OffsetDateTime {
+    OffsetDateTime::now_utc() + time::Duration::seconds(offset)
+}
+
+fn uri(id: &SpiffeId) -> SanType {
+    SanType::URI(id.as_str().try_into().unwrap())
+}
+
+fn signing(name: &str, own: &TrustDomain) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, format!("{name} {}", fastrand::u64(..)));
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.subject_alt_names = vec![uri(&own.id())];
+    (params.not_before, params.not_after) = (at(-86_400), at(86_400));
+    params
+}
+
+fn leaf(id: &SpiffeId, seconds: i64) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.subject_alt_names = vec![uri(id)];
+    (params.not_before, params.not_after) = (at(-60), at(seconds));
+    params
+}
+
+pub fn name(given: &str) -> ServiceName {
+    ServiceName::parse(given).unwrap()
+}
+
+pub fn declare(service: &str) -> Change {
+    Change::DeclareService { name: name(service), spec: ServiceSpec::new(Protocol::Http) }
+}
+
+impl Control {
+    /// A mesh with one entry.
+    pub fn new() -> Arc<Self> {
+        let trust_domain = TrustDomain::parse("shop.example").unwrap();
+        let root = CertifiedIssuer::self_signed(signing("root", &trust_domain), KeyPair::generate().unwrap()).unwrap();
+        let issuing =
+            CertifiedIssuer::signed_by(signing("issuing", &trust_domain), KeyPair::generate().unwrap(), &root).unwrap();
+        let control = Arc::new(Self {
+            trust_domain: trust_domain.clone(),
+            root,
+            issuing,
+            ledger: Mutex::default(),
+            streams: Mutex::default(),
+            discovery: Mutex::new((1, BTreeMap::new())),
+            said: Mutex::default(),
+            shown: Mutex::default(),
+            tokens: Mutex::default(),
+            svid_seconds: AtomicI64::new(3600),
+            issued: Mutex::default(),
+            lies_about_root: AtomicBool::new(false),
+        });
+        control.append(vec![Change::CreateMesh { trust_domain }], &[]);
+        control
+    }
+
+    /// A token that can be used once.
+    pub fn token(&self) -> String {
+        let secret = URL_SAFE_NO_PAD.encode(fastrand::u128(..).to_be_bytes());
+        let token = format!("csj1.{secret}.{}", URL_SAFE_NO_PAD.encode(Digest::of(self.root.der()).0));
+        self.tokens.lock().push(token.clone());
+        token
+    }
+
+    fn bundle(&self) -> Bundle {
+        Bundle::new(self.trust_domain.clone(), 1, vec![self.root.der().clone()]).unwrap()
+    }
+
+    /// Appends an entry and tells every agent. Returns the revision.
+    pub fn append(&self, changes: Vec<Change>, texts: &[&str]) -> u64 {
+        let mut ledger = self.ledger.lock();
+        for text in texts {
+            ledger.bodies.insert(*text);
+        }
+        let set = ChangeSet { base: ledger.follower.revision(), changes };
+        let draft = ledger.follower.draft(1, "local", &set, &ledger.bodies).unwrap();
+        ledger.follower = draft.next;
+        ledger.entries.push(draft.bytes.into());
+        ledger.change_sets.push(draft.change_set.into());
+        let size = ledger.follower.revision().0;
+        let entries = ledger.after(size - 1);
+        drop(ledger);
+        self.tell(Event::Entries(entries));
+        size
+    }
+
+    /// Forgets the last `count` entries, as a control plane restored from an old copy would.
+    pub fn forget(&self, count: usize) {
+        let mut ledger = self.ledger.lock();
+        let kept = ledger.entries.len() - count;
+        let old = std::mem::take(&mut *ledger);
+        let mut follower = Follower::default();
+        let (entries, change_sets) = (old.entries[..kept].to_vec(), old.change_sets[..kept].to_vec());
+        for (entry, set) in entries.iter().zip(&change_sets) {
+            let at_ms = countersign_core::ledger::Entry::parse(entry).unwrap().at_ms;
+            let set: ChangeSet = serde_json::from_slice(set).unwrap();
+            follower = follower.draft(at_ms, "local", &set, &old.bodies).unwrap().next;
+        }
+        *ledger = Ledger { follower, entries, change_sets, bodies: old.bodies };
+    }
+
+    /// Sends the next entry with a change-set that is not the one that it names.
+    pub fn send_forged(&self, changes: Vec<Change>) {
+        let ledger = self.ledger.lock();
+        let base = ledger.follower.revision();
+        let honest = ChangeSet { base, changes: vec![declare("honest")] };
+        let draft = ledger.follower.draft(1, "local", &honest, &ledger.bodies).unwrap();
+        let forged = countersign_core::canonical::encode(&ChangeSet { base, changes });
+        let entries = mesh::Entries {
+            first_index: base.0,
+            entries: vec![draft.bytes.into()],
+            change_sets: vec![forged.into()],
+            bodies: Vec::new(),
+            size: base.0 + 1,
+            root: draft.next.root().0.to_vec().into(),
+        };
+        drop(ledger);
+        self.tell(Event::Entries(entries));
+    }
+
+    /// An event to every agent.
+    pub fn tell(&self, event: Event) {
+        let event = FollowEvent { event: Some(event) };
+        self.streams.lock().retain(|stream| stream.try_send(Ok(event.clone())).is_ok());
+    }
+
+    /// An instance elsewhere comes up.
+    pub fn discover(&self, instance: &str, address: &str) {
+        let endpoint = mesh::Endpoint { instance: instance.into(), address: address.into(), ready: true };
+        let sequence = {
+            let mut discovery = self.discovery.lock();
+            discovery.0 += 1;
+            discovery.1.insert(instance.into(), endpoint.clone());
+            discovery.0
+        };
+        self.tell(Event::Discovery(mesh::Discovery { sequence, full: false, up: vec![endpoint], down: vec![] }));
+    }
+
+    /// Agents connected.
+    pub fn stream_count(&self) -> usize {
+        self.streams.lock().len()
+    }
+
+    /// Serves on `address`.
+    pub async fn serve(self: &Arc<Self>, address: SocketAddr) -> Served {
+        let listener = loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            }
+        };
+        let address = listener.local_addr().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let own = leaf(&self.trust_domain.control(), 3600).signed_by(&key, &self.issuing).unwrap();
+        let chain = vec![own.der().clone(), self.issuing.der().clone(), self.root.der().clone()];
+        let identity = TlsIdentity::new(X509Svid::parse(chain, key.serialize_der()).unwrap(), self.bundle());
+        let tls = tokio_rustls::TlsAcceptor::from(identity.server_config(ClientCertificate::Optional, &[b"h2"]));
+        let routes = tonic::service::Routes::new(EnrolmentServer::new(Service(self.clone())))
+            .add_service(MeshServer::new(Service(self.clone())));
+        let beating = self.clone();
+        let task = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            let mut beat = tokio::time::interval(std::time::Duration::from_millis(300));
+            loop {
+                tokio::select! {
+                    _ = beat.tick() => beating.heartbeat(),
+                    Ok((tcp, _)) = listener.accept() => {
+                        let (tls, routes) = (tls.clone(), routes.clone());
+                        connections.spawn(async move {
+                            let Ok(stream) = tls.accept(tcp).await else { return };
+                            let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
+                                .await;
+                        });
+                    }
+                }
+            }
+        });
+        Served { address, task, control: self.clone() }
+    }
+
+    fn heartbeat(&self) {
+        let heartbeat = {
+            let ledger = self.ledger.lock();
+            mesh::Heartbeat {
+                size: ledger.follower.revision().0,
+                root: ledger.follower.root().0.to_vec().into(),
+                discovery_sequence: self.discovery.lock().0,
+                at_ms: 1,
+            }
+        };
+        self.tell(Event::Heartbeat(heartbeat));
+    }
+
+    fn sign(&self, csr_der: &Bytes, id: &SpiffeId, seconds: i64) -> IssueX509SvidResponse {
+        let mut request = CertificateSigningRequestParams::from_der(&csr_der.to_vec().into()).unwrap();
+        request.params = leaf(id, seconds);
+        let signed = request.signed_by(&self.issuing).unwrap();
+        let chain: [&CertificateDer<'_>; 2] = [signed.der(), self.issuing.der()];
+        IssueX509SvidResponse {
+            chain_der: chain.iter().map(|der| Bytes::copy_from_slice(der)).collect(),
+            bundle: Some(self.bundle().to_message()),
+        }
+    }
+
+    fn welcome(&self, held: u64) -> mesh::Welcome {
+        let ledger = self.ledger.lock();
+        let snapshot = (held == 0).then(|| ledger.follower.snapshot()).flatten().map(|snapshot| mesh::Snapshot {
+            revision: snapshot.revision.0,
+            state_json: snapshot.state.into(),
+            bodies: snapshot.bodies.iter().map(|(_, text)| text.to_string()).collect(),
+            frontier: snapshot.frontier.into_iter().map(Bytes::from).collect(),
+            last_entry: snapshot.last_entry.into(),
+        });
+        let size = ledger.follower.revision().0;
+        let mut entries = ledger.after(if held == 0 { size } else { held.min(size) });
+        if self.lies_about_root.load(Ordering::Relaxed) {
+            entries.root = vec![7; 32].into();
+        }
+        let discovery = self.discovery.lock();
+        mesh::Welcome {
+            snapshot,
+            entries: Some(entries),
+            discovery: Some(mesh::Discovery {
+                sequence: discovery.0,
+                full: true,
+                up: discovery.1.values().cloned().collect(),
+                down: vec![],
+            }),
+            bundle: Some(self.bundle().to_message()),
+        }
+    }
+}
+
+impl Ledger {
+    fn after(&self, held: u64) -> mesh::Entries {
+        mesh::Entries {
+            first_index: held,
+            entries: self.entries[held as usize..].to_vec(),
+            change_sets: self.change_sets[held as usize..].to_vec(),
+            bodies: self.bodies.iter().map(|(_, text)| text.to_string()).collect(),
+            size: self.follower.revision().0,
+            root: self.follower.root().0.to_vec().into(),
+        }
+    }
+}
+
+struct Service(Arc<Control>);
+
+#[tonic::async_trait]
+impl Enrolment for Service {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        let request = request.into_inner();
+        self.0.shown.lock().push(request.token.clone());
+        let mut tokens = self.0.tokens.lock();
+        let Some(at) = tokens.iter().position(|token| *token == request.token) else {
+            return Err(Status::unauthenticated("the join token was used before; a token is good for one join"));
+        };
+        tokens.remove(at);
+        let id = self.0.trust_domain.agent(&name(&request.host));
+        Ok(Response::new(JoinResponse { svid: Some(self.0.sign(&request.csr_der, &id, 3600)) }))
+    }
+}
+
+#[tonic::async_trait]
+impl Mesh for Service {
+    type FollowStream = Pin<Box<dyn Stream<Item = Result<FollowEvent, Status>> + Send>>;
+
+    async fn follow(&self, request: Request<Streaming<FollowRequest>>) -> Result<Response<Self::FollowStream>, Status> {
+        let mut said = request.into_inner();
+        let hello = match said.message().await?.and_then(|first| first.message) {
+            Some(Message::Hello(hello)) => hello,
+            _ => return Err(Status::invalid_argument("no hello")),
+        };
+        let (tell, events) = mpsc::channel(1024);
+        let welcome = Event::Welcome(self.0.welcome(hello.revision));
+        tell.try_send(Ok(FollowEvent { event: Some(welcome) })).unwrap();
+        self.0.streams.lock().push(tell);
+        let control = self.0.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(FollowRequest { message: Some(message) })) = said.message().await {
+                control.said.lock().push(message);
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+    }
+
+    async fn issue_x509_svid(
+        &self,
+        request: Request<IssueX509SvidRequest>,
+    ) -> Result<Response<IssueX509SvidResponse>, Status> {
+        let request = request.into_inner();
+        let instance = InstanceId::parse(&request.instance).unwrap();
+        self.0.issued.lock().push(request.instance);
+        let id = self.0.trust_domain.workload(&instance.service());
+        Ok(Response::new(self.0.sign(&request.csr_der, &id, self.0.svid_seconds.load(Ordering::Relaxed))))
+    }
+
+    async fn renew_agent(&self, _: Request<RenewAgentRequest>) -> Result<Response<IssueX509SvidResponse>, Status> {
+        Err(Status::unavailable("not in these tests"))
+    }
+}

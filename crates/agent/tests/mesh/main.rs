@@ -1,0 +1,662 @@
+//! A whole agent against a control plane that can be stopped and told to lie, with sidecars that write down what they are
+//! told. This program is its own launcher (`launch`), sidecar (`sidecar`) and, for the tests that kill one, agent (`agent`).
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use countersign_agent::{
+    Agent, AgentConfig, AgentEvent, Isolate, StartError, WorkloadSpec,
+    launch::{SUBCOMMAND, launch_main},
+    start,
+};
+use countersign_api::mesh::{RecordsQuery, follow_event::Event, follow_request::Message};
+use countersign_core::{
+    change::Change,
+    identity::{InstanceId, ServiceName},
+    service::{Protocol, ServiceSpec},
+};
+use libtest_mimic::{Arguments, Failed, Trial};
+use nix::{sys::signal::Signal, unistd::Pid};
+use tempfile::TempDir;
+use tokio::sync::broadcast;
+
+use crate::control::{Control, Served, declare, name};
+
+mod control;
+mod sidecar;
+
+const WITHIN: Duration = Duration::from_secs(20);
+const ANYWHERE: &str = "127.0.0.1:0";
+
+fn main() -> ExitCode {
+    let args: Vec<_> = std::env::args_os().collect();
+    match args.get(1).and_then(|first| first.to_str()) {
+        Some(SUBCOMMAND) => launch_main(args.into_iter().skip(2)),
+        Some("sidecar") => sidecar::main(),
+        Some("agent") => agent(),
+        _ => tests(&Arguments::from_args()),
+    }
+}
+
+macro_rules! trials {
+    ($($name:ident)*) => { vec![$(Trial::test(stringify!($name), || run($name()))),*] };
+}
+
+fn tests(arguments: &Arguments) -> ExitCode {
+    let trials = trials! {
+        a_control_plane_of_another_root_is_never_shown_the_token
+        a_used_token_is_refused_in_words
+        a_host_that_has_not_joined_needs_a_token
+        a_host_that_joined_starts_without_control_and_without_a_token
+        the_stream_survives_a_restart_of_control_and_nothing_is_lost
+        a_forged_entry_is_refused_and_the_last_good_state_stays
+        a_ledger_that_was_cut_is_refused_and_the_last_good_state_stays
+        another_root_for_the_same_entries_is_refused
+        a_view_that_cannot_be_built_is_reported_and_not_applied
+        a_view_that_a_proxy_refuses_is_reported
+        a_revision_that_changes_nothing_for_a_proxy_is_only_a_number
+        an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart
+        a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar
+        a_program_that_does_not_exist_is_named
+        a_workload_finds_the_mesh_in_its_environment
+        a_crashed_sidecar_comes_back_where_it_was_and_its_workload_does_not_notice
+        stopping_ends_everything_and_says_so
+        everything_ends_when_the_agent_is_killed
+        what_did_not_change_keeps_running_when_workloads_are_set_anew
+        endpoints_reach_the_proxies_that_see_them
+        control_hears_the_records_of_every_proxy
+        a_workload_that_ends_ends_the_run_with_its_code
+        the_local_socket_shows_what_runs_to_its_owner
+        a_workload_of_its_own_namespace_and_its_sidecar_begin_anew_together
+    };
+    libtest_mimic::run(arguments, trials).exit_code()
+}
+
+fn run(test: impl Future<Output = ()>) -> Result<(), Failed> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let ended = runtime.block_on(async { tokio::time::timeout(3 * WITHIN, test).await });
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    ended.map_err(|_| Failed::from("it did not end in time"))
+}
+
+// ---- the ground
+
+struct Ground {
+    dir: TempDir,
+    control: Arc<Control>,
+    served: Option<Served>,
+}
+
+async fn ground() -> Ground {
+    let control = Control::new();
+    let served = control.serve(ANYWHERE.parse().unwrap()).await;
+    Ground { dir: tempfile::tempdir().unwrap(), control, served: Some(served) }
+}
+
+impl Ground {
+    fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.served.as_ref().unwrap().address
+    }
+
+    fn config(&self, join: Option<String>, workloads: Vec<WorkloadSpec>) -> AgentConfig {
+        config(self.data_dir(), self.address(), join, workloads)
+    }
+
+    async fn start(&self, workloads: Vec<WorkloadSpec>) -> Agent {
+        start(self.config(Some(self.control.token()), workloads)).await.unwrap()
+    }
+
+    /// Everything the sidecar of instance 1 of `service` was told.
+    fn orders(&self, service: &str) -> Vec<String> {
+        let file = self.data_dir().join(format!("agent/records/{service}-1/orders"));
+        fs::read_to_string(file).unwrap_or_default().lines().map(str::to_owned).collect()
+    }
+
+    async fn told(&self, service: &str, order: &str) {
+        until(&format!("`{order}` in the orders of {service}"), || {
+            self.orders(service).iter().any(|line| line.starts_with(order))
+        })
+        .await;
+    }
+
+    fn words_of(&self, service: &str, word: &str) -> Vec<String> {
+        let word = format!("{word} ");
+        self.orders(service).iter().filter_map(|line| line.strip_prefix(&word).map(str::to_owned)).collect()
+    }
+
+    /// The revision (and error) that control last heard from `service`.
+    fn acknowledged(&self, service: &str) -> Option<(u64, String)> {
+        let said = self.control.said.lock();
+        let acks = said.iter().filter_map(|message| match message {
+            Message::Acknowledgement(ack) => Some(&ack.instances),
+            _ => None,
+        });
+        let of_service = acks.flatten().filter(|one| one.instance.starts_with(&format!("{service}/")));
+        of_service.last().map(|one| (one.revision, one.error.clone()))
+    }
+
+    async fn enforced(&self, service: &str, revision: u64) {
+        until(&format!("{service} enforces {revision}"), || {
+            self.acknowledged(service) == Some((revision, String::new()))
+        })
+        .await;
+    }
+}
+
+fn config(data_dir: PathBuf, control: SocketAddr, join: Option<String>, workloads: Vec<WorkloadSpec>) -> AgentConfig {
+    AgentConfig {
+        data_dir,
+        host: name("h1"),
+        control: format!("https://{control}"),
+        join,
+        workloads,
+        isolate: Isolate::Off,
+        workers: 1,
+        executable: std::env::current_exe().unwrap(),
+        exit_with_workload: false,
+    }
+}
+
+fn workload(service: &str, script: &str) -> WorkloadSpec {
+    WorkloadSpec {
+        service: name(service),
+        spec: ServiceSpec::new(Protocol::Http),
+        run: Some(vec!["sh".into(), "-c".into(), script.into()]),
+        dir: "/".into(),
+        env: BTreeMap::new(),
+        instances: 1,
+        port: None,
+    }
+}
+
+fn idle(service: &str) -> WorkloadSpec {
+    workload(service, "exec sleep 1000")
+}
+
+async fn until(what: &str, so: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !so() {
+        assert!(begun.elapsed() < WITHIN, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn event<T>(events: &mut broadcast::Receiver<AgentEvent>, wanted: impl Fn(&AgentEvent) -> Option<T>) -> T {
+    loop {
+        let event = tokio::time::timeout(WITHIN, events.recv()).await.expect("in vain: an event");
+        if let Some(found) = event.ok().as_ref().and_then(&wanted) {
+            return found;
+        }
+    }
+}
+
+fn history_refused(event: &AgentEvent) -> Option<String> {
+    match event {
+        AgentEvent::HistoryRefused { why } => Some(why.clone()),
+        _ => None,
+    }
+}
+
+fn lives(pid: i32) -> bool {
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+    state.is_some_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z')))
+}
+
+fn pid(given: &str) -> i32 {
+    given.parse().unwrap()
+}
+
+// ---- joining
+
+async fn a_control_plane_of_another_root_is_never_shown_the_token() {
+    let (ours, theirs) = (ground().await, ground().await);
+    let refused = start(theirs.config(Some(ours.control.token()), vec![])).await.err().unwrap();
+    let mut said = refused.to_string();
+    let mut cause = std::error::Error::source(&refused);
+    while let Some(error) = cause {
+        said.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    assert!(said.contains("does not show the root certificate that the join token names"), "{said}");
+    assert_eq!(*theirs.control.shown.lock(), Vec::<String>::new());
+}
+
+async fn a_used_token_is_refused_in_words() {
+    let ground = ground().await;
+    let token = ground.control.token();
+    start(ground.config(Some(token.clone()), vec![])).await.unwrap().stop(Duration::ZERO).await;
+    let elsewhere = tempfile::tempdir().unwrap();
+    let refused = start(config(elsewhere.path().join("d"), ground.address(), Some(token), vec![])).await.err().unwrap();
+    let expected = format!(
+        "the control plane at `https://{}` refused the join token: the join token was used before; a token is good for one join",
+        ground.address()
+    );
+    assert_eq!(refused.to_string(), expected);
+}
+
+async fn a_host_that_has_not_joined_needs_a_token() {
+    let ground = ground().await;
+    assert!(matches!(start(ground.config(None, vec![])).await.err(), Some(StartError::NotJoined(_))));
+    let refused = start(ground.config(Some("csj1.short".into()), vec![])).await.err().unwrap();
+    assert_eq!(refused.to_string(), "this is not a join token: it must be `csj1.<secret>.<root>`");
+}
+
+// ---- following
+
+async fn a_host_that_joined_starts_without_control_and_without_a_token() {
+    let mut ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", revision).await;
+    agent.stop(Duration::ZERO).await;
+    let config = ground.config(None, vec![idle("web")]);
+    ground.served = None;
+    let pids = ground.words_of("web", "pid").len();
+    let agent = start(config).await.unwrap();
+    until("a second sidecar", || ground.words_of("web", "pid").len() > pids).await;
+    until("a second view", || ground.words_of("web", "view") == [format!("{revision} web"), format!("{revision} web")])
+        .await;
+    let begun = ground.orders("web").iter().rposition(|line| line.starts_with("pid ")).unwrap();
+    let after: Vec<_> = ground.orders("web")[begun..].to_vec();
+    assert!(after.iter().any(|line| line.starts_with("fresh ")), "it must know how old the view is: {after:?}");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn the_stream_survives_a_restart_of_control_and_nothing_is_lost() {
+    let mut ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    let mut events = agent.events();
+    ground.enforced("web", revision).await;
+    let address = ground.address();
+    ground.served = None;
+    event(&mut events, |event| matches!(event, AgentEvent::ControlLost { .. }).then_some(())).await;
+    let mut last = 0;
+    for service in ["a", "b", "c"] {
+        last = ground.control.append(vec![declare(service)], &[]);
+    }
+    ground.control.said.lock().clear();
+    ground.served = Some(ground.control.serve(address).await);
+    ground.enforced("web", last).await;
+    assert_eq!(ground.words_of("web", "view").last().unwrap(), &format!("{last} a,b,c,web"));
+    let said_up = || ground.control.said.lock().iter().any(|message| matches!(message, Message::Up(_)));
+    until("a new stream hears of the instance again", said_up).await;
+    assert_eq!(ground.words_of("web", "pid").len(), 1, "its sidecar was not disturbed");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_forged_entry_is_refused_and_the_last_good_state_stays() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    let mut events = agent.events();
+    ground.enforced("web", revision).await;
+    ground.control.send_forged(vec![declare("evil")]);
+    let why = event(&mut events, history_refused).await;
+    assert!(why.contains("entry 2 of the ledger is damaged"), "{why}");
+    let next = ground.control.append(vec![declare("good")], &[]);
+    ground.enforced("web", next).await;
+    assert!(!ground.orders("web").iter().any(|line| line.contains("evil")), "{:?}", ground.orders("web"));
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_ledger_that_was_cut_is_refused_and_the_last_good_state_stays() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let last = ground.control.append(vec![declare("a")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    let mut events = agent.events();
+    ground.enforced("web", last).await;
+    ground.control.forget(1);
+    let why = event(&mut events, history_refused).await;
+    assert!(why.contains(&format!("control holds {revision} entries, this host has verified {last}")), "{why}");
+    // Another entry in the place of the one that was cut is a second history.
+    ground.control.append(vec![declare("b")], &[]);
+    let why = event(&mut events, |event| history_refused(event).filter(|why| why.contains("two histories"))).await;
+    assert!(why.contains(&format!("the ledger of {last} entries")), "{why}");
+    assert_eq!(ground.words_of("web", "view").last().unwrap(), &format!("{last} a,web"));
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn another_root_for_the_same_entries_is_refused() {
+    let ground = ground().await;
+    ground.control.lies_about_root.store(true, Ordering::Relaxed);
+    let agent = ground.start(vec![idle("web")]).await;
+    let why = event(&mut agent.events(), history_refused).await;
+    assert!(why.contains("there are two histories"), "{why}");
+    assert_eq!(ground.words_of("web", "view"), Vec::<String>::new(), "a host that holds nothing shows nothing");
+    agent.stop(Duration::ZERO).await;
+}
+
+// ---- views
+
+async fn a_view_that_cannot_be_built_is_reported_and_not_applied() {
+    let ground = ground().await;
+    let good = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    let mut events = agent.events();
+    ground.enforced("web", good).await;
+    let text = "permit(";
+    let body = countersign_core::canonical::Digest::of(text.as_bytes());
+    let policy = Change::SetPolicy { id: "broken".into(), file: "policies/broken.cedar".into(), body };
+    let bad = ground.control.append(vec![policy], &[text]);
+    let refused = event(&mut events, |event| match event {
+        AgentEvent::ViewRefused { revision, .. } => Some(revision.0),
+        _ => None,
+    });
+    assert_eq!(refused.await, bad);
+    until("control hears why", || {
+        ground.acknowledged("web").is_some_and(|(at, why)| at == good && why.contains(&format!("revision {bad}")))
+    })
+    .await;
+    let healed = ground.control.append(vec![Change::RemovePolicy { id: "broken".into() }], &[]);
+    ground.enforced("web", healed).await;
+    assert_eq!(ground.words_of("web", "view"), [format!("{good} web")], "only good views reach a proxy");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_view_that_a_proxy_refuses_is_reported() {
+    let ground = ground().await;
+    let good = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", good).await;
+    ground.control.append(vec![declare("refused")], &[]);
+    until("control hears why", || ground.acknowledged("web") == Some((good, "it shows `refused`".into()))).await;
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_revision_that_changes_nothing_for_a_proxy_is_only_a_number() {
+    let ground = ground().await;
+    let first = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", first).await;
+    let second = ground.control.append(vec![declare("web")], &[]);
+    ground.enforced("web", second).await;
+    assert_eq!(ground.words_of("web", "view"), [format!("{first} web")]);
+    assert_eq!(ground.words_of("web", "revision"), [second.to_string()]);
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn endpoints_reach_the_proxies_that_see_them() {
+    let ground = ground().await;
+    ground.control.append(vec![declare("web"), declare("a")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.told("web", "view").await;
+    until("a stream", || ground.control.stream_count() == 1).await;
+    ground.control.discover("a/1", "127.0.0.1:81");
+    ground.control.discover("hidden/1", "127.0.0.1:82");
+    ground.control.discover("a/2", "127.0.0.1:83");
+    ground.told("web", "endpoints a 127.0.0.1:81,127.0.0.1:83").await;
+    assert!(!ground.orders("web").iter().any(|line| line.contains("hidden")));
+    agent.stop(Duration::ZERO).await;
+}
+
+// ---- identities
+
+async fn an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart() {
+    let ground = ground().await;
+    ground.control.append(vec![declare("web")], &[]);
+    ground.control.svid_seconds.store(4, Ordering::Relaxed);
+    let begun = Instant::now();
+    let agent = ground.start(vec![idle("web")]).await;
+    until("a third identity", || ground.words_of("web", "identity").len() >= 3).await;
+    assert!(begun.elapsed() < Duration::from_secs(8), "each must come before its predecessor expires");
+    let identities = ground.words_of("web", "identity");
+    assert_ne!(identities[0], identities[1]);
+    assert_eq!(ground.words_of("web", "pid").len(), 1);
+    agent.stop(Duration::ZERO).await;
+}
+
+// ---- workloads
+
+async fn a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![workload("web", "echo these are my last words; exit 3")]).await;
+    let mut events = agent.events();
+    let mut delays = Vec::new();
+    for _ in 0..4 {
+        let ended = event(&mut events, |event| match event {
+            AgentEvent::WorkloadEnded { why, last_lines, restart_in, .. } => {
+                Some((why.clone(), last_lines.clone(), restart_in.unwrap()))
+            }
+            _ => None,
+        });
+        let (why, last_lines, restart_in) = ended.await;
+        assert_eq!((why.as_str(), last_lines), ("exited with 3", vec!["these are my last words".to_owned()]));
+        delays.push(restart_in);
+    }
+    assert!(delays[3] > 2 * delays[0], "{delays:?}");
+    ground.enforced("web", revision).await;
+    assert_eq!(ground.words_of("web", "pid").len(), 1);
+    let ended = agent.ready().await;
+    assert_eq!(ended.len(), 1, "{ended:?}");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_program_that_does_not_exist_is_named() {
+    let ground = ground().await;
+    let mut spec = idle("web");
+    spec.run = Some(vec!["no-such-program".into()]);
+    spec.env.insert("PATH".into(), "/nowhere".into());
+    let agent = ground.start(vec![spec]).await;
+    let mut events = agent.events();
+    let why = event(&mut events, |event| match event {
+        AgentEvent::WorkloadEnded { why, .. } => Some(why.clone()),
+        _ => None,
+    });
+    assert_eq!(why.await, "could not find the program `no-such-program`: looked in `/nowhere`");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_workload_finds_the_mesh_in_its_environment() {
+    let ground = ground().await;
+    let mut spec = workload("web", "env; exec sleep 1000");
+    spec.spec.upstreams = [name("orders-db")].into();
+    spec.env.insert("LOG".into(), "debug".into());
+    let agent = ground.start(vec![spec]).await;
+    let mut events = agent.events();
+    let mut env = BTreeMap::new();
+    let wanted = ["PORT", "LOG", "HTTP_PROXY", "NO_PROXY", "COUNTERSIGN_INSTANCE", "COUNTERSIGN_UPSTREAM_ORDERS_DB"];
+    while !wanted.iter().all(|name| env.contains_key(*name)) {
+        let line = event(&mut events, |event| match event {
+            AgentEvent::Output { line, .. } => Some(line.clone()),
+            _ => None,
+        });
+        if let Some((name, value)) = line.await.split_once('=') {
+            env.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    let service = agent.run_services().remove(&name("web")).unwrap();
+    assert_eq!(env["HTTP_PROXY"], format!("http://{}", service.outbound_http));
+    assert_eq!(env["COUNTERSIGN_UPSTREAM_ORDERS_DB"], service.upstreams[&name("orders-db")].to_string());
+    assert_eq!(env["LOG"], "debug");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_crashed_sidecar_comes_back_where_it_was_and_its_workload_does_not_notice() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", revision).await;
+    until("it is up", || ground.control.said.lock().iter().any(|message| matches!(message, Message::Up(_)))).await;
+    let workload = agent.run_services()[&name("web")].pids.clone();
+    ground.control.said.lock().clear();
+    nix::sys::signal::kill(Pid::from_raw(pid(&ground.words_of("web", "pid")[0])), Signal::SIGKILL).unwrap();
+    ground.enforced("web", revision).await;
+    let listening = ground.words_of("web", "listening");
+    assert_eq!((listening.len(), &listening[0]), (2, &listening[1]));
+    assert_eq!(agent.run_services()[&name("web")].pids, workload);
+    let spell = |message: &Message| match message {
+        Message::Up(_) => Some("up"),
+        Message::Down(_) => Some("down"),
+        _ => None,
+    };
+    until("it is down and up again", || ground.control.said.lock().iter().filter_map(spell).eq(["down", "up"])).await;
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn stopping_ends_everything_and_says_so() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let stubborn = "trap '' TERM; sleep 1000 & wait; sleep 1000";
+    let agent = ground.start(vec![idle("web"), workload("stubborn", stubborn)]).await;
+    ground.enforced("web", revision).await;
+    ground.enforced("stubborn", revision).await;
+    until("both run", || agent.run_services().values().filter(|service| service.pids.len() == 1).count() == 2).await;
+    until("both are up", || ground.control.said.lock().iter().filter(|m| matches!(m, Message::Up(_))).count() == 2)
+        .await;
+    let mut pids: Vec<i32> = agent.run_services().values().map(|service| service.pids[0] as i32).collect();
+    pids.extend(["web", "stubborn"].map(|service| pid(&ground.words_of(service, "pid")[0])));
+    assert!(pids.iter().all(|pid| lives(*pid)));
+    agent.stop(Duration::from_millis(500)).await;
+    assert_eq!(pids.iter().filter(|pid| lives(**pid)).count(), 0);
+    assert_eq!(ground.words_of("web", "drain"), ["500"]);
+    let down = || ground.control.said.lock().iter().filter(|message| matches!(message, Message::Down(_))).count();
+    until("control knows", || down() == 2).await;
+    assert!(!ground.data_dir().join("agent.sock").exists());
+}
+
+/// An agent that runs until it is killed.
+fn agent() -> ExitCode {
+    let given = |name: &str| std::env::var(name).unwrap();
+    let config =
+        config(given("DATA_DIR").into(), given("CONTROL").parse().unwrap(), Some(given("TOKEN")), vec![idle("web")]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let _agent = start(config).await.unwrap();
+        tokio::time::sleep(3 * WITHIN).await;
+    });
+    ExitCode::SUCCESS
+}
+
+async fn everything_ends_when_the_agent_is_killed() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let mut agent = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .arg("agent")
+        .env("DATA_DIR", ground.data_dir())
+        .env("CONTROL", ground.address().to_string())
+        .env("TOKEN", ground.control.token())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    ground.enforced("web", revision).await;
+    let up = || {
+        ground.control.said.lock().iter().find_map(|message| match message {
+            Message::Up(up) if up.pid != 0 => Some(up.pid as i32),
+            _ => None,
+        })
+    };
+    until("it is up with its workload", || up().is_some()).await;
+    let pids = [up().unwrap(), pid(&ground.words_of("web", "pid")[0])];
+    agent.kill().await.unwrap();
+    until("both ended", || !pids.iter().any(|pid| lives(*pid))).await;
+}
+
+async fn what_did_not_change_keeps_running_when_workloads_are_set_anew() {
+    let ground = ground().await;
+    let agent = ground.start(vec![idle("stays"), idle("changes"), idle("goes")]).await;
+    let pids = |service: &str| {
+        agent.run_services().get(&name(service)).map(|service| service.pids.clone()).unwrap_or_default()
+    };
+    until("all run", || ["stays", "changes", "goes"].iter().all(|service| pids(service).len() == 1)).await;
+    let before: Vec<_> = ["stays", "changes", "goes"].iter().map(|service| pids(service)[0]).collect();
+    let mut more = idle("stays");
+    more.instances = 2;
+    agent.set_workloads(vec![more, workload("changes", "exec sleep 2000"), idle("comes")]).await;
+    until("all run again", || pids("stays").len() == 2 && pids("changes").len() == 1 && pids("comes").len() == 1).await;
+    assert_eq!(pids("stays")[0], before[0]);
+    assert_ne!(pids("changes")[0], before[1]);
+    assert!(lives(before[0] as i32) && !lives(before[1] as i32) && !lives(before[2] as i32));
+    assert_eq!(pids("goes"), Vec::<u32>::new());
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn control_hears_the_records_of_every_proxy() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web"), declare("a")], &[]);
+    let agent = ground.start(vec![idle("web"), idle("a")]).await;
+    ground.enforced("web", revision).await;
+    ground.enforced("a", revision).await;
+    ground.control.tell(Event::RecordsQuery(RecordsQuery { query: 9, filter_json: "{}".into() }));
+    let answer = || {
+        ground.control.said.lock().iter().find_map(|message| match message {
+            Message::Records(answer) => {
+                Some((answer.query, answer.records_json.len(), answer.last, answer.error.clone()))
+            }
+            _ => None,
+        })
+    };
+    until("an answer", || answer().is_some()).await;
+    assert_eq!(answer().unwrap(), (9, 2, true, String::new()));
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_workload_that_ends_ends_the_run_with_its_code() {
+    let ground = ground().await;
+    for (script, code) in [("exit 7", 7), ("kill -9 $$", 137)] {
+        let mut config = ground.config(Some(ground.control.token()), vec![workload("web", script)]);
+        config.exit_with_workload = true;
+        let agent = start(config).await.unwrap();
+        assert_eq!(tokio::time::timeout(WITHIN, agent.exited()).await.unwrap(), code);
+        agent.stop(Duration::ZERO).await;
+    }
+}
+
+async fn the_local_socket_shows_what_runs_to_its_owner() {
+    use std::os::unix::fs::PermissionsExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let ground = ground().await;
+    let agent = ground.start(vec![idle("web")]).await;
+    until("it runs", || agent.run_services().values().any(|service| service.pids.len() == 1)).await;
+    let path = ground.data_dir().join("agent.sock");
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let mut socket = tokio::net::UnixStream::connect(path).await.unwrap();
+    socket.write_all(b"GET /v1/workloads HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    let views: Vec<countersign_api::local::WorkloadView> = serde_json::from_str(body).unwrap();
+    assert_eq!((views.len(), views[0].state.as_str()), (1, "running"));
+    assert_eq!(InstanceId::parse(views[0].instance.as_str()).unwrap().service(), ServiceName::parse("web").unwrap());
+    let second = start(ground.config(None, vec![])).await.err().unwrap();
+    assert!(matches!(second, StartError::Socket { .. }), "{second:?}");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_workload_of_its_own_namespace_and_its_sidecar_begin_anew_together() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let mut config = ground.config(Some(ground.control.token()), vec![idle("web")]);
+    config.isolate = Isolate::Auto;
+    let agent = start(config).await.unwrap();
+    if !agent.isolation().available {
+        eprintln!("not tested, no namespaces here: {}", agent.isolation().note);
+        return agent.stop(Duration::ZERO).await;
+    }
+    ground.enforced("web", revision).await;
+    let workload = || agent.run_services().get(&name("web")).and_then(|service| service.pids.first().copied());
+    until("it runs", || workload().is_some()).await;
+    let first = workload().unwrap();
+    nix::sys::signal::kill(Pid::from_raw(first as i32), Signal::SIGKILL).unwrap();
+    until("both began anew", || workload().is_some_and(|pid| pid != first) && ground.words_of("web", "pid").len() == 2)
+        .await;
+    ground.enforced("web", revision).await;
+    assert_eq!(ground.words_of("web", "isolated"), ["broker=true", "broker=true"]);
+    let listening = ground.words_of("web", "listening");
+    assert_eq!(listening[0], listening[1]);
+    assert!(listening[0].ends_with(" 127.0.0.1:15001"), "{listening:?}");
+    agent.stop(Duration::ZERO).await;
+}
