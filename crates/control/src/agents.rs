@@ -41,8 +41,9 @@ use crate::{
     Plane,
     authority::{AuthorityError, SigningRequest},
     enrol::Enrolment,
-    ledger::PAGE_ENTRIES,
+    ledger::{Ledger, PAGE_ENTRIES},
     publish::Joined,
+    store::StoreError,
 };
 
 /// Handshakes that are under way at the same time at most.
@@ -59,7 +60,12 @@ const HELLO_WITHIN: Duration = Duration::from_secs(10);
 const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Serves agents until `stop` says so.
-pub async fn serve(plane: Arc<Plane>, listener: TcpListener, identity: Arc<TlsIdentity>, mut stop: watch::Receiver<bool>) {
+pub async fn serve(
+    plane: Arc<Plane>,
+    listener: TcpListener,
+    identity: Arc<TlsIdentity>,
+    mut stop: watch::Receiver<bool>,
+) {
     let (accepted, incoming) = mpsc::channel(HANDSHAKES_MAX);
     let accepting = tokio::spawn(accept(listener, identity, accepted));
     let service = Agents(plane.clone());
@@ -200,7 +206,10 @@ impl Agents {
             return Err(Status::invalid_argument("the first message of a stream is a hello"));
         };
         if hello.host != host.as_str() {
-            return Err(Status::permission_denied(format!("this SVID speaks for host `{host}`, not for `{}`", hello.host)));
+            return Err(Status::permission_denied(format!(
+                "this SVID speaks for host `{host}`, not for `{}`",
+                hello.host
+            )));
         }
         let plane = self.0.clone();
         same_history(&plane, &hello)?;
@@ -209,7 +218,7 @@ impl Agents {
         let leaving = Leaving { plane: plane.clone(), host: host.clone(), number };
         let cut = joined.cut.clone();
         note_host(&plane, &joined);
-        let (welcome, events) = match welcome(&plane, &hello, joined).await {
+        let (welcome, events) = match welcome(&plane.ledger, hello.revision, joined).await {
             Ok(welcome) => welcome,
             Err(error) => return Err(Status::unavailable(format!("the ledger cannot be read: {error}"))),
         };
@@ -225,7 +234,8 @@ impl Agents {
         });
         let events = ReceiverStream::new(events).map(Ok);
         // The queue closes only when the agent did not keep up, when another stream of its host took over, or at the end.
-        let cut = stream::once(async { Err(Status::aborted("this stream is cut off; follow again from what is held")) });
+        let cut =
+            stream::once(async { Err(Status::aborted("this stream is cut off; follow again from what is held")) });
         Ok(Response::new(Box::pin(stream::iter(welcome).map(Ok).chain(events).chain(cut))))
     }
 }
@@ -265,21 +275,25 @@ fn same_history(plane: &Plane, hello: &mesh::FollowHello) -> Result<(), Status> 
     plane.metrics.refused("history");
     let own = plane.ledger.head().follower.revision();
     tracing::error!(
-        host = hello.host, revision = hello.revision, own_revision = own.0,
+        host = hello.host,
+        revision = hello.revision,
+        own_revision = own.0,
         "an agent holds another history than this ledger: either was rolled back or forged"
     );
     Err(Status::failed_precondition(match ours {
-        None => format!("the agent holds revision {held}, this ledger ends at {own}: it was rolled back or is another mesh's"),
+        None => format!(
+            "the agent holds revision {held}, this ledger ends at {own}: it was rolled back or is another mesh's"
+        ),
         Some(_) => format!("the agent holds another history up to revision {held} than this ledger"),
     }))
 }
 
 /// The encoded events that bring an agent up to where its queue begins.
 async fn welcome(
-    plane: &Plane,
-    hello: &mesh::FollowHello,
+    ledger: &Ledger,
+    held: u64,
     joined: Joined,
-) -> Result<(Vec<Bytes>, mpsc::Receiver<Bytes>), crate::store::StoreError> {
+) -> Result<(Vec<Bytes>, mpsc::Receiver<Bytes>), StoreError> {
     let follower = &joined.head.follower;
     let size = follower.revision().0;
     let nothing_new = || mesh::Entries {
@@ -290,7 +304,7 @@ async fn welcome(
     };
     let mut pages = Vec::new();
     let mut snapshot = None;
-    if hello.revision == 0 {
+    if held == 0 {
         snapshot = follower.snapshot().map(|snapshot| mesh::Snapshot {
             revision: snapshot.revision.0,
             state_json: snapshot.state.into(),
@@ -299,9 +313,9 @@ async fn welcome(
             last_entry: snapshot.last_entry.into(),
         });
     } else {
-        let mut from = hello.revision;
+        let mut from = held;
         while from < size {
-            let page = plane.ledger.entries(from, size.min(from + u64::from(PAGE_ENTRIES))).await?;
+            let page = ledger.entries(from, size.min(from + u64::from(PAGE_ENTRIES))).await?;
             from = page.size;
             pages.push(page);
         }
@@ -368,8 +382,8 @@ impl mesh::mesh_server::Mesh for Agents {
             plane.metrics.refused("issue");
             status
         };
-        let instance = InstanceId::parse(&asked.instance)
-            .map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
+        let instance =
+            InstanceId::parse(&asked.instance).map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
         let service = instance.service();
         if !plane.ledger.head().follower.state().services.contains_key(&service) {
             let what = format!("service `{service}` is not declared in this mesh; declare it in mesh.toml and apply");
@@ -494,3 +508,213 @@ impl Decoder for EncodedEvents {
     }
 }
 
+#[cfg(test)]
+mod tests {
+    //! Publish and acknowledge while streams break, events are lost and acknowledgements overtake each other: one
+    //! schedule for each seed, the same every time.
+
+    use std::collections::VecDeque;
+
+    use countersign_api::local::Apply;
+    use countersign_core::{
+        canonical::Digest,
+        change::{Bodies, Change, ChangeSet},
+        identity::TrustDomain,
+        ledger::{Batch, Follower, Snapshot},
+        service::{Protocol, ServiceSpec},
+    };
+
+    use super::*;
+    use crate::{
+        clock::Clock,
+        gate::Gate,
+        metrics::StoreLatency,
+        publish::Publisher,
+        registry::Registry,
+        store::{Storage, sqlite::SqliteStore},
+    };
+
+    struct Agent {
+        host: ServiceName,
+        instance: String,
+        held: Follower,
+        stream: Option<(u64, VecDeque<Bytes>, mpsc::Receiver<Bytes>)>,
+        /// Said, and on its way.
+        said: Vec<mesh::Acknowledgement>,
+    }
+
+    struct Simulation {
+        ledger: Arc<Ledger>,
+        publisher: Arc<Publisher>,
+        gate: Gate,
+        agents: Vec<Agent>,
+        chance: fastrand::Rng,
+    }
+
+    fn bodies_of(texts: &[String]) -> Bodies {
+        let mut bodies = Bodies::default();
+        for text in texts {
+            bodies.insert(text.clone());
+        }
+        bodies
+    }
+
+    impl Agent {
+        fn take(&mut self, event: &Bytes) {
+            match mesh::FollowEvent::decode(event.clone()).unwrap().event.unwrap() {
+                Event::Welcome(welcome) => {
+                    if let Some(snapshot) = welcome.snapshot {
+                        self.held = Follower::from_snapshot(&Snapshot {
+                            revision: Revision(snapshot.revision),
+                            state: snapshot.state_json.to_vec(),
+                            frontier: snapshot.frontier.iter().map(|part| part.to_vec()).collect(),
+                            last_entry: snapshot.last_entry.to_vec(),
+                            bodies: bodies_of(&snapshot.bodies),
+                        })
+                        .unwrap();
+                    }
+                    self.extend(&welcome.entries.unwrap());
+                }
+                Event::Entries(entries) => self.extend(&entries),
+                _ => {}
+            }
+        }
+
+        fn extend(&mut self, entries: &mesh::Entries) {
+            let batch = Batch {
+                first_index: entries.first_index,
+                entries: &entries.entries,
+                change_sets: &entries.change_sets,
+                bodies: &bodies_of(&entries.bodies),
+                size: entries.size,
+                root: Digest(entries.root[..].try_into().unwrap()),
+            };
+            self.held.extend(&batch).expect("an open stream has no gap and no fork");
+            let revision = self.held.revision().0;
+            let enforces = mesh::InstanceRevision { instance: self.instance.clone(), revision, error: String::new() };
+            self.said.push(mesh::Acknowledgement { instances: vec![enforces] });
+        }
+    }
+
+    impl Simulation {
+        async fn new(seed: u64, dir: &std::path::Path) -> Self {
+            let store = SqliteStore::open(&dir.join("control.db")).unwrap();
+            let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
+            let publisher = Arc::new(Publisher::new(Registry::default()));
+            let publish = publisher.clone();
+            let clock = Clock::from_fn(|| 1_700_000_000_000);
+            let ledger =
+                Ledger::open(storage, clock, move |head, entries| publish.entries(head, entries)).await.unwrap();
+            let agents = (0..4)
+                .map(|n| Agent {
+                    host: ServiceName::parse(&format!("h{n}")).unwrap(),
+                    instance: format!("web/{n}"),
+                    held: Follower::default(),
+                    stream: None,
+                    said: Vec::new(),
+                })
+                .collect();
+            let chance = fastrand::Rng::with_seed(seed);
+            Self { ledger: Arc::new(ledger), publisher, gate: Gate::default(), agents, chance }
+        }
+
+        async fn apply(&mut self, step: usize) {
+            let head = self.ledger.head();
+            let base = head.follower.revision();
+            let change = match base.0 {
+                0 => Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() },
+                _ => Change::DeclareService {
+                    name: ServiceName::parse(&format!("s{step}")).unwrap(),
+                    spec: ServiceSpec::new(Protocol::Http),
+                },
+            };
+            let asked = Apply { change_set: ChangeSet { base, changes: vec![change] }, bodies: Bodies::default() };
+            self.ledger.append(self.gate.admit(asked, &head, None).unwrap()).await.unwrap();
+        }
+
+        async fn connect(&mut self, at: usize) {
+            let Self { ledger, publisher, agents, .. } = self;
+            let agent = &mut agents[at];
+            let joined = publisher.join(&mesh::FollowHello::default(), &agent.host, 0);
+            let number = joined.number;
+            let (welcome, events) = welcome(ledger, agent.held.revision().0, joined).await.unwrap();
+            agent.stream = Some((number, welcome.into(), events));
+            // A new stream: nothing that was on its way on the old one arrives any more.
+            agent.said.clear();
+            let address = "127.0.0.1:1".to_owned();
+            let up = mesh::InstanceUp { instance: agent.instance.clone(), address, ready: true, ..Default::default() };
+            publisher.hear(&agent.host, Said::Up(up), 0).unwrap();
+            let revision = agent.held.revision().0;
+            let enforces = mesh::InstanceRevision { instance: agent.instance.clone(), revision, error: String::new() };
+            agent.said.push(mesh::Acknowledgement { instances: vec![enforces] });
+        }
+
+        fn cut(&mut self, at: usize) {
+            let agent = &mut self.agents[at];
+            if let Some((number, ..)) = agent.stream.take() {
+                self.publisher.leave(&agent.host, number, 0);
+            }
+        }
+
+        /// Hands the agent its next event; false when none waits.
+        fn deliver(&mut self, at: usize) -> bool {
+            let agent = &mut self.agents[at];
+            let Some((_, welcome, events)) = &mut agent.stream else { return false };
+            let Some(event) = welcome.pop_front().or_else(|| events.try_recv().ok()) else { return false };
+            agent.take(&event);
+            true
+        }
+
+        /// One acknowledgement arrives, whichever; false when none is on its way.
+        fn arrive(&mut self, at: usize) -> bool {
+            let agent = &mut self.agents[at];
+            if agent.stream.is_none() || agent.said.is_empty() {
+                return false;
+            }
+            let which = self.chance.usize(..agent.said.len());
+            let given = agent.said.swap_remove(which);
+            self.publisher.hear(&agent.host, Said::Acknowledgement(given), 0).unwrap();
+            true
+        }
+
+        /// What the registry claims of a proxy is true of it.
+        fn holds(&self) {
+            for proxy in self.publisher.proxies() {
+                let agent = self.agents.iter().find(|agent| agent.instance == proxy.instance.as_str()).unwrap();
+                assert!(proxy.revision <= agent.held.revision(), "claimed {proxy:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn whatever_is_lost_or_overtaken_every_agent_ends_at_the_same_root_and_nothing_is_claimed_too_early() {
+        for seed in 0..20 {
+            let dir = tempfile::tempdir().unwrap();
+            let mut simulation = Simulation::new(seed, dir.path()).await;
+            for step in 0..150 {
+                let at = simulation.chance.usize(..simulation.agents.len());
+                match simulation.chance.u8(..10) {
+                    0 | 1 => simulation.apply(step).await,
+                    2 => simulation.cut(at),
+                    3 => simulation.connect(at).await,
+                    4..=6 => drop(simulation.deliver(at)),
+                    _ => drop(simulation.arrive(at)),
+                }
+                simulation.holds();
+            }
+            for at in 0..simulation.agents.len() {
+                simulation.connect(at).await;
+                while simulation.deliver(at) {}
+                while simulation.arrive(at) {}
+            }
+            let head = simulation.ledger.head();
+            for agent in &simulation.agents {
+                assert_eq!(agent.held.root(), head.follower.root(), "seed {seed}");
+                assert_eq!(agent.held.state(), head.follower.state(), "seed {seed}");
+            }
+            let now = tokio::time::Instant::now();
+            let (missing, connected) = simulation.publisher.enforced(head.follower.revision(), now).await;
+            assert_eq!((missing.len(), connected), (0, 4), "seed {seed}");
+        }
+    }
+}

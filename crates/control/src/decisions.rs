@@ -87,7 +87,12 @@ impl Decisions {
         let deadline = tokio::time::Instant::now() + ANSWER_WITHIN;
         // A host that does not answer in time is left out: what it holds can be asked for again.
         while let Ok(Some(records)) = tokio::time::timeout_at(deadline, asked.answers.recv()).await {
-            records.iter().take(LIMIT_MAX as usize).filter_map(parse).filter(|r| matches(&filter, r)).for_each(&mut add);
+            records
+                .iter()
+                .take(LIMIT_MAX as usize)
+                .filter_map(parse)
+                .filter(|r| matches(&filter, r))
+                .for_each(&mut add);
         }
         self.publisher.withdraw(asked.number);
         Ok(found.into_values().rev().take(limit).collect())

@@ -49,11 +49,8 @@ pub async fn invite(plane: &Plane, ttl: Duration, host: Option<ServiceName>) -> 
         let help = "wait until some have expired";
         return Err(problem(429, "too many join tokens are open", None, Some(help)));
     }
-    let token = format!(
-        "{PREFIX}.{}.{}",
-        URL_SAFE_NO_PAD.encode(*secret),
-        URL_SAFE_NO_PAD.encode(authority.root_sha256().0)
-    );
+    let token =
+        format!("{PREFIX}.{}.{}", URL_SAFE_NO_PAD.encode(*secret), URL_SAFE_NO_PAD.encode(authority.root_sha256().0));
     Ok(Invitation { token, expires_at_ms, control: format!("https://{}", plane.listen) })
 }
 

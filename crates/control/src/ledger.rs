@@ -71,7 +71,9 @@ pub enum OpenError {
         what: String,
     },
     /// The newest entry lies in the future.
-    #[error("the clock is wrong: the newest ledger entry was made {ahead_seconds} s after what this machine says is now")]
+    #[error(
+        "the clock is wrong: the newest ledger entry was made {ahead_seconds} s after what this machine says is now"
+    )]
     Clock {
         /// How far ahead the newest entry is.
         ahead_seconds: u64,
@@ -142,7 +144,11 @@ impl Ledger {
                 return Err(damaged(format!("{size} entries were written, {} are there", folded.size)));
             }
             Some(StoredHead { root, .. }) => {
-                return Err(damaged(format!("its root was {}, the entries add up to {}", root.short(), folded.root.short())));
+                return Err(damaged(format!(
+                    "its root was {}, the entries add up to {}",
+                    root.short(),
+                    folded.root.short()
+                )));
             }
         }
         let ahead_ms = head.newest_at_ms.saturating_sub(clock.now_ms());
@@ -357,4 +363,118 @@ fn chain(error: &LedgerError) -> String {
         cause = next.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use countersign_api::local::Apply;
+    use countersign_core::{
+        change::Change,
+        identity::{ServiceName, TrustDomain},
+        service::{Protocol, ServiceSpec},
+    };
+
+    use super::*;
+    use crate::{
+        gate::Gate,
+        metrics::StoreLatency,
+        store::{sqlite::SqliteStore, testing::Faults},
+    };
+
+    struct Opened {
+        ledger: Arc<Ledger>,
+        faults: Faults,
+        published: Arc<AtomicU64>,
+        dir: tempfile::TempDir,
+    }
+
+    async fn open() -> Opened {
+        let dir = tempfile::tempdir().unwrap();
+        let faults = Faults::default();
+        let store = faults.around(SqliteStore::open(&dir.path().join("control.db")).unwrap());
+        let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
+        let published = Arc::new(AtomicU64::new(0));
+        let count = published.clone();
+        let publish = move |_: &Arc<Head>, _| {
+            count.fetch_add(1, Ordering::Relaxed);
+        };
+        let ledger = Arc::new(Ledger::open(storage, Clock::system(), publish).await.unwrap());
+        Opened { ledger, faults, published, dir }
+    }
+
+    async fn append(ledger: &Arc<Ledger>, service: &str) -> Result<u64, AppendError> {
+        let head = ledger.head();
+        let base = head.follower.revision();
+        let change = match base.0 {
+            0 => Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() },
+            _ => Change::DeclareService {
+                name: ServiceName::parse(service).unwrap(),
+                spec: ServiceSpec::new(Protocol::Http),
+            },
+        };
+        let asked = Apply { change_set: ChangeSet { base, changes: vec![change] }, bodies: Bodies::default() };
+        let admitted = Gate::default().admit(asked, &head, None).unwrap();
+        ledger.append(admitted).await.map(|head| head.follower.revision().0)
+    }
+
+    async fn opens_again(opened: Opened) -> u64 {
+        let store = SqliteStore::open(&opened.dir.path().join("control.db")).unwrap();
+        let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
+        let again = Ledger::open(storage, Clock::system(), |_, _| {}).await.unwrap();
+        assert_eq!(again.head().follower.root(), opened.ledger.head().follower.root());
+        again.head().follower.revision().0
+    }
+
+    /// PROVES (acknowledged-is-durable)
+    #[tokio::test]
+    async fn an_entry_that_was_lost_is_not_published_and_the_next_one_takes_its_place() {
+        let opened = open().await;
+        append(&opened.ledger, "").await.unwrap();
+        opened.faults.lose_next_append();
+        let full = StoreError::Full("a test".into());
+        assert_eq!(append(&opened.ledger, "a").await, Err(AppendError::Store(full)));
+        assert_eq!(opened.published.load(Ordering::Relaxed), 1);
+        assert_eq!(append(&opened.ledger, "b").await, Ok(2));
+        assert_eq!(opens_again(opened).await, 2);
+    }
+
+    /// PROVES (acknowledged-is-durable)
+    #[tokio::test]
+    async fn an_entry_that_was_kept_but_reported_lost_is_taken_up() {
+        let opened = open().await;
+        append(&opened.ledger, "").await.unwrap();
+        opened.faults.keep_next_append_but_report_it_lost();
+        assert_eq!(append(&opened.ledger, "a").await, Ok(2));
+        assert_eq!(opened.published.load(Ordering::Relaxed), 2);
+        opened.faults.keep_next_append_but_report_it_lost();
+        opened.faults.fail_next_head();
+        append(&opened.ledger, "b").await.expect_err("nobody knows yet");
+        let stale = append(&opened.ledger, "c").await;
+        assert!(matches!(stale, Err(AppendError::Moved { held: Revision(3), .. })), "it was kept: {stale:?}");
+        assert_eq!(append(&opened.ledger, "d").await, Ok(4));
+        assert_eq!(opens_again(opened).await, 4);
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_loses_nothing_and_reads_go_on() {
+        let opened = open().await;
+        append(&opened.ledger, "").await.unwrap();
+        opened.faults.fill_the_disk();
+        let mut services = 0;
+        let error = loop {
+            match append(&opened.ledger, &format!("s{services}")).await {
+                Ok(_) => services += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, AppendError::Store(StoreError::Full(_))), "{error:?}");
+        let revision = opened.ledger.head().follower.revision();
+        assert_eq!(revision, Revision(services + 1));
+        assert_eq!(opened.ledger.stored(0, 1_000).await.unwrap().len() as u64, revision.0);
+        opened.faults.free_the_disk();
+        assert_eq!(append(&opened.ledger, "after").await, Ok(revision.0 + 1));
+        assert_eq!(opens_again(opened).await, revision.0 + 1);
+    }
 }

@@ -27,11 +27,7 @@ use std::{
 
 use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::{Mutex, RwLock};
-use tokio::{
-    net::TcpListener,
-    sync::watch,
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 
 use countersign_api::{
     local::{Applied, Apply, Invitation, Problem},
@@ -233,7 +229,8 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     let (hosts, instances) = storage.run("restore", |store| Ok((store.hosts()?, store.instances()?))).await?;
     let publisher = Arc::new(Publisher::new(Registry::restore(hosts, instances, now_ms)));
     let publish = publisher.clone();
-    let ledger = Ledger::open(storage.clone(), clock.clone(), move |head, entries| publish.entries(head, entries)).await?;
+    let ledger =
+        Ledger::open(storage.clone(), clock.clone(), move |head, entries| publish.entries(head, entries)).await?;
     let ledger = Arc::new(ledger);
     publisher.begin(ledger.head());
     let created = ledger.head().follower.state().trust_domain.clone();
@@ -487,7 +484,11 @@ async fn renew(plane: Arc<Plane>) {
     }
 }
 
-async fn until_stopped(part: &'static str, task: BoxFuture<'static, ()>, mut stop: watch::Receiver<bool>) -> &'static str {
+async fn until_stopped(
+    part: &'static str,
+    task: BoxFuture<'static, ()>,
+    mut stop: watch::Receiver<bool>,
+) -> &'static str {
     tokio::select! {
         () = task => {}
         _ = stop.wait_for(|stop| *stop) => {}

@@ -1,13 +1,7 @@
 //! The local API: JSON over `control.sock` for commands of the mesh's own uid. What each request means is decided in the
 //! other rooms; here it becomes HTTP, and every failure a [`Problem`] that says what to do.
 
-use std::{
-    fs, io,
-    os::unix::fs::PermissionsExt,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -244,10 +238,7 @@ struct Limit {
     limit: Option<u32>,
 }
 
-async fn changes(
-    State(plane): State<Arc<Plane>>,
-    Query(Limit { limit }): Query<Limit>,
-) -> Answer<Vec<ChangeSummary>> {
+async fn changes(State(plane): State<Arc<Plane>>, Query(Limit { limit }): Query<Limit>) -> Answer<Vec<ChangeSummary>> {
     let size = plane.ledger.head().follower.revision().0;
     let limit = limit.unwrap_or(50).min(CHANGES_MAX);
     let entries = plane.ledger.stored(size.saturating_sub(limit.into()), limit).await.map_err(stored)?;
@@ -256,11 +247,7 @@ async fn changes(
     Ok(Json(entries.iter().rev().map(summary).collect::<Result<_, _>>()?))
 }
 
-fn read(
-    plane: &Plane,
-    stored: &StoredEntry,
-    proxies: &[ProxyRevision],
-) -> Result<(ChangeSummary, ChangeSet), Refusal> {
+fn read(plane: &Plane, stored: &StoredEntry, proxies: &[ProxyRevision]) -> Result<(ChangeSummary, ChangeSet), Refusal> {
     let unread = |what: String| {
         let path = plane.storage.place().to_owned();
         Refusal(store_problem(&StoreError::Damaged { path, what }))
@@ -281,7 +268,8 @@ fn read(
 }
 
 fn revision_of(given: &str) -> Result<Revision, Refusal> {
-    let wrong = || Refusal(problem(400, format!("`{given}` is not a revision"), None, Some("give a number, for example 4")));
+    let wrong =
+        || Refusal(problem(400, format!("`{given}` is not a revision"), None, Some("give a number, for example 4")));
     given.parse().map(Revision).map_err(|_| wrong())
 }
 
@@ -337,7 +325,8 @@ async fn decision(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>)
         let help = "give more of its digits";
         return Err(problem(409, format!("several decisions begin with `{id}`"), None, Some(help)).into());
     }
-    let help = "records are kept until newer ones need their room; `countersign decision list` shows those that are there";
+    let help =
+        "records are kept until newer ones need their room; `countersign decision list` shows those that are there";
     let record = found.pop().ok_or_else(|| not_found(format!("no decision `{id}` is kept"), help))?;
     let head = plane.ledger.at(record.revision).await.map_err(stored)?;
     let head = head.ok_or_else(|| {
@@ -406,6 +395,9 @@ fn lines<T: serde::Serialize>(items: impl Stream<Item = io::Result<T>> + Send + 
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(encoded)).into_response()
 }
 
-async fn invite(State(plane): State<Arc<Plane>>, Json(Invite { ttl_seconds, host }): Json<Invite>) -> Answer<Invitation> {
+async fn invite(
+    State(plane): State<Arc<Plane>>,
+    Json(Invite { ttl_seconds, host }): Json<Invite>,
+) -> Answer<Invitation> {
     Ok(Json(enrol::invite(&plane, Duration::from_secs(ttl_seconds), host).await?))
 }

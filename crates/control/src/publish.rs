@@ -275,11 +275,7 @@ impl Publisher {
 
     /// Waits until every connected proxy enforces `revision`, or the deadline; returns those that do not, and how many
     /// are connected.
-    pub async fn enforced(
-        &self,
-        revision: Revision,
-        deadline: tokio::time::Instant,
-    ) -> (Vec<ProxyRevision>, usize) {
+    pub async fn enforced(&self, revision: Revision, deadline: tokio::time::Instant) -> (Vec<ProxyRevision>, usize) {
         let mut moved = self.moved.subscribe();
         loop {
             moved.mark_unchanged();
@@ -324,7 +320,12 @@ impl Inner {
         self.unsaved = true;
         self.discovery_sequence += 1;
         let down = moved.down.iter().map(InstanceId::to_string).collect();
-        self.tell(Event::Discovery(mesh::Discovery { sequence: self.discovery_sequence, full: false, up: moved.up, down }));
+        self.tell(Event::Discovery(mesh::Discovery {
+            sequence: self.discovery_sequence,
+            full: false,
+            up: moved.up,
+            down,
+        }));
     }
 
     fn answered(&mut self, host: &ServiceName, answer: mesh::RecordsAnswer) {

@@ -155,8 +155,7 @@ impl Registry {
     pub fn up(&mut self, host: &ServiceName, up: &mesh::InstanceUp) -> Result<Moved, Refused> {
         let id = InstanceId::parse(&up.instance)?;
         let address = up.address.parse().map_err(|_| Refused::Address(short(&up.address)))?;
-        let endpoint =
-            Endpoint { address, ready: up.ready, admin: short(&up.admin), isolation: short(&up.isolation) };
+        let endpoint = Endpoint { address, ready: up.ready, admin: short(&up.admin), isolation: short(&up.isolation) };
         let instance = self.of_host(host, &id)?;
         instance.leaves_at_ms = None;
         let before = instance.endpoint.replace(endpoint.clone());
@@ -283,14 +282,7 @@ impl Registry {
 
 impl Instance {
     fn of(host: ServiceName) -> Self {
-        Self {
-            host,
-            endpoint: None,
-            revision: Revision(0),
-            error: None,
-            svid_expires_at_ms: 0,
-            leaves_at_ms: None,
-        }
+        Self { host, endpoint: None, revision: Revision(0), error: None, svid_expires_at_ms: 0, leaves_at_ms: None }
     }
 }
 

@@ -18,6 +18,8 @@ use countersign_core::{
 use crate::metrics::StoreLatency;
 
 pub mod sqlite;
+#[cfg(test)]
+pub(crate) mod testing;
 
 /// Jobs that may wait for the storage thread; more, and those who ask wait with them.
 const JOBS_MAX: usize = 256;

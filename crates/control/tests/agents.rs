@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use countersign_api::{
-    local::Waited,
+    local::{DecisionDetail, RecordFilter, Waited},
     mesh::{self, follow_event::Event, follow_request::Message as Said},
     svid::{PeerSide, verify_peer},
 };
@@ -14,6 +14,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Bodies, Revision},
     ledger::{Batch, Follower, Snapshot},
+    record::DecisionRecord,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 use support::{Plane, csr, declare, identity, permit, trust_domain};
@@ -224,4 +225,140 @@ async fn an_agent_with_another_history_is_refused_and_one_that_is_behind_gets_wh
     assert!(welcome.snapshot.is_none());
     let entries = welcome.entries.unwrap();
     assert_eq!((entries.first_index, entries.size, entries.entries.len()), (1, 20, 19));
+}
+
+#[tokio::test]
+async fn certificates_keep_to_x509_svid() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let mut agent = plane.agent("h1").await;
+    let svid = agent.issue("web/1").await.unwrap();
+    let bundle = plane.bundle().await;
+    let all = [svid.chain_der[0].to_vec(), svid.chain_der[1].to_vec(), bundle.authorities()[0].to_vec()];
+    assert_eq!(svid.chain_der.len(), 2, "leaf and intermediate; the root is known");
+    let mut subjects = std::collections::BTreeSet::new();
+    for (der, uri, path_length) in [
+        (&all[0], "spiffe://shop.example/web", None),
+        (&all[1], "spiffe://shop.example", Some(0)),
+        (&all[2], "spiffe://shop.example", Some(1)),
+    ] {
+        let (_, read) = x509_parser::parse_x509_certificate(der).unwrap();
+        let names = read.subject_alternative_name().unwrap().unwrap();
+        let [x509_parser::extensions::GeneralName::URI(found)] = names.value.general_names[..] else {
+            panic!("{uri} has other names: {:?}", names.value)
+        };
+        assert_eq!(found, uri);
+        assert!(subjects.insert(read.subject().to_string()), "every subject is its own: {subjects:?}");
+        assert!(read.name_constraints().unwrap().is_none());
+        let usage = read.key_usage().unwrap().unwrap();
+        assert!(usage.critical);
+        let limits = read.basic_constraints().unwrap().unwrap();
+        match path_length {
+            None => {
+                assert!(!limits.value.ca);
+                assert!(usage.value.digital_signature() && !usage.value.key_cert_sign() && !usage.value.crl_sign());
+                let extended = read.extended_key_usage().unwrap().unwrap().value;
+                assert!(extended.server_auth && extended.client_auth && !extended.any);
+                let seconds = read.validity().not_after.timestamp() - read.validity().not_before.timestamp();
+                assert!((3_600..=3_662).contains(&seconds), "an hour, and a minute for clocks that differ: {seconds}");
+            }
+            Some(length) => {
+                assert!(limits.value.ca && limits.value.path_len_constraint == Some(length));
+                assert!(usage.value.key_cert_sign() && !usage.value.digital_signature());
+            }
+        }
+    }
+}
+
+fn record(id: &str, outcome: &str) -> (Bytes, DecisionRecord) {
+    let record = serde_json::json!({
+        "id": id, "at_ms": 5, "instance": "catalog/1", "revision": 1, "signal_seq": 0,
+        "outcome": outcome, "reason": "no_policy_permits", "policies": [], "judged": "at_start",
+        "ended": null, "trace_id": null, "judge_ns": 900,
+        "inputs": {
+            "principal": "spiffe://shop.example/web", "action": "http:GET", "service": "catalog", "path": "/items",
+            "host": "catalog.mesh", "method": "GET", "protocol": "http", "size": null, "origin": "127.0.0.1", "now": 5,
+            "first_contact": true,
+        },
+    });
+    (record.to_string().into(), serde_json::from_value(record).unwrap())
+}
+
+#[tokio::test]
+async fn denials_are_kept_hosts_are_asked_for_the_rest_and_a_report_that_cannot_be_read_is_counted() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let mut agent = plane.agent("h1").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let ((denial_json, denial), (permit_json, permit)) = (record("0a", "deny"), record("0b", "permit"));
+    let records_json = vec![denial_json, Bytes::from_static(b"{"), vec![b'9'; 70_000].into()];
+    stream.say(Said::Report(mesh::Report { records_json, ..Default::default() })).await;
+
+    let asked = plane.get::<Vec<DecisionRecord>>("/v1/decisions?service=catalog&principal=web");
+    let (found, ()) = tokio::join!(asked, async {
+        let Event::RecordsQuery(query) = stream.news().await else { panic!("hosts are asked") };
+        let filter: RecordFilter = serde_json::from_str(&query.filter_json).unwrap();
+        assert_eq!(filter.principal.as_deref(), Some("web"));
+        let (_, foreign) = record("0c", "deny");
+        let foreign = serde_json::to_string(&foreign).unwrap().replace("\"catalog\"", "\"other\"");
+        let records_json = vec![permit_json, foreign.into()];
+        let answer = mesh::RecordsAnswer { query: query.query, records_json, last: true, error: String::new() };
+        stream.say(Said::Records(answer)).await;
+    });
+    assert_eq!(found, [permit, denial.clone()], "newest first, and only what was asked for");
+
+    let asked = plane.get::<DecisionDetail>("/v1/decisions/0a");
+    let (detail, ()) = tokio::join!(asked, async {
+        let Event::RecordsQuery(query) = stream.news().await else { panic!("hosts are asked") };
+        let answer = mesh::RecordsAnswer { query: query.query, last: true, ..Default::default() };
+        stream.say(Said::Records(answer)).await;
+    });
+    assert_eq!((detail.record, detail.mesh.revision), (denial, Revision(1)));
+
+    let page = metrics_of(plane.control.metrics.unwrap()).await;
+    for expected in [
+        "countersign_control_denials_reported_total 1",
+        "countersign_control_records_shed_total 2",
+        "countersign_control_agents_connected 1",
+        "countersign_control_ledger_entries 1",
+        "countersign_control_svids_issued_total{kind=\"agent\"} 1",
+        "countersign_control_store_job_seconds_bucket",
+    ] {
+        assert!(page.contains(expected), "{expected} is not in\n{page}");
+    }
+}
+
+async fn metrics_of(address: std::net::SocketAddr) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.unwrap();
+    page
+}
+
+#[tokio::test]
+async fn a_restart_ends_the_streams_and_forgets_no_instance_while_agents_come_back() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let root = plane.status().await.root;
+    let mut agent = plane.agent("h1").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    stream.up("web/1", "127.0.0.1:9001").await;
+    assert!(matches!(stream.news().await, Event::Discovery(_)));
+    let plane = plane.restart().await.unwrap();
+    loop {
+        match stream.next().await {
+            Ok(_) => {}
+            Err(status) => break assert!(matches!(status.code(), Code::Aborted | Code::Unavailable | Code::Unknown)),
+        }
+    }
+    // The SVID outlives the restart: nobody has to join again.
+    let channel = plane.channel(agent.identity.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
+    agent.client = mesh::mesh_client::MeshClient::new(channel);
+    let mut stream = agent.follow(1, root).await.unwrap();
+    let discovery = stream.welcome().await.discovery.unwrap();
+    assert_eq!(discovery.up.iter().map(|up| up.instance.as_str()).collect::<Vec<_>>(), ["web/1"]);
 }

@@ -147,8 +147,11 @@ async fn an_untouched_ledger_opens_again_with_its_history() {
     assert_eq!(mesh.bodies, detail.bodies);
 
     let (_, lines) = plane.send("GET", "/v1/ledger", Vec::new()).await;
-    let lines: Vec<LedgerLine> =
-        lines.split(|byte| *byte == b'\n').filter(|l| !l.is_empty()).map(|l| serde_json::from_slice(l).unwrap()).collect();
+    let lines: Vec<LedgerLine> = lines
+        .split(|byte| *byte == b'\n')
+        .filter(|l| !l.is_empty())
+        .map(|l| serde_json::from_slice(l).unwrap())
+        .collect();
     assert_eq!(lines.iter().map(|line| line.root).collect::<Vec<_>>(), [None, Some(after.root)]);
     assert_eq!(lines[1].entry, detail.entry);
 }
@@ -273,7 +276,9 @@ async fn what_the_law_does_not_allow_is_refused_with_every_mistake_and_changes_n
     });
     let (status, body) = plane.send("POST", "/v1/changes", forged.to_string().into_bytes()).await;
     assert_eq!(status, 422, "{}", String::from_utf8_lossy(&body));
-    for garbage in ["", "{}", "[]", "null", "{\"change_set\":{\"base\":1,\"changes\":[{\"kind\":\"fly\"}]},\"bodies\":{}}"] {
+    for garbage in
+        ["", "{}", "[]", "null", "{\"change_set\":{\"base\":1,\"changes\":[{\"kind\":\"fly\"}]},\"bodies\":{}}"]
+    {
         assert_eq!(plane.send("POST", "/v1/changes", garbage.into()).await.0, 400, "{garbage}");
     }
     assert_eq!(plane.status().await.root, root);

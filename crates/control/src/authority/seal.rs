@@ -146,10 +146,8 @@ fn encrypt(key: &RandomizedNonceKey, purpose: &str, plain: &[u8]) -> Vec<u8> {
 fn decrypt(key: &RandomizedNonceKey, purpose: &str, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, Unopened> {
     let (nonce, sealed) = sealed.split_first_chunk::<NONCE_LEN>().ok_or(Unopened)?;
     let mut buffer = Zeroizing::new(sealed.to_vec());
-    let length = key
-        .open_in_place(Nonce::from(nonce), Aad::from(purpose.as_bytes()), &mut buffer)
-        .map_err(|_| Unopened)?
-        .len();
+    let length =
+        key.open_in_place(Nonce::from(nonce), Aad::from(purpose.as_bytes()), &mut buffer).map_err(|_| Unopened)?.len();
     buffer.truncate(length);
     Ok(buffer)
 }
@@ -226,7 +224,10 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
         for mode in [0o640, 0o604, 0o660, 0o644] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            assert!(matches!(Sealer::open(&path, true), Err(KeyFileError::Mode { mode: m, .. }) if m == mode), "{mode:o}");
+            assert!(
+                matches!(Sealer::open(&path, true), Err(KeyFileError::Mode { mode: m, .. }) if m == mode),
+                "{mode:o}"
+            );
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         for content in ["", "abcd", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64)] {

@@ -117,6 +117,16 @@ impl SqliteStore {
         Ok(Self { connection, path: shown })
     }
 
+    /// Lets the file grow no more, as a full disk does, or again.
+    #[cfg(test)]
+    pub(super) fn limit_pages(&self, full: bool) {
+        let pages: i64 = match full {
+            true => self.connection.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap(),
+            false => i64::from(u32::MAX - 1),
+        };
+        self.connection.pragma_update_and_check(None, "max_page_count", pages, |_| Ok(())).unwrap();
+    }
+
     fn write<T>(
         &mut self,
         act: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T>,
@@ -202,8 +212,10 @@ impl Store for SqliteStore {
                 .and_then(|mut s| s.query_row([digest.0], |row| row.get(0)).optional())
                 .map_err(|e| sort(e, &self.path))?;
             let Some(bytes) = bytes else { continue };
-            let text = String::from_utf8(bytes)
-                .map_err(|_| StoreError::Damaged { path: self.path.clone(), what: format!("text {digest} is no UTF-8") })?;
+            let text = String::from_utf8(bytes).map_err(|_| StoreError::Damaged {
+                path: self.path.clone(),
+                what: format!("text {digest} is no UTF-8"),
+            })?;
             found.push((*digest, text.into()));
         }
         Ok(found)
@@ -473,7 +485,91 @@ fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
 
 fn name<T>(row: &Row<'_>, column: usize, parse: fn(&str) -> Result<T, NameError>) -> rusqlite::Result<T> {
     let text: String = row.get(column)?;
-    parse(&text).map_err(|e| {
-        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e))
-    })
+    parse(&text)
+        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open() -> (SqliteStore, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        (SqliteStore::open(&dir.path().join("control.db")).unwrap(), dir)
+    }
+
+    fn host(given: &str) -> ServiceName {
+        ServiceName::parse(given).unwrap()
+    }
+
+    #[test]
+    fn a_join_token_is_spent_once_in_time_and_by_whom_it_is_for() {
+        let (mut store, _dir) = open();
+        let [bound, free] = [Digest::of(b"bound"), Digest::of(b"free")];
+        assert!(store.put_invitation(&bound, 1_000, Some(&host("h1")), 0).unwrap());
+        assert!(store.put_invitation(&free, 1_000, None, 0).unwrap());
+        for (hash, by, at_ms, expected) in [
+            (Digest::of(b"other"), "h1", 0, Spent::Unknown),
+            (bound, "h2", 0, Spent::OtherHost),
+            (bound, "h1", 1_001, Spent::Expired),
+            (bound, "h1", 1_000, Spent::Admitted),
+            (bound, "h1", 1_000, Spent::Used),
+            (bound, "h2", 2_000, Spent::Used),
+            (free, "h9", 1, Spent::Admitted),
+            (free, "h9", 1, Spent::Used),
+        ] {
+            assert_eq!(store.spend_invitation(&hash, &host(by), at_ms).unwrap(), expected, "{by} at {at_ms}");
+        }
+    }
+
+    #[test]
+    fn open_join_tokens_are_bounded_and_those_that_ended_make_room() {
+        let (mut store, _dir) = open();
+        for n in 0..INVITATIONS_MAX {
+            assert!(store.put_invitation(&Digest::of(&n.to_be_bytes()), 1_000, None, 0).unwrap());
+        }
+        assert!(!store.put_invitation(&Digest::of(b"one more"), 1_000, None, 0).unwrap());
+        assert!(store.put_invitation(&Digest::of(b"later"), 5_000, None, 1_001).unwrap());
+    }
+
+    #[test]
+    fn an_entry_takes_the_next_position_and_no_other() {
+        let (mut store, _dir) = open();
+        let entry = |index: u64| NewEntry {
+            index,
+            entry: vec![index as u8],
+            leaf: Digest::of(b"leaf"),
+            root: Digest::of(&index.to_be_bytes()),
+            digest: Digest::of(b"set"),
+            change_set: b"set".to_vec(),
+            bodies: vec![(Digest::of(b"text"), "text".into())],
+        };
+        assert_eq!(store.append(&entry(1)), Err(StoreError::Taken(1)));
+        store.append(&entry(0)).unwrap();
+        assert_eq!(store.append(&entry(0)), Err(StoreError::Taken(0)));
+        assert_eq!(store.append(&entry(2)), Err(StoreError::Taken(2)));
+        store.append(&entry(1)).unwrap();
+        assert_eq!(store.head().unwrap(), Some(StoredHead { size: 2, root: Digest::of(&1u64.to_be_bytes()) }));
+        assert_eq!(store.entries(1, 10).unwrap()[0].change_set, b"set");
+        assert_eq!(store.bodies(&[Digest::of(b"text"), Digest::of(b"none")]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_was_written_is_there_for_the_next_one_who_opens_the_file() {
+        let (mut store, dir) = open();
+        store.put_keys(&[("a", b"1"), ("b", b"2")]).unwrap();
+        let pragma = |store: &SqliteStore, name| -> String {
+            store
+                .connection
+                .pragma_query_value(None, name, |row| row.get::<_, rusqlite::types::Value>(0))
+                .map(|v| format!("{v:?}"))
+                .unwrap()
+        };
+        assert_eq!(pragma(&store, "journal_mode"), "Text(\"wal\")");
+        assert_eq!(pragma(&store, "synchronous"), "Integer(2)", "FULL: a commit is fsynced");
+        std::mem::forget(store); // not closed: as a crash leaves it
+        let mut again = SqliteStore::open(&dir.path().join("control.db")).unwrap();
+        assert_eq!(again.key("b").unwrap().as_deref(), Some(&b"2"[..]));
+        assert_eq!(again.key("c").unwrap(), None);
+    }
 }

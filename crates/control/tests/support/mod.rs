@@ -249,7 +249,8 @@ impl Stream {
     }
 
     pub async fn up(&self, instance: &str, address: &str) {
-        let up = mesh::InstanceUp { instance: instance.into(), address: address.into(), ready: true, ..Default::default() };
+        let up =
+            mesh::InstanceUp { instance: instance.into(), address: address.into(), ready: true, ..Default::default() };
         self.say(Said::Up(up)).await;
     }
 
