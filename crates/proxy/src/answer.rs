@@ -189,7 +189,68 @@ fn log(refusal: Refusal, row: &Row) {
     // A refusal is counted for each request; it is logged at a level that says who should care.
     match row.level {
         Level::Debug => tracing::debug!(reason = row.reason, status = row.status.as_u16(), "exchange refused"),
-        Level::Info => tracing::debug!(reason = row.reason, ?refusal, "exchange refused"),
+        Level::Info => tracing::info!(reason = row.reason, ?refusal, "exchange refused"),
         Level::Warn => tracing::warn!(reason = row.reason, help = row.what_to_do, "exchange refused"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+
+    use super::*;
+
+    /// One of each kind.
+    const ALL: [Refusal; 20] = [
+        Refusal::Denied(DecisionId(0)),
+        Refusal::Malformed("framing"),
+        Refusal::HeadTooLarge,
+        Refusal::UnknownService,
+        Refusal::WrongAuthority,
+        Refusal::WrongProtocol,
+        Refusal::RateLimited,
+        Refusal::ConcurrencyLimited,
+        Refusal::NoView,
+        Refusal::NoIdentity,
+        Refusal::Stale,
+        Refusal::Overloaded,
+        Refusal::Draining,
+        Refusal::Unrecorded,
+        Refusal::NoInstance,
+        Refusal::Unreachable,
+        Refusal::AppUnreachable,
+        Refusal::AppBroke,
+        Refusal::UpstreamBroke,
+        Refusal::TimedOut,
+    ];
+
+    #[test]
+    fn the_document_of_answers_is_the_table() {
+        let mut text = String::from(
+            "What the mesh answers when the application does not. Written by a test from crates/proxy/src/answer.rs.\n\
+             Retried: nothing of the request was processed, so the caller's sidecar tries another instance.\n\n",
+        );
+        let mut line = |columns: [&str; 6]| {
+            let [reason, status, grpc, level, retried, help] = columns;
+            writeln!(text, "{reason:<20} {status:>6} {grpc:>4}  {level:<5} {retried:<7} {help}").unwrap();
+        };
+        line(["countersign-reason", "status", "gRPC", "log", "retried", "what to do"]);
+        for refusal in ALL {
+            let row = refusal.row();
+            let level = format!("{:?}", row.level).to_lowercase();
+            let retried = if row.unprocessed { "yes" } else { "no" };
+            line([row.reason, row.status.as_str(), &row.grpc_status.to_string(), &level, retried, row.what_to_do]);
+        }
+        expect_test::expect_file!["../../../docs/answers.txt"].assert_eq(&text);
+    }
+
+    #[test]
+    fn a_denial_says_its_id_and_nothing_more() {
+        assert_eq!(
+            Refusal::Denied(DecisionId(10)).body(),
+            r#"{"error":"denied","decision":"0000000000000000000000000000000a"}"#
+        );
+        let grpc = answer(Refusal::Denied(DecisionId(10)), Kind::Grpc);
+        assert_eq!((grpc.status().as_u16(), &grpc.headers()["grpc-status"]), (200, &"7".parse().unwrap()));
     }
 }

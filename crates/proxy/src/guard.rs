@@ -213,7 +213,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Guard<T> {
             self.verdicts.0.lock().push_back(Err(refusal));
             self.buffer.extend_from_slice(REFUSED_HEAD);
             self.cleared = self.buffer.len();
-        } // within a body the connection just ends: the parser sees a body cut short
+        } else {
+            self.ended = true; // the parser sees a body cut short
+        }
     }
 
     fn examine_head(&mut self) -> Result<bool, Refusal> {
@@ -404,8 +406,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guard<T> {
             if this.examine() {
                 continue;
             }
-            if this.ended || this.state == State::Refused {
+            if this.ended {
                 return Poll::Ready(Ok(()));
+            }
+            if this.state == State::Refused {
+                // Nothing more comes, but an end here would be taken for a caller who left before the answer. The parser
+                // wakes by itself: it has a request in hand that closes the connection.
+                return Poll::Pending;
             }
             match this.state {
                 // Bytes that need no examination are not copied through the buffer.

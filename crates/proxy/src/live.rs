@@ -25,7 +25,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::{
-    decided::{Decided, DecisionId, TraceId},
+    decided::{Decided, DecisionId, Shed, TraceId},
     identify::Peer,
     pool::Stream,
     view::Compiled,
@@ -81,6 +81,7 @@ pub(crate) struct Exchange {
 }
 
 /// The last judgement of an exchange.
+#[derive(Clone)]
 struct Judgement {
     id: DecisionId,
     at_ms: u64,
@@ -186,7 +187,7 @@ impl Exchange {
         if current || self.cut.get().is_some() || self.judged.borrow().is_none() {
             return;
         }
-        let before = self.judged.take();
+        let before = self.judged.borrow().clone();
         let recorded = self.recorded.get();
         let (outcome, id) = self.judge(view, Judged::WhileOpen);
         match outcome {
@@ -197,7 +198,12 @@ impl Exchange {
                 }
                 self.recorded.set(recorded);
             }
-            Outcome::Deny | Outcome::StepUp => self.end_by(Cut::Denied(id)),
+            Outcome::Deny | Outcome::StepUp => {
+                if let (Some(before), false) = (before, recorded) {
+                    let _ = self.hand_over(&before, None); // both decisions are in the record
+                }
+                self.end_by(Cut::Denied(id));
+            }
         }
     }
 
@@ -243,10 +249,14 @@ impl Exchange {
     }
 
     /// Hands the judgement to the record.
-    pub(crate) fn record(&self, ended: Option<Ended>) -> Result<(), crate::decided::Shed> {
+    pub(crate) fn record(&self, ended: Option<Ended>) -> Result<(), Shed> {
         let judged = self.judged.borrow();
         let Some(judged) = &*judged else { return Ok(()) };
         self.recorded.set(true);
+        self.hand_over(judged, ended)
+    }
+
+    fn hand_over(&self, judged: &Judgement, ended: Option<Ended>) -> Result<(), Shed> {
         self.worker.recorder.record(&Decided {
             id: judged.id,
             at_ms: judged.at_ms,
