@@ -618,7 +618,7 @@ service = \"catalog\"
         let handler = miette::GraphicalReportHandler::new_themed(theme).with_links(false);
         handler.render_report(&mut shown, &mistakes.all()[0]).unwrap();
         expect_test::expect![[r#"
-              × unknown key `servces`
+            × unknown key `servces`
                ╭─[mesh.toml:2:2]
              1 │ trust_domain = "shop.example"
              2 │ [servces]
@@ -626,6 +626,6 @@ service = \"catalog\"
                ╰────
               help: did you mean `services`?
         "#]]
-        .assert_eq(&shown);
+        .assert_eq(shown.trim_start());
     }
 }
