@@ -6,6 +6,7 @@
 //! | `/metrics` | everything counted, in OpenMetrics' text form; `docs/metrics.txt` lists it |
 //! | `/healthz` | 200 while the process runs |
 //! | `/readyz` | 200 when a request could be admitted, otherwise 503 and every reason why not |
+//! | `/live` | the exchanges that are open, the oldest first, at most [`LIVE_MAX`] |
 //! | `/view` | the view in force: revision, policies, services, routes |
 
 use std::{
@@ -34,6 +35,8 @@ const CONNECTIONS_MAX: usize = 16;
 const HEAD_WITHIN: Duration = Duration::from_secs(5);
 /// Bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// Exchanges on the page of what is open.
+const LIVE_MAX: usize = 1000;
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What the pages are made from.
@@ -68,8 +71,8 @@ impl Admin {
             tokio::spawn(async move {
                 let _turn = turn;
                 let service = service_fn(|request| {
-                    let page = admin.answer(&request);
-                    async { Ok::<_, Infallible>(page) }
+                    let admin = admin.clone();
+                    async move { Ok::<_, Infallible>(admin.answer(&request).await) }
                 });
                 let served = http1::Builder::new()
                     .timer(TokioTimer::new())
@@ -85,7 +88,7 @@ impl Admin {
         }
     }
 
-    fn answer(&self, request: &Request<Incoming>) -> Page {
+    async fn answer(&self, request: &Request<Incoming>) -> Page {
         if !is_local(request) {
             return text(StatusCode::MISDIRECTED_REQUEST, "ask for these pages by address or as localhost\n");
         }
@@ -96,8 +99,9 @@ impl Admin {
             "/metrics" => self.metrics(),
             "/healthz" => text(StatusCode::OK, "ok\n"),
             "/readyz" => self.readyz(),
+            "/live" => json_page(StatusCode::OK, &json!({ "exchanges": self.shared.live(LIVE_MAX).await })),
             "/view" => self.view(),
-            _ => text(StatusCode::NOT_FOUND, "/metrics /healthz /readyz /view\n"),
+            _ => text(StatusCode::NOT_FOUND, "/metrics /healthz /readyz /live /view\n"),
         }
     }
 

@@ -16,6 +16,7 @@ use std::{
 
 use countersign_core::{
     change::Revision,
+    identity::SpiffeId,
     policy::{self, Action, Decision, Query},
     record::{End, Ended, Judged, Outcome},
     service::Protocol,
@@ -93,6 +94,20 @@ struct Judgement {
     view: Arc<Compiled>,
 }
 
+/// An open exchange, as the admin page shows it.
+#[derive(Debug, serde::Serialize)]
+pub(crate) struct LiveExchange {
+    principal: SpiffeId,
+    method: String,
+    path: Arc<str>,
+    pub(crate) open_ms: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+    decision: Option<String>,
+    revision: Option<Revision>,
+    is_cut: bool,
+}
+
 /// The exchanges of one worker.
 #[derive(Default)]
 pub(crate) struct Live {
@@ -128,6 +143,12 @@ impl Live {
         worker.counts.inbound.open.add(1);
         entry.insert(Rc::downgrade(&exchange));
         exchange
+    }
+
+    /// What is open, at most `max`, for the admin page.
+    pub(crate) fn show(&self, max: usize) -> Vec<LiveExchange> {
+        let table = self.table.borrow();
+        table.iter().filter_map(|(_, exchange)| exchange.upgrade()).take(max).map(|exchange| exchange.show()).collect()
     }
 
     fn open(&self) -> Vec<Rc<Exchange>> {
@@ -268,6 +289,21 @@ impl Exchange {
             judge_ns: judged.judge_ns,
             ended,
         })
+    }
+
+    fn show(&self) -> LiveExchange {
+        let judged = self.judged.borrow();
+        LiveExchange {
+            principal: self.peer.id().clone(),
+            method: self.asked.method.to_string(),
+            path: self.asked.path.clone(),
+            open_ms: self.began.elapsed().as_millis() as u64,
+            bytes_in: self.bytes_in.get(),
+            bytes_out: self.bytes_out.get(),
+            decision: judged.as_ref().map(|judged| judged.id.to_string()),
+            revision: judged.as_ref().map(|judged| judged.view.revision()),
+            is_cut: self.cut.get().is_some(),
+        }
     }
 
     fn query<'a>(&'a self, view: &'a Compiled, now: i64) -> Query<'a> {

@@ -26,7 +26,7 @@ use countersign_core::{
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::{counts::Counts, view::Compiled};
+use crate::{counts::Counts, live::LiveExchange, view::Compiled};
 
 /// What is fixed for the life of one sidecar.
 pub struct Setup {
@@ -67,6 +67,8 @@ pub(crate) enum Order {
     Open(Door, Arc<TcpListener>),
     /// Accept there no more.
     Close(Door),
+    /// Say what is open, at most so many.
+    Show(usize, oneshot::Sender<Vec<LiveExchange>>),
     /// Accept nothing new, finish what is open, then stop; cut what is still open at the deadline.
     Drain(Instant, oneshot::Sender<()>),
 }
@@ -268,6 +270,27 @@ impl Shared {
     /// Whether [`Self::drain`] has begun.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// At most `max` of the exchanges that are open, the oldest first. A worker that does not answer in time is left out.
+    pub(crate) async fn live(&self, max: usize) -> Vec<LiveExchange> {
+        const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+        let mut awaited = Vec::new();
+        self.workers.lock().retain(|worker| {
+            let (answer, answered) = oneshot::channel();
+            awaited.push(answered);
+            worker.send(Order::Show(max, answer)).is_ok()
+        });
+        let deadline = tokio::time::Instant::now() + ANSWER_WITHIN;
+        let mut live = Vec::new();
+        for answered in awaited {
+            if let Ok(Ok(shown)) = tokio::time::timeout_at(deadline, answered).await {
+                live.extend(shown);
+            }
+        }
+        live.sort_by_key(|exchange| std::cmp::Reverse(exchange.open_ms));
+        live.truncate(max);
+        live
     }
 
     pub(crate) fn join(&self) -> mpsc::UnboundedReceiver<Order> {

@@ -117,6 +117,7 @@ async fn run(
                 worker.doors.borrow_mut().push((door, accepting.abort_handle()));
             }
             Some(Order::Close(door)) => worker.close(&door),
+            Some(Order::Show(max, answer)) => _ = answer.send(worker.live.show(max)), // whoever asked may be gone
             Some(Order::Drain(deadline, done)) => return worker.drained(deadline, done).await,
             None => return, // the proxy is gone
         }

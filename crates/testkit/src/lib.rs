@@ -1,1 +1,10 @@
-//! .
+//! What the tests of several crates share. Nothing outside of tests depends on it, and it knows neither proxy nor agent nor
+//! control: they are what is tested.
+//!
+//! | room | holds |
+//! |---|---|
+//! | [`authority`] | a root, an intermediate, and SVIDs with any defect |
+//! | [`agent`] | an agent that does what the test says, for a sidecar on the other end |
+
+pub mod agent;
+pub mod authority;
