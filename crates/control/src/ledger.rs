@@ -36,6 +36,9 @@ pub struct Head {
     pub newest_at_ms: u64,
 }
 
+/// Told of each new entry.
+type Publish = Box<dyn Fn(&Arc<Head>, mesh::Entries) + Send + Sync>;
+
 /// The one ledger of this control plane.
 pub struct Ledger {
     storage: Storage,
@@ -47,7 +50,7 @@ pub struct Ledger {
     appending: tokio::sync::Mutex<()>,
     /// An entry of which the store did not say whether it kept it.
     uncertain: Mutex<Option<Draft>>,
-    publish: Box<dyn Fn(&Arc<Head>, mesh::Entries) + Send + Sync>,
+    publish: Publish,
 }
 
 /// Why the ledger is not opened. The control plane does not start on it.
@@ -264,7 +267,7 @@ impl Ledger {
             first_index: from,
             entries,
             change_sets,
-            bodies: bodies.iter().map(|(_, text)| text.to_string()).collect(),
+            bodies: bodies.values().map(ToString::to_string).collect(),
             size,
             root: Bytes::copy_from_slice(&root.0),
         })

@@ -72,6 +72,8 @@ pub const LOCK_FILE: &str = "control.lock";
 /// Where the key-encryption key lies below the data directory unless told otherwise.
 pub const KEY_FILE: &str = "keys/kek";
 
+/// Longest path of the local socket, in bytes: what `sockaddr_un` holds, less `.new`, the name it is first bound under.
+const SOCKET_PATH_BYTES_MAX: usize = 107 - ".new".len();
 /// How long open connections have to end when the control plane stops.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
 
@@ -116,6 +118,9 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// The kernel takes no socket at a path of this length.
+    #[error("the path of the socket `{0}` is too long")]
+    SocketPath(PathBuf),
     /// Another process has it.
     #[error("another control plane runs on `{0}`")]
     Running(PathBuf),
@@ -157,6 +162,9 @@ impl StartError {
     pub fn help(&self) -> Option<String> {
         Some(match self {
             Self::Io { path, .. } => format!("check that {} exists and belongs to this user", path.display()),
+            Self::SocketPath(_) => {
+                format!("use a --data-dir of at most {} bytes", SOCKET_PATH_BYTES_MAX - CONTROL_SOCKET.len() - 1)
+            }
             Self::Running(_) => "stop it first, or use another --data-dir".into(),
             Self::Listen { address, .. } => {
                 format!("see what uses port {} with `ss -ltnp`, or choose another", address.port())
@@ -217,6 +225,10 @@ pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
 /// As [`start`], with the time told by `clock`.
 pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
     let ControlConfig { data_dir, listen, metrics_listen, key_file, trust_domain } = config;
+    let socket = data_dir.join(CONTROL_SOCKET);
+    if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        return Err(StartError::SocketPath(socket));
+    }
     make_private_dir(&data_dir)?;
     let lock = lock(&data_dir)?;
     let metrics = Arc::new(Metrics::default());
@@ -274,7 +286,6 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         plane.begin_authority(&wanted).await?;
     }
 
-    let socket = data_dir.join(CONTROL_SOCKET);
     let local = local_api::bind(&socket).map_err(|source| StartError::Io { path: socket.clone(), source })?;
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();

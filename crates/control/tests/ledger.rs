@@ -328,6 +328,8 @@ async fn a_directory_or_an_address_that_cannot_be_used_is_named_with_what_to_do(
     std::fs::write(&file, "").unwrap();
     let error = start(config(file.join("data"))).await.err().unwrap();
     assert!(error.to_string().contains("file/data") && error.help().is_some(), "{error}");
+    let error = start(config(dir.path().join("d".repeat(100)))).await.err().unwrap();
+    assert!(error.help().unwrap().contains("--data-dir of at most"), "{error}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut wanted = config(dir.path().join("data"));
     wanted.listen = taken.local_addr().unwrap();
