@@ -1,7 +1,7 @@
 //! The policies of one view, indexed by principal, action and resource, and the decision.
 //!
 //! A scope is decided by the index, exactly and once per place; Cedar's evaluator sees only the conditions of the
-//! policies whose scope holds. PROVES in the tests: the same answer as Cedar's authorizer over the whole set.
+//! policies whose scope holds. A property test holds its answers to those of Cedar's authorizer over the whole set.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -289,7 +289,7 @@ impl Law {
         verdict
     }
 
-    /// Turns a verdict into the answer: a fault denies, then any forbid, unless all are lifted by assurance and a
+    /// Turns a verdict into the answer. INVARIANT (fault-denies): a fault denies, before anything else. Then any forbid does, unless all are lifted by assurance and a
     /// permit stands behind them.
     pub(super) fn judge(&self, verdict: &Verdict, reads: Reads) -> Decision {
         let decided = |outcome, reason, by: &mut dyn Iterator<Item = u32>, obligation| Decision {
@@ -687,6 +687,7 @@ mod tests {
         );
     }
 
+    /// PROVES (fault-denies).
     #[test]
     fn a_forbid_wins_and_a_fault_denies_before_it() {
         let policies = r#"
@@ -813,6 +814,7 @@ mod tests {
         assert_eq!(format!("{}", Reads::NOW.and(Reads::PATH)), "resource, time.now");
     }
 
+    /// PROVES (validated-before-evaluated).
     #[test]
     fn a_view_whose_text_is_another_policys_does_not_compile() {
         let mut view = view(r#"@id("a") permit (principal, action, resource);"#);
