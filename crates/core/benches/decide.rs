@@ -11,13 +11,7 @@
 //!
 //! Prints a table, and one JSON object on its last line.
 
-use std::{
-    collections::BTreeMap,
-    hint::black_box,
-    process::Command,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeMap, hint::black_box, process::Command, sync::Arc, time::Instant};
 
 use countersign_core::{
     change::{Member, Revision},
