@@ -1,0 +1,240 @@
+//! From `apply` to the last proxy enforcing, with 100 and with 1 000 agents on mutual TLS streams in this one process, at
+//! rest and while instances come and go. Prints one JSON object on its last line.
+//!
+//! The agents of eight services do all the work of an agent and its proxy: verify, fold, compute the view, compile the law.
+//! The others acknowledge what they receive, since their folding would happen on other machines and not on these cores.
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use countersign_api::{
+    local::Waited,
+    mesh::{self, follow_event::Event, follow_request::Message as Said},
+};
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, Change, Revision},
+    identity::ServiceName,
+    ledger::{Batch, Follower, Snapshot},
+    policy::{Law, Library},
+    view::{Local, View, view},
+};
+use serde_json::json;
+use support::{Plane, Stream, declare, name, permit, trust_domain};
+use tokio::sync::mpsc;
+
+/// Services whose agents do all the work.
+const WORKING_SERVICES: usize = 8;
+const INSTANCES: usize = 2;
+const CHANGES: u64 = 100;
+
+/// A proxy enforces a revision since.
+struct Enforces {
+    revision: u64,
+    service: usize,
+    at: Instant,
+}
+
+/// What an agent holds of the mesh, and what its proxy enforces.
+struct Working {
+    follower: Follower,
+    library: Library,
+    compiled: Library,
+    local: Local,
+    view: Option<View>,
+}
+
+impl Working {
+    fn start(welcome: mesh::Welcome, service: &ServiceName) -> Self {
+        let snapshot = welcome.snapshot.unwrap();
+        let mut bodies = Bodies::default();
+        for text in snapshot.bodies {
+            bodies.insert(text);
+        }
+        let follower = Follower::from_snapshot(&Snapshot {
+            revision: Revision(snapshot.revision),
+            state: snapshot.state_json.to_vec(),
+            frontier: snapshot.frontier.iter().map(|part| part.to_vec()).collect(),
+            last_entry: snapshot.last_entry.to_vec(),
+            bodies,
+        });
+        let mut library = Library::default();
+        let follower = follower.unwrap();
+        for (digest, text) in follower.bodies().iter() {
+            library.insert(*digest, text).unwrap();
+        }
+        let local = Local { service: service.clone() };
+        let mut working = Self { follower, library, compiled: Library::default(), local, view: None };
+        working.take_up(&welcome.entries.unwrap());
+        working
+    }
+
+    /// Verifies, folds, and compiles when the view of the own service is another one. Whether it was.
+    fn take_up(&mut self, entries: &mesh::Entries) -> bool {
+        let mut bodies = Bodies::default();
+        for text in &entries.bodies {
+            let digest = bodies.insert(text.clone());
+            self.library.insert(digest, &Arc::from(text.as_str())).unwrap();
+        }
+        let batch = Batch {
+            first_index: entries.first_index,
+            entries: &entries.entries,
+            change_sets: &entries.change_sets,
+            bodies: &bodies,
+            size: entries.size,
+            root: Digest(entries.root[..].try_into().unwrap()),
+        };
+        self.follower.extend(&batch).unwrap();
+        let next = view(self.follower.state(), self.follower.revision(), &self.library, &self.local).unwrap();
+        let moved = self.view.as_ref().is_none_or(|held| !held.same_content(&next));
+        if moved {
+            Law::compile_with(&next, &mut self.compiled).unwrap();
+            self.view = Some(next);
+        }
+        moved
+    }
+}
+
+async fn follow(mut stream: Stream, service: usize, instance: String, tell: mpsc::UnboundedSender<Enforces>) {
+    let welcome = stream.welcome().await;
+    let revision = welcome.entries.as_ref().map_or(0, |entries| entries.size);
+    let mut working = (service < WORKING_SERVICES).then(|| Working::start(welcome, &service_name(service)));
+    stream.up(&instance, "127.0.0.1:1").await;
+    stream.acknowledge(&instance, revision).await;
+    loop {
+        let Ok(event) = stream.next().await else { return };
+        let Event::Entries(entries) = event else { continue };
+        let moved = working.as_mut().is_some_and(|working| working.take_up(&entries));
+        if moved {
+            let _ = tell.send(Enforces { revision: entries.size, service, at: Instant::now() });
+        }
+        stream.acknowledge(&instance, entries.size).await;
+    }
+}
+
+fn service_name(number: usize) -> ServiceName {
+    name(&format!("s{number}"))
+}
+
+/// Processor time of this process so far.
+fn cpu() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0 // USER_HZ is 100 on Linux
+}
+
+fn at(sorted: &[f64], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
+}
+
+async fn measure(agents: usize, churning: bool) -> serde_json::Value {
+    let plane = Arc::new(Plane::start().await);
+    let services = agents / INSTANCES;
+    let mut changes = vec![Change::CreateMesh { trust_domain: trust_domain() }, declare("caller")];
+    let mut bodies = Bodies::default();
+    for number in 0..services {
+        changes.push(declare(service_name(number).as_str()));
+        let (change, text) = permit(&format!("p{number}"), "caller", service_name(number).as_str());
+        for (_, text) in text.iter() {
+            bodies.insert(text.clone());
+        }
+        changes.push(change);
+    }
+    let mut revision = plane.apply_with(0, changes, bodies).await.unwrap().revision.0;
+
+    let (tell, mut told) = mpsc::unbounded_channel();
+    for number in 0..agents {
+        let mut agent = plane.agent(&format!("h{number}")).await;
+        let stream = agent.follow(0, Digest::default()).await.unwrap();
+        let instance = format!("s{}/{}", number % services, number / services);
+        tokio::spawn({
+            let tell = tell.clone();
+            async move {
+                let _agent = agent;
+                follow(stream, number % services, instance, tell).await;
+            }
+        });
+    }
+    while plane.status().await.services.iter().map(|service| service.instances.len()).sum::<usize>() < agents {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let churn = churning.then(|| {
+        let plane = plane.clone();
+        tokio::spawn(async move {
+            let mut agent = plane.agent("churn").await;
+            let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+            stream.welcome().await;
+            let mut every = tokio::time::interval(Duration::from_millis(50)); // 10 services of 2 instances a second
+            for number in 0.. {
+                tokio::select! {
+                    _ = every.tick() => {}
+                    event = stream.next() => {
+                        event.unwrap();
+                        continue;
+                    }
+                }
+                let instance = format!("s{}/c{}", number / 2 % services, number % 2);
+                if number / (2 * 10) % 2 == 0 {
+                    stream.up(&instance, "127.0.0.1:2").await;
+                } else {
+                    stream.say(Said::Down(mesh::InstanceDown { instance, reason: "it left".into() })).await;
+                }
+            }
+        })
+    });
+
+    let (mut last_affected_ms, mut everyone_ms) = (Vec::new(), Vec::new());
+    let cpu_before = cpu();
+    let began = Instant::now();
+    for change in 0..CHANGES {
+        let service = change as usize % WORKING_SERVICES.min(services);
+        let from = if change / WORKING_SERVICES as u64 % 2 == 0 { "s0" } else { "caller" };
+        let (set, text) = permit(&format!("p{service}"), from, service_name(service).as_str());
+        let asked = Instant::now();
+        revision = plane.apply_with(revision, vec![set], text).await.unwrap().revision.0;
+        let mut affected = 0;
+        while affected < INSTANCES {
+            let enforces = tokio::time::timeout(support::WITHIN, told.recv()).await.expect("in time").unwrap();
+            if enforces.revision == revision && enforces.service == service {
+                affected += 1;
+                if affected == INSTANCES {
+                    last_affected_ms.push((enforces.at - asked).as_secs_f64() * 1e3);
+                }
+            }
+        }
+        let waited: Waited = plane.get(&format!("/v1/changes/{revision}/wait?timeout_ms=10000")).await;
+        assert!(waited.enforced, "{waited:?}");
+        everyone_ms.push(asked.elapsed().as_secs_f64() * 1e3);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let busy = (cpu() - cpu_before) / began.elapsed().as_secs_f64();
+    if let Some(churn) = churn {
+        churn.abort();
+    }
+    last_affected_ms.sort_by(f64::total_cmp);
+    everyone_ms.sort_by(f64::total_cmp);
+    json!({
+        "last_affected_enforces_ms": { "p50": at(&last_affected_ms, 0.5), "p99": at(&last_affected_ms, 0.99) },
+        "everyone_acknowledged_ms": { "p50": at(&everyone_ms, 0.5), "p99": at(&everyone_ms, 0.99) },
+        "simulator_and_control_cores_busy": busy,
+    })
+}
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let mut result = serde_json::Map::new();
+    for agents in [100, 1000] {
+        for churning in [false, true] {
+            let kind = if churning { "while_instances_come_and_go" } else { "at_rest" };
+            let measured = runtime.block_on(measure(agents, churning));
+            eprintln!("{agents} agents, {kind}: {measured}");
+            result.insert(format!("agents_{agents}_{kind}"), measured);
+        }
+    }
+    println!("{}", serde_json::Value::Object(result));
+}
