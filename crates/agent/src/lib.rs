@@ -237,6 +237,9 @@ pub enum StartError {
     /// It has no identity and no token to get one.
     #[error("host `{0}` has not joined the mesh, and no join token was given")]
     NotJoined(ServiceName),
+    /// It was away for longer than its identity lives.
+    #[error("the identity of host `{0}` has expired while the agent was not running; join again with a new token")]
+    Expired(ServiceName),
     /// The identity in its directory cannot be used.
     #[error("the agent's identity in `{dir}` cannot be used; remove it and join again")]
     Kept {
@@ -337,7 +340,8 @@ async fn own_identity(
         (Ok(Some(kept)), _) if kept.serves(host, token, now) => Ok((kept, false)),
         (_, Some(token)) => Ok((join::join(control, host, token, now).await?, true)),
         (Err(source), None) => Err(StartError::Kept { dir: dir.to_owned(), source }),
-        (Ok(_), None) => Err(StartError::NotJoined(host.clone())),
+        (Ok(Some(_)), None) => Err(StartError::Expired(host.clone())),
+        (Ok(None), None) => Err(StartError::NotJoined(host.clone())),
     }
 }
 

@@ -9,7 +9,7 @@ use countersign_api::sidecar::{
     AGENT_FD, AgentFrames, BROKER_FD, Configure, Drain, Fresh, Identity, SidecarMessage, SidecarOrder,
     sidecar_message::Message, sidecar_order::Order,
 };
-use countersign_core::change::Revision;
+use countersign_core::{change::Revision, view::View};
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
     net::{
@@ -125,7 +125,10 @@ impl Talk<'_> {
             let mut discovery = self.host.discovery.subscribe();
             let mut tick = tokio::time::interval(FRESH_EVERY);
             let mut sent = Sent::default();
-            (bundle.mark_changed(), discovery.mark_changed(), self.identity.mark_changed(), self.views.mark_changed());
+            bundle.mark_changed();
+            discovery.mark_changed();
+            self.identity.mark_changed();
+            self.views.mark_changed();
             loop {
                 tokio::select! {
                     biased;
@@ -176,14 +179,23 @@ impl Talk<'_> {
     }
 
     async fn say_view(&self, orders: &mut Orders, sent: &mut Sent, published: &Published) -> io::Result<()> {
-        if sent.content != Some(published.content) {
-            orders.say(Order::ViewJson(published.json.clone())).await?;
+        let enforced = self.instance.watch().borrow().revision;
+        // A bare number is for a proxy that said it enforces this very content. One that refused it, or has not answered
+        // yet, gets it in full: else it would count an older view as the newer revision.
+        if sent.content != Some(published.content)
+            || (enforced < sent.content_at && sent.revision != Some(published.revision))
+        {
+            let json = if published.view.revision == published.revision {
+                published.json.clone()
+            } else {
+                let view = View { revision: published.revision, ..(*published.view).clone() };
+                serde_json::to_vec(&view)?.into()
+            };
+            orders.say(Order::ViewJson(json)).await?;
             sent.visible = published.view.services.keys().cloned().collect();
             sent.content = Some(published.content);
-            // The encoding carries the revision its content is from; it may hold at a later one by now.
-            sent.revision = Some(published.view.revision);
-        }
-        if sent.revision != Some(published.revision) {
+            (sent.content_at, sent.revision) = (Some(published.revision), Some(published.revision));
+        } else if sent.revision != Some(published.revision) {
             orders.say(Order::Revision(published.revision.0)).await?;
             sent.revision = Some(published.revision);
         }
@@ -204,6 +216,8 @@ impl Talk<'_> {
 #[derive(Default)]
 struct Sent {
     content: Option<u64>,
+    /// The revision it was sent as.
+    content_at: Option<Revision>,
     revision: Option<Revision>,
     visible: BTreeSet<countersign_core::identity::ServiceName>,
     endpoints: Told,

@@ -146,6 +146,21 @@ impl Ground {
         of_service.last().map(|one| (one.revision, one.error.clone()))
     }
 
+    /// The workloads of the instances that control knows to be up.
+    fn up_with_pid(&self) -> Vec<i32> {
+        let said = self.control.said.lock();
+        let mut pids: Vec<i32> = said
+            .iter()
+            .filter_map(|message| match message {
+                Message::Up(up) if up.pid != 0 => Some(up.pid as i32),
+                _ => None,
+            })
+            .collect();
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
     async fn enforced(&self, service: &str, revision: u64) {
         until(&format!("{service} enforces {revision}"), || {
             self.acknowledged(service) == Some((revision, String::new()))
@@ -373,6 +388,11 @@ async fn a_view_that_a_proxy_refuses_is_reported() {
     ground.enforced("web", good).await;
     ground.control.append(vec![declare("refused")], &[]);
     until("control hears why", || ground.acknowledged("web") == Some((good, "it shows `refused`".into()))).await;
+    // The next revision says the same: its number alone would have the proxy count its old view as the new revision.
+    let again = ground.control.append(vec![declare("refused")], &[]);
+    ground.told("web", &format!("view {again} refused,web")).await;
+    assert_eq!(ground.words_of("web", "revision"), Vec::<String>::new());
+    assert_eq!(ground.acknowledged("web"), Some((good, "it shows `refused`".into())));
     agent.stop(Duration::ZERO).await;
 }
 
@@ -490,7 +510,7 @@ async fn a_crashed_sidecar_comes_back_where_it_was_and_its_workload_does_not_not
     let revision = ground.control.append(vec![declare("web")], &[]);
     let agent = ground.start(vec![idle("web")]).await;
     ground.enforced("web", revision).await;
-    until("it is up", || ground.control.said.lock().iter().any(|message| matches!(message, Message::Up(_)))).await;
+    until("it is up with its workload", || ground.up_with_pid().len() == 1).await;
     let workload = agent.run_services()[&name("web")].pids.clone();
     ground.control.said.lock().clear();
     nix::sys::signal::kill(Pid::from_raw(pid(&ground.words_of("web", "pid")[0])), Signal::SIGKILL).unwrap();
@@ -514,9 +534,7 @@ async fn stopping_ends_everything_and_says_so() {
     let agent = ground.start(vec![idle("web"), workload("stubborn", stubborn)]).await;
     ground.enforced("web", revision).await;
     ground.enforced("stubborn", revision).await;
-    until("both run", || agent.run_services().values().filter(|service| service.pids.len() == 1).count() == 2).await;
-    until("both are up", || ground.control.said.lock().iter().filter(|m| matches!(m, Message::Up(_))).count() == 2)
-        .await;
+    until("both are up with their workloads", || ground.up_with_pid().len() == 2).await;
     let mut pids: Vec<i32> = agent.run_services().values().map(|service| service.pids[0] as i32).collect();
     pids.extend(["web", "stubborn"].map(|service| pid(&ground.words_of(service, "pid")[0])));
     assert!(pids.iter().all(|pid| lives(*pid)));
@@ -553,14 +571,8 @@ async fn everything_ends_when_the_agent_is_killed() {
         .spawn()
         .unwrap();
     ground.enforced("web", revision).await;
-    let up = || {
-        ground.control.said.lock().iter().find_map(|message| match message {
-            Message::Up(up) if up.pid != 0 => Some(up.pid as i32),
-            _ => None,
-        })
-    };
-    until("it is up with its workload", || up().is_some()).await;
-    let pids = [up().unwrap(), pid(&ground.words_of("web", "pid")[0])];
+    until("it is up with its workload", || ground.up_with_pid().len() == 1).await;
+    let pids = [ground.up_with_pid()[0], pid(&ground.words_of("web", "pid")[0])];
     agent.kill().await.unwrap();
     until("both ended", || !pids.iter().any(|pid| lives(*pid))).await;
 }
