@@ -43,6 +43,9 @@ pub struct ApplyArguments {
     /// The mesh directory [default: the one found from here]
     #[arg(value_name = "DIR")]
     pub mesh: Option<PathBuf>,
+    /// Refuse to apply when a test of the directory fails
+    #[arg(long)]
+    pub tested: bool,
     /// Return when every connected proxy enforces it; fail after this long
     #[arg(long, value_name = "SPAN", value_parser = cli::span)]
     pub wait: Option<Duration>,
@@ -118,7 +121,10 @@ pub async fn plan(arguments: PlanArguments, global: &Global) -> Done {
 pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
     let place = found(arguments.mesh, global)?;
     let directory = mesh_directory::load(place.dir()?)?;
-    tested(&directory)?;
+    let failing = failing(&directory)?;
+    if arguments.tested && !failing.is_empty() {
+        return Err(refused(&failing));
+    }
     let control = Client::control(&place);
     let (outcome, difference) = apply_directory(&control, &directory, Paint::stdout()).await?;
     let waited = match arguments.wait {
@@ -129,10 +135,11 @@ pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
     struct Answer {
         #[serde(flatten)]
         outcome: Outcome,
+        failing_tests: Vec<String>,
         #[serde(skip_serializing_if = "Option::is_none")]
         waited: Option<Waited>,
     }
-    render::answer(global.output, &Answer { outcome, waited }, |answer, paint| {
+    render::answer(global.output, &Answer { outcome, failing_tests: failing, waited }, |answer, paint| {
         let mut text = match &answer.outcome {
             Outcome::Unchanged { revision } => unchanged(*revision, paint),
             Outcome::Applied { revision, changes, protected, .. } => {
@@ -147,6 +154,9 @@ pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
                 )
             }
         };
+        for failed in &answer.failing_tests {
+            text.push_str(&format!("{} {}\n", paint.warn("warning:"), failing_test(failed)));
+        }
         if let Some(waited) = &answer.waited {
             text.push_str(&change::all_enforce(waited, paint));
         }
@@ -162,18 +172,27 @@ fn counted(changes: usize) -> String {
     if changes == 1 { "1 change".to_owned() } else { format!("{changes} changes") }
 }
 
-/// A directory whose own tests fail is not applied: they are what its author said must hold.
-pub fn tested(directory: &Directory) -> Result<(), Failure> {
-    let failed: Vec<_> = policy::run_tests(directory)?.into_iter().filter_map(|test| test.failed()).collect();
-    match failed.len() {
-        0 => Ok(()),
-        count => {
-            let failure =
-                Failure::refused(format!("{count} of the directory's policy tests fail, so nothing was changed"));
-            let failure = failed.into_iter().fold(failure, |failure, failed| failure.cause(failed));
-            Err(failure.help("correct the policies or the tests; `countersign policy test` runs them alone"))
-        }
-    }
+/// The tests of the directory that its policies do not hold to, or that cannot be read, and why. They are what its author said must hold, so
+/// every apply says so; only `--tested` makes it a refusal, because a policy is often changed before its tests.
+pub fn failing(directory: &Directory) -> Result<Vec<String>, Failure> {
+    let (tested, mistakes) = policy::run_tests(directory)?;
+    let mistaken = mistakes.into_iter().map(|mistake| {
+        let (line, column) = mistake.position();
+        format!("{}:{line}:{column}: {mistake}", mistake.file)
+    });
+    Ok(tested.into_iter().filter_map(policy::Tested::failed).chain(mistaken).collect())
+}
+
+/// What a failing test is called, wherever it is told.
+pub fn failing_test(failed: &str) -> String {
+    format!("a test of the directory fails: {failed}")
+}
+
+fn refused(failing: &[String]) -> Failure {
+    let failure =
+        Failure::refused(format!("{} of the directory's policy tests fail, so nothing was changed", failing.len()));
+    let failure = failing.iter().fold(failure, |failure, failed| failure.cause(failed));
+    failure.help("correct the policies or the tests; `countersign policy test` runs them alone")
 }
 
 /// Applies `directory`, and shows the difference that it made. Someone else's change in between means planning again.

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use countersign_api::local::{ChangeDetail, ChangeSummary, ProxyRevision, Waited};
+use countersign_api::local::{ChangeDetail, ChangeSummary, ProxyRevision, Status, Waited};
 use countersign_core::change::Revision;
 
 use crate::{
@@ -87,6 +87,14 @@ pub async fn enforced(control: &Client, revision: Revision, timeout: Duration) -
     let waited: Waited = control.get(&path).await?;
     if waited.enforced {
         return Ok(waited);
+    }
+    let status: Status = control.get("/v1/status").await?;
+    if status.revision < revision {
+        return Err(Failure::new(format!(
+            "there is no revision {revision}: the mesh is at revision {}",
+            status.revision
+        ))
+        .help("`countersign change list` shows those that are there"));
     }
     let late = Failure::new(format!(
         "revision {revision} is not enforced everywhere after {timeout:?}: {} of {} proxies are missing",

@@ -123,7 +123,11 @@ impl Tested {
 }
 
 fn test(directory: &Directory, output: Output) -> Done {
-    let tested = run_tests(directory)?;
+    let (tested, mistakes) = run_tests(directory)?;
+    if !mistakes.is_empty() {
+        let what = format!("the tests of the mesh directory have {}", mistake::count(&mistakes));
+        return Err(Failure::new(what).mistakes(mistakes));
+    }
     let failed = tested.iter().filter(|test| !test.holds).count();
     render::answer(output, &tested, |tested, paint| {
         let mut text = String::new();
@@ -144,8 +148,8 @@ fn test(directory: &Directory, output: Output) -> Done {
     }
 }
 
-/// Puts the questions of `tests/*.toml` to the policies of `directory`.
-pub fn run_tests(directory: &Directory) -> Result<Vec<Tested>, Failure> {
+/// Puts the questions of `tests/*.toml` to the policies of `directory`. A file with mistakes asks nothing.
+pub fn run_tests(directory: &Directory) -> Result<(Vec<Tested>, Vec<Mistake>), Failure> {
     let (state, bodies) = mesh_directory::state(directory);
     let library = library(&bodies)?;
     let (mut tested, mut mistakes) = (Vec::new(), Vec::new());
@@ -173,10 +177,7 @@ pub fn run_tests(directory: &Directory) -> Result<Vec<Tested>, Failure> {
             }
         }
     }
-    if mistakes.is_empty() {
-        return Ok(tested);
-    }
-    Err(Failure::new(format!("the tests of the mesh directory have {}", mistake::count(&mistakes))).mistakes(mistakes))
+    Ok((tested, mistakes))
 }
 
 fn lint(directory: &Directory, output: Output) -> Done {

@@ -116,13 +116,15 @@ struct Mesh<'a> {
 impl Mesh<'_> {
     /// Makes the mesh what the directory says and lets this host in.
     async fn begin(&self, directory: Directory, global: &Global) -> Result<(Agent, Teller), Failure> {
-        apply::tested(&directory)?;
         apply::apply_directory(&self.client, &directory, Paint::plain()).await?;
         let host = serve::host_name();
         let invitation = self.control.invite(INVITATION, Some(host.clone())).await?;
         let workloads = agent::workloads(&directory, self.dir);
         let services = workloads.iter().map(|workload| (workload.service.clone(), workload.instances));
         let teller = Teller::new(global.output, services);
+        for failed in apply::failing(&directory)? {
+            teller.warn(&apply::failing_test(&failed));
+        }
         let agent = agent::start(AgentConfig {
             data_dir: self.place.data_dir.clone(),
             host,
@@ -250,9 +252,12 @@ impl Mesh<'_> {
     async fn apply_save(&self, agent: &Agent, teller: &Teller, running: &Running) -> Done {
         let saved = Instant::now();
         let directory = mesh_directory::load(self.dir)?;
-        apply::tested(&directory)?;
+        let failing = apply::failing(&directory)?;
         let (outcome, difference) = apply::apply_directory(&self.client, &directory, teller.paint()).await?;
         agent.set_workloads(agent::workloads(&directory, self.dir)).await;
+        for failed in &failing {
+            teller.warn(&apply::failing_test(failed));
+        }
         if let Outcome::Applied { revision, .. } = &outcome {
             self.tell_applied(teller, &outcome, *revision, &difference, saved).await?;
         }
