@@ -185,6 +185,11 @@ pub(crate) fn unprocessed<B>(response: &Response<B>) -> Option<Refusal> {
     all.into_iter().find(|refusal| refusal.row().unprocessed && reason == refusal.row().reason)
 }
 
+/// Whether `response`, which came from another sidecar, is this refusal.
+pub(crate) fn says<B>(response: &Response<B>, refusal: Refusal) -> bool {
+    response.headers().get(REASON).is_some_and(|reason| reason == refusal.row().reason)
+}
+
 fn log(refusal: Refusal, row: &Row) {
     // A refusal is counted for each request; it is logged at a level that says who should care.
     match row.level {

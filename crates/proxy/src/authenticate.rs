@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use crate::identify::Peer;
 
-/// INVARIANT (authenticated-caller): made only by [`authenticate`], from a verified peer.
+/// Made only by [`authenticate`], from a verified peer.
 pub(crate) struct Caller(Rc<Peer>);
 
 /// Says from whom a request is.

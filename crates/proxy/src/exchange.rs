@@ -18,7 +18,7 @@ use h2::ext::Protocol as ConnectProtocol;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, header, uri::PathAndQuery};
 
 use crate::{
-    answer::{Refusal, answer},
+    answer::{Refusal, answer, says},
     authenticate::authenticate,
     authorize::authorize,
     decided::TraceId,
@@ -55,7 +55,7 @@ pub(crate) enum Intent {
 
 /// A request from the mesh, for our workload, well-formed and for the right service.
 ///
-/// INVARIANT (routed-once): made only by [`route_inbound`]; the path judged is the path forwarded.
+/// Made only by [`route_inbound`]; the path judged is the path forwarded.
 pub(crate) struct Routed {
     pub(crate) intent: Intent,
     pub(crate) protocol: Protocol,
@@ -69,7 +69,7 @@ pub(crate) struct Routed {
 pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Request<Flow>) -> Reply {
     let began = Instant::now();
     let kind = kind_of(request.headers());
-    let (view, routed, asked) = match admit(worker).and_then(|view| route_inbound(worker, view, request)) {
+    let (view, routed, asked) = match admit(worker).and_then(|view| route_inbound(worker, peer, view, request)) {
         Ok(routed) => routed,
         Err(refusal) => {
             worker.counts.inbound.started.add(1);
@@ -139,6 +139,7 @@ fn admit(worker: &Worker) -> Result<Arc<Compiled>, Refusal> {
 /// Reads the head of a request from the mesh. What it says is judged and, unchanged, forwarded.
 fn route_inbound(
     worker: &Worker,
+    peer: &Peer,
     view: Arc<Compiled>,
     request: Request<Flow>,
 ) -> Result<(Arc<Compiled>, Routed, Asked), Refusal> {
@@ -181,7 +182,7 @@ fn route_inbound(
         path,
         host: worker.host_name(service),
         size,
-        first_contact: false,
+        first_contact: worker.is_first_contact(peer.id(), &method),
         trace_id: Some(trace_id),
     };
     let routed = Routed { intent, protocol, method, path_and_query, headers, body };
@@ -296,6 +297,11 @@ fn kind_of(headers: &HeaderMap) -> Kind {
 }
 
 impl Reply {
+    /// Whether the callee's sidecar says that its workload broke off.
+    pub(crate) fn is_of_broken_app(&self) -> bool {
+        matches!(self, Self::Whole(response) if says(response, Refusal::AppBroke))
+    }
+
     fn status(&self) -> u16 {
         match self {
             Self::Whole(response) => response.status().as_u16(),

@@ -15,7 +15,7 @@ use http::{
 use smallvec::SmallVec;
 
 use crate::{
-    answer::{Refusal, unprocessed},
+    answer::{Refusal, says, unprocessed},
     authorize::Permit,
     balance::{Instance, Upstream},
     exchange::{Intent, Reply, Routed, Sending},
@@ -189,7 +189,13 @@ pub(crate) async fn to_mesh(worker: &Rc<Worker>, outgoing: &Rc<Outgoing>, sendin
     };
     match timeout {
         Some(timeout) => {
-            tokio::time::timeout(timeout, attempts(worker, outgoing, sending)).await.unwrap_or(Err(Refusal::TimedOut))
+            let answered = tokio::time::timeout(timeout, attempts(worker, outgoing, sending)).await;
+            answered.unwrap_or_else(|_| {
+                if let Some(instance) = &*outgoing.instance.borrow() {
+                    note_failure(worker, instance); // an instance that stalls is as ill as one that breaks off
+                }
+                Err(Refusal::TimedOut)
+            })
         }
         None => attempts(worker, outgoing, sending).await,
     }
@@ -206,18 +212,20 @@ async fn attempts(worker: &Rc<Worker>, outgoing: &Rc<Outgoing>, mut sending: Sen
     loop {
         let now = Instant::now();
         let instance = upstream.pick(&tried, now).ok_or(Refusal::NoInstance)?;
-        let failed = match attempt(worker, outgoing, &upstream, &instance, &mut sending).await {
+        *outgoing.instance.borrow_mut() = Some(instance.clone());
+        let failed = match attempt(worker, outgoing, &upstream, &instance, &mut sending, idempotent).await {
+            Ok(reply) if reply.is_of_broken_app() => {
+                note_failure(worker, &instance);
+                return Ok(reply);
+            }
             Ok(reply) => {
                 instance.succeeded();
                 return Ok(reply);
             }
             Err(failed) => failed,
         };
-        if instance.failed(Instant::now()) {
-            worker.counts.ejections.add(1);
-            tracing::warn!(instance = %instance.id, "instance left out after failures in a row");
-        }
-        let safe = failed.unprocessed || (idempotent && failed.refusal == Refusal::UpstreamBroke);
+        note_failure(worker, &instance);
+        let safe = failed.unprocessed || idempotent; // an attempt fails before any byte of its answer came
         if !safe || sending.sent() || tried.len() as u32 >= retries {
             return Err(failed.refusal);
         }
@@ -230,12 +238,20 @@ async fn attempts(worker: &Rc<Worker>, outgoing: &Rc<Outgoing>, mut sending: Sen
     }
 }
 
+fn note_failure(worker: &Worker, instance: &Instance) {
+    if instance.failed(Instant::now()) {
+        worker.counts.ejections.add(1);
+        tracing::warn!(instance = %instance.id, "instance left out after failures in a row");
+    }
+}
+
 async fn attempt(
     worker: &Rc<Worker>,
     outgoing: &Rc<Outgoing>,
     upstream: &Upstream,
     instance: &Rc<Instance>,
     sending: &mut Sending,
+    idempotent: bool,
 ) -> Result<Reply, Failed> {
     let load = instance.load();
     let connected = instance.pool.stream(|| connect_mesh(worker, instance)).await;
@@ -273,6 +289,9 @@ async fn attempt(
     })?;
     if let Some(refusal) = unprocessed(&response).filter(|_| !sending.sent()) {
         return Err(Failed { refusal, unprocessed: true });
+    }
+    if idempotent && !sending.sent() && says(&response, Refusal::AppBroke) {
+        return Err(Failed { refusal: Refusal::AppBroke, unprocessed: false });
     }
     pipe.0 = None; // from here on the request's body ends by itself
     *outgoing.stream.borrow_mut() = Some((stream, load));

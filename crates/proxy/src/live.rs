@@ -187,6 +187,9 @@ impl Live {
 impl Exchange {
     /// Judges this exchange by `view`. The answer is kept with it.
     pub(crate) fn judge(&self, view: &Arc<Compiled>, which: Judged) -> (Outcome, DecisionId) {
+        if cfg!(countersign_bench_lawless) {
+            return (Outcome::Permit, DecisionId(0)); // what judging and recording cost is measured against this
+        }
         let at_ms = self.worker.now_ms();
         let now = (at_ms / 1000) as i64;
         let began = Instant::now();

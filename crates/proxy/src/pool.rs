@@ -296,6 +296,7 @@ pub(crate) struct Outgoing {
     pub(crate) bytes_out: Cell<u64>,
     pub(crate) stream: RefCell<Option<(Stream, Load)>>,
     pub(crate) place: RefCell<Option<Place>>,
+    pub(crate) instance: RefCell<Option<Rc<Instance>>>, // the one tried last
 }
 
 impl Outgoing {
@@ -310,6 +311,7 @@ impl Outgoing {
             bytes_out: Cell::new(0),
             stream: RefCell::default(),
             place: RefCell::default(),
+            instance: RefCell::default(),
         })
     }
 }

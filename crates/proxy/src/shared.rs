@@ -24,6 +24,7 @@ use countersign_core::{
     view::View,
 };
 use parking_lot::Mutex;
+use rustc_hash::FxHashSet;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::{counts::Counts, live::LiveExchange, view::Compiled};
@@ -45,6 +46,9 @@ pub struct App {
     /// Makes a TCP socket, not yet connected, in the workload's namespace.
     pub socket: Box<dyn Fn() -> io::Result<socket2::Socket> + Send + Sync>,
 }
+
+/// Edges (who calls, how) that one sidecar tells apart.
+pub(crate) const EDGES_MAX: usize = 65_536;
 
 /// What a listener is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -86,6 +90,7 @@ pub struct Shared {
     fresh_at_ms: AtomicU64,  // on `began`'s clock, plus one; 0: never
     began: Instant,
     draining: AtomicBool,
+    edges: Mutex<FxHashSet<u64>>,
     app_ready: AtomicBool,
     app_doubt: Notify,
     workers: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
@@ -129,6 +134,7 @@ impl Shared {
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
             draining: AtomicBool::new(false),
+            edges: Mutex::default(),
             app_ready: AtomicBool::new(false),
             app_doubt: Notify::new(),
             workers: Mutex::default(),
@@ -227,6 +233,12 @@ impl Shared {
     /// How long this proxy runs.
     pub fn uptime(&self) -> Duration {
         self.began.elapsed()
+    }
+
+    /// Whether `edge` had not been seen by any worker. When more are known than anyone could look at, none is new.
+    pub(crate) fn is_new_edge(&self, edge: u64) -> bool {
+        let mut edges = self.edges.lock();
+        edges.len() < EDGES_MAX && edges.insert(edge)
     }
 
     /// Takes note of whether the workload accepts connections.

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    hash::BuildHasher,
     io,
     rc::Rc,
     sync::Arc,
@@ -11,13 +12,13 @@ use std::{
 
 use countersign_api::svid::ClientCertificate;
 use countersign_core::{
-    identity::ServiceName,
+    identity::{ServiceName, SpiffeId},
     path::Authority,
     policy::{Decision, Judge, Query},
     service::Protocol,
 };
-use http::Request;
-use rustc_hash::FxHashMap;
+use http::{Method, Request};
+use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::{
     runtime::LocalRuntime,
@@ -32,7 +33,7 @@ use crate::{
     decided::Recorder,
     live::{Cut, Live},
     pool::AppPool,
-    shared::{Door, Order, Shared},
+    shared::{Door, EDGES_MAX, Order, Shared},
     view::Compiled,
 };
 
@@ -53,6 +54,7 @@ pub(crate) struct Worker {
     server_config: RefCell<Option<Arc<ServerConfig>>>,
     client_configs: RefCell<FxHashMap<ServiceName, Arc<ClientConfig>>>,
     host_names: RefCell<FxHashMap<ServiceName, Arc<str>>>,
+    edges: RefCell<FxHashSet<u64>>, // those this worker knows to be known
     doors: RefCell<Vec<(Door, AbortHandle)>>,
 }
 
@@ -139,6 +141,7 @@ impl Worker {
             server_config: RefCell::default(),
             client_configs: RefCell::default(),
             host_names: RefCell::default(),
+            edges: RefCell::default(),
             doors: RefCell::default(),
         }
     }
@@ -169,6 +172,20 @@ impl Worker {
     /// Nanoseconds on a steady clock, the same for every worker.
     pub(crate) fn steady_ns(&self) -> u64 {
         self.shared.uptime().as_nanos() as u64
+    }
+
+    /// Whether nobody with this id has called in this way since the proxy began. Until contracts name operations, the way
+    /// is the method.
+    pub(crate) fn is_first_contact(&self, peer: &SpiffeId, method: &Method) -> bool {
+        let edge = FxBuildHasher.hash_one((peer, method));
+        if self.edges.borrow().contains(&edge) {
+            return false;
+        }
+        let mut edges = self.edges.borrow_mut();
+        if edges.len() < EDGES_MAX {
+            edges.insert(edge);
+        }
+        self.shared.is_new_edge(edge)
     }
 
     /// `<service>.mesh`, made once.

@@ -128,6 +128,7 @@ async fn heads_are_bounded_in_size_count_and_time() {
     assert_eq!(app.seen(), 0);
 }
 
+/// PROVES (verified-peer)
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_cannot_prove_a_workload_of_this_mesh_gets_nothing() {
     let app = Workload::http().await;

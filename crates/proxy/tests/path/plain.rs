@@ -32,6 +32,7 @@ fn route() -> Route {
     }
 }
 
+/// PROVES (permit-before-forward)
 #[tokio::test(flavor = "multi_thread")]
 async fn only_what_policy_permits_reaches_the_workload() {
     let app = Workload::http().await;
@@ -112,6 +113,13 @@ async fn what_may_have_been_processed_is_not_tried_again() {
     let post = Request::post("http://catalog.mesh/").body(Full::new(Bytes::from("pay"))).unwrap();
     assert_eq!(web.send(post).await.seen(), (502, Some("app-broke")));
     assert_eq!(broken.seen(), 1);
+    let retry = Route { retry: Some(Retry { attempts: 2, budget_percent: 100 }), ..route() };
+    web.apply(&Plan { routes: vec![retry], ..Plan::new(SERVICES, EVERYONE) }, 2).await;
+    let post = Request::post("http://catalog.mesh/").body(Full::new(Bytes::from("pay"))).unwrap();
+    assert_eq!(web.send(post).await.seen(), (502, Some("app-broke")));
+    assert_eq!(broken.seen(), 2, "not even where a rule allows retries");
+    assert_eq!(web.get("http://catalog.mesh/").await.seen(), (502, Some("app-broke")));
+    assert_eq!(broken.seen(), 5, "an idempotent request is tried again where a rule says so");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -202,6 +210,36 @@ async fn an_identity_is_renewed_without_a_failed_request() {
     assert!(count > 50, "{count}");
     let opened: u64 = web.shared.counts.iter().map(|counts| counts.mesh_connections.get()).sum();
     assert!(opened >= 5, "new identities, new connections: {opened}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_is_new_once() {
+    let app = Workload::http().await;
+    let policy = r#"permit(principal, action, resource) when { !context.first_contact };"#;
+    let (web, _catalog, _) = pair(&Plan::new(SERVICES, policy), "catalog", app.address).await;
+    assert_eq!(web.get("http://catalog.mesh/a").await.status, 403);
+    for path in ["a", "b", "c", "d"] {
+        assert_eq!(web.get(&format!("http://catalog.mesh/{path}")).await.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connect_to_an_http_service_is_a_connection_to_its_upstream() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let app = Workload::http().await;
+    let (web, _catalog, _) = pair(&Plan::new(SERVICES, ITEMS), "catalog", app.address).await;
+    let mut socket = tokio::net::TcpStream::connect(web.outbound).await.unwrap();
+    let mut buffer = [0; 2048];
+    for (request, expected) in [
+        ("CONNECT catalog.mesh:80 HTTP/1.1\r\nhost: catalog.mesh:80\r\n\r\n", "HTTP/1.1 200 OK\r\n"),
+        ("GET /items HTTP/1.1\r\nhost: anything\r\n\r\n", "HTTP/1.1 200 OK\r\n"),
+        ("GET /secrets HTTP/1.1\r\nhost: anything\r\n\r\n", "HTTP/1.1 403 Forbidden\r\n"),
+    ] {
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let count = tokio::time::timeout(Duration::from_secs(5), socket.read(&mut buffer)).await.unwrap().unwrap();
+        let answer = String::from_utf8_lossy(&buffer[..count]);
+        assert!(answer.starts_with(expected), "{request}: {answer}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

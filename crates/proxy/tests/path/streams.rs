@@ -30,6 +30,7 @@ async fn next(body: &mut Incoming) -> Option<Result<Bytes, hyper::Error>> {
     Some(frame.map(|frame| frame.into_data().unwrap_or_default()))
 }
 
+/// PROVES (register-before-judge)
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_is_cut_when_the_answer_turns_and_its_neighbour_does_not_notice() {
     let app = Workload::http().await;
