@@ -153,8 +153,8 @@ async fn tcp_flows_half_closes_and_is_cut() {
     assert_eq!(timeout(SOON, socket.read_u8()).await.unwrap().unwrap(), b'x');
     db.apply(&plan.with_policy(NOBODY), 2).await;
     assert!(timeout(SOON, socket.read_u8()).await.unwrap().is_err(), "the connection ends");
-    let mut socket = TcpStream::connect(door).await.unwrap();
-    assert!(timeout(SOON, socket.read_u8()).await.unwrap().is_err(), "a denied connection carries nothing");
+    let denied = async { TcpStream::connect(door).await?.read_u8().await }; // the reset may come before connect looks
+    assert!(timeout(SOON, denied).await.unwrap().is_err(), "a denied connection carries nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -164,10 +164,9 @@ async fn large_bodies_pass_whole_in_both_directions() {
     const BYTES: usize = 64 * 1024 * 1024;
     let get = Request::get(format!("http://catalog.mesh/bytes/{BYTES}")).body(Full::default()).unwrap();
     let mut body = open(web.outbound, get).await.into_body();
-    let (mut count, mut most) = (0, 0);
+    let mut count = 0;
     while let Some(bytes) = next(&mut body).await {
         count += bytes.unwrap().len();
-        most = most.max(resident_bytes());
     }
     assert_eq!(count, BYTES);
     let post = Request::post("http://catalog.mesh/count").body(Full::new(Bytes::from(vec![7; BYTES]))).unwrap();
