@@ -526,6 +526,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        authority::seal::Sealer,
         clock::Clock,
         gate::Gate,
         metrics::StoreLatency,
@@ -603,8 +604,10 @@ mod tests {
             let publisher = Arc::new(Publisher::new(Registry::default()));
             let publish = publisher.clone();
             let clock = Clock::from_fn(|| 1_700_000_000_000);
-            let ledger =
-                Ledger::open(storage, clock, move |head, entries| publish.entries(head, entries)).await.unwrap();
+            let sealer = Arc::new(Sealer::open(&dir.join("kek"), true).unwrap());
+            let ledger = Ledger::open(storage, clock, sealer, move |head, entries| publish.entries(head, entries))
+                .await
+                .unwrap();
             let agents = (0..4)
                 .map(|n| Agent {
                     host: ServiceName::parse(&format!("h{n}")).unwrap(),

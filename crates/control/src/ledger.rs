@@ -17,11 +17,14 @@ use countersign_core::{
 };
 
 use crate::{
+    authority::seal::Sealer,
     clock::Clock,
     gate::Admitted,
-    store::{NewEntry, Storage, StoreError, StoredEntry, StoredHead},
+    store::{NewEntry, Storage, StoreError, StoredEntry},
 };
 
+/// What the seal of a head is for: no other sealed bytes pass for one.
+const HEAD_PURPOSE: &str = "ledger/head";
 /// Entries read from the store at once.
 pub const PAGE_ENTRIES: u32 = 256;
 /// How far the clock may lie before the newest entry until it is called wrong.
@@ -43,6 +46,7 @@ type Publish = Box<dyn Fn(&Arc<Head>, mesh::Entries) + Send + Sync>;
 pub struct Ledger {
     storage: Storage,
     clock: Clock,
+    sealer: Arc<Sealer>,
     head: watch::Sender<Arc<Head>>,
     /// The root after each entry: what an agent that holds `n` entries must hold too.
     roots: RwLock<Vec<Digest>>,
@@ -120,6 +124,7 @@ impl Ledger {
     pub async fn open(
         storage: Storage,
         clock: Clock,
+        sealer: Arc<Sealer>,
         publish: impl Fn(&Arc<Head>, mesh::Entries) + Send + Sync + 'static,
     ) -> Result<Self, OpenError> {
         let place = storage.place().to_owned();
@@ -138,20 +143,24 @@ impl Ledger {
             let bodies = texts_of(&storage, &page).await.map_err(unread)?;
             fold_page(&mut head, &mut tree, &mut roots, &page, &bodies).map_err(damaged)?;
         }
-        let folded = StoredHead { size: tree.size(), root: tree.root() };
+        let (size, root) = (tree.size(), tree.root());
         match stored {
-            None if folded.size == 0 => {}
-            Some(stored) if stored == folded => {}
-            None => return Err(damaged(format!("{} entries are there, but no head", folded.size))),
-            Some(StoredHead { size, .. }) if size != folded.size => {
-                return Err(damaged(format!("{size} entries were written, {} are there", folded.size)));
+            None if size == 0 => {}
+            None => return Err(damaged(format!("{size} entries are there, but no head"))),
+            Some(stored) if stored.size != size => {
+                return Err(damaged(format!("{} entries were written, {size} are there", stored.size)));
             }
-            Some(StoredHead { root, .. }) => {
-                return Err(damaged(format!(
-                    "its root was {}, the entries add up to {}",
-                    root.short(),
-                    folded.root.short()
-                )));
+            Some(stored) if stored.root != root => {
+                let (was, is) = (stored.root.short(), root.short());
+                return Err(damaged(format!("its root was {was}, the entries add up to {is}")));
+            }
+            Some(stored) => {
+                let sealed = sealer.unseal(HEAD_PURPOSE, &stored.seal);
+                if !sealed.is_ok_and(|sealed| *sealed == head_bytes(size, root)) {
+                    return Err(damaged(
+                        "its root was not sealed with this control plane's key, or the key file is another one".into(),
+                    ));
+                }
             }
         }
         let ahead_ms = head.newest_at_ms.saturating_sub(clock.now_ms());
@@ -161,6 +170,7 @@ impl Ledger {
         Ok(Self {
             storage,
             clock,
+            sealer,
             head: watch::Sender::new(Arc::new(head)),
             roots: RwLock::new(roots),
             appending: tokio::sync::Mutex::new(()),
@@ -211,6 +221,7 @@ impl Ledger {
             entry: draft.bytes.clone(),
             leaf: hash_leaf(&draft.bytes),
             root: draft.next.root(),
+            seal: self.sealer.seal(HEAD_PURPOSE, &head_bytes(draft.next.revision().0, draft.next.root())),
             digest: draft.entry.digest,
             change_set: draft.change_set.clone(),
             bodies: bodies.iter().map(|(digest, text)| (*digest, text.clone())).collect(),
@@ -297,6 +308,11 @@ impl Ledger {
         }
         Ok(Some(Arc::new(past)))
     }
+}
+
+/// What is sealed with each entry: size (big-endian), then root.
+fn head_bytes(size: u64, root: Digest) -> Vec<u8> {
+    [&size.to_be_bytes()[..], &root.0[..]].concat()
 }
 
 /// Texts that the change-sets of `page` refer to. A change-set that does not parse is reported by the fold.
@@ -400,10 +416,11 @@ mod tests {
         let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
         let published = Arc::new(AtomicU64::new(0));
         let count = published.clone();
+        let sealer = Arc::new(Sealer::open(&dir.path().join("kek"), true).unwrap());
         let publish = move |_: &Arc<Head>, _| {
             count.fetch_add(1, Ordering::Relaxed);
         };
-        let ledger = Arc::new(Ledger::open(storage, Clock::system(), publish).await.unwrap());
+        let ledger = Arc::new(Ledger::open(storage, Clock::system(), sealer, publish).await.unwrap());
         Opened { ledger, faults, published, dir }
     }
 
@@ -425,7 +442,8 @@ mod tests {
     async fn opens_again(opened: Opened) -> u64 {
         let store = SqliteStore::open(&opened.dir.path().join("control.db")).unwrap();
         let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
-        let again = Ledger::open(storage, Clock::system(), |_, _| {}).await.unwrap();
+        let sealer = opened.ledger.sealer.clone();
+        let again = Ledger::open(storage, Clock::system(), sealer, |_, _| {}).await.unwrap();
         assert_eq!(again.head().follower.root(), opened.ledger.head().follower.root());
         again.head().follower.revision().0
     }

@@ -240,9 +240,15 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     let now_ms = clock.now_ms();
     let (hosts, instances) = storage.run("restore", |store| Ok((store.hosts()?, store.instances()?))).await?;
     let publisher = Arc::new(Publisher::new(Registry::restore(hosts, instances, now_ms)));
+    let sealed = storage.run("authority_keys", |store| Ok(store.has_keys()? || store.head()?.is_some())).await?;
+    let key_file = key_file.unwrap_or_else(|| data_dir.join(KEY_FILE));
+    let sealer = Arc::new(Sealer::open(&key_file, !sealed)?);
+
     let publish = publisher.clone();
-    let ledger =
-        Ledger::open(storage.clone(), clock.clone(), move |head, entries| publish.entries(head, entries)).await?;
+    let ledger = Ledger::open(storage.clone(), clock.clone(), sealer.clone(), move |head, entries| {
+        publish.entries(head, entries)
+    })
+    .await?;
     let ledger = Arc::new(ledger);
     publisher.begin(ledger.head());
     let created = ledger.head().follower.state().trust_domain.clone();
@@ -251,10 +257,6 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     {
         return Err(StartError::OtherMesh { data_dir, found: found.clone(), wanted: wanted.clone() });
     }
-
-    let sealed = storage.run("authority_keys", |store| store.has_keys()).await?;
-    let key_file = key_file.unwrap_or_else(|| data_dir.join(KEY_FILE));
-    let sealer = Arc::new(Sealer::open(&key_file, !sealed)?);
 
     let listener = TcpListener::bind(listen).await.map_err(|source| StartError::Listen { address: listen, source })?;
     let listen = listener.local_addr().map_err(|source| StartError::Listen { address: listen, source })?;

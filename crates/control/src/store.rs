@@ -52,6 +52,8 @@ pub struct NewEntry {
     pub leaf: Digest,
     /// The ledger's root with it.
     pub root: Digest,
+    /// The new size and root, sealed.
+    pub seal: Vec<u8>,
     /// The digest of the change-set.
     pub digest: Digest,
     /// The canonical change-set.
@@ -61,12 +63,14 @@ pub struct NewEntry {
 }
 
 /// The ledger's size and root as last written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredHead {
     /// Entries.
     pub size: u64,
     /// The Merkle root over them.
     pub root: Digest,
+    /// Both, sealed: a file can be edited consistently, but not sealed again.
+    pub seal: Vec<u8>,
 }
 
 /// A host that enrolled.

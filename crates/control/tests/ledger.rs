@@ -110,7 +110,19 @@ async fn an_edit_that_recomputes_the_hashes_of_its_entry_still_meets_the_root() 
     edited.execute("UPDATE entries SET entry = ?1, leaf = ?2 WHERE idx = 1", rusqlite::params![entry, leaf.0]).unwrap();
     drop(edited);
     let error = start(config(dir.path().into())).await.err().unwrap();
-    assert!(error.to_string().contains("its root was"), "{error}");
+    assert!(error.to_string().contains("the entries add up to"), "{error}");
+
+    // Whoever recomputes the root as well has no key to seal it with.
+    let edited = database(dir.path());
+    let mut tree = countersign_core::ledger::Frontier::default();
+    for index in 0..4 {
+        let leaf = edited.query_row("SELECT leaf FROM entries WHERE idx = ?1", [index], |row| row.get(0)).unwrap();
+        tree.append(Digest(leaf));
+    }
+    edited.execute("UPDATE head SET root = ?1", [tree.root().0]).unwrap();
+    drop(edited);
+    let error = start(config(dir.path().into())).await.err().unwrap();
+    assert!(error.to_string().contains("was not sealed with"), "{error}");
 }
 
 #[tokio::test]
@@ -315,7 +327,7 @@ async fn two_control_planes_on_one_directory_another_mesh_or_a_lost_key_do_not_s
     std::fs::write(&key, "00".repeat(32)).unwrap();
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
     let refused = start(config(dir.path().into())).await.err().unwrap();
-    assert!(refused.help().unwrap().contains("key file"), "{refused}");
+    assert!(refused.to_string().contains("not sealed with this control plane's key"), "{refused}");
     std::fs::remove_file(&key).unwrap();
     let refused = start(config(dir.path().into())).await.err().unwrap();
     assert!(matches!(refused, StartError::KeyFile(_)), "a new key is never made beside sealed ones: {refused}");

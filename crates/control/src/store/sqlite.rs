@@ -29,7 +29,8 @@ const SCHEMA: &[&str] = &["
     CREATE TABLE head (
         one  INTEGER PRIMARY KEY CHECK (one = 1),
         size INTEGER NOT NULL,
-        root BLOB NOT NULL CHECK (length(root) = 32)
+        root BLOB NOT NULL CHECK (length(root) = 32),
+        seal BLOB NOT NULL
     ) STRICT;
     -- Change-sets and texts, by the SHA-256 of their bytes.
     CREATE TABLE bodies (
@@ -160,8 +161,8 @@ impl Store for SqliteStore {
     }
 
     fn head(&mut self) -> Result<Option<StoredHead>, StoreError> {
-        let rows = self.rows("SELECT size, root FROM head", &[], |row| {
-            Ok(StoredHead { size: unsigned(row, 0)?, root: digest(row, 1)? })
+        let rows = self.rows("SELECT size, root, seal FROM head", &[], |row| {
+            Ok(StoredHead { size: unsigned(row, 0)?, root: digest(row, 1)?, seal: row.get(2)? })
         })?;
         Ok(rows.into_iter().next())
     }
@@ -195,8 +196,8 @@ impl Store for SqliteStore {
                 params![signed(new.index), new.entry, new.leaf.0, new.digest.0],
             )?;
             t.execute(
-                "INSERT INTO head VALUES (1, ?1, ?2) ON CONFLICT DO UPDATE SET size = ?1, root = ?2",
-                params![signed(new.index + 1), new.root.0],
+                "INSERT INTO head VALUES (1, ?1, ?2, ?3) ON CONFLICT DO UPDATE SET size = ?1, root = ?2, seal = ?3",
+                params![signed(new.index + 1), new.root.0, new.seal],
             )?;
             Ok(true)
         })?;
@@ -540,6 +541,7 @@ mod tests {
             entry: vec![index as u8],
             leaf: Digest::of(b"leaf"),
             root: Digest::of(&index.to_be_bytes()),
+            seal: b"seal".to_vec(),
             digest: Digest::of(b"set"),
             change_set: b"set".to_vec(),
             bodies: vec![(Digest::of(b"text"), "text".into())],
@@ -549,7 +551,10 @@ mod tests {
         assert_eq!(store.append(&entry(0)), Err(StoreError::Taken(0)));
         assert_eq!(store.append(&entry(2)), Err(StoreError::Taken(2)));
         store.append(&entry(1)).unwrap();
-        assert_eq!(store.head().unwrap(), Some(StoredHead { size: 2, root: Digest::of(&1u64.to_be_bytes()) }));
+        assert_eq!(
+            store.head().unwrap(),
+            Some(StoredHead { size: 2, root: Digest::of(&1u64.to_be_bytes()), seal: b"seal".to_vec() })
+        );
         assert_eq!(store.entries(1, 10).unwrap()[0].change_set, b"set");
         assert_eq!(store.bodies(&[Digest::of(b"text"), Digest::of(b"none")]).unwrap().len(), 1);
     }
