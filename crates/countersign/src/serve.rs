@@ -23,6 +23,9 @@ pub struct Held {
 
 /// Becomes the one process that runs the mesh at `place`.
 pub fn hold(place: &Place) -> Result<Held, Failure> {
+    // It will hold keys: no debugger, no core dump, no other process of this user may read them.
+    countersign_agent::harden::non_dumpable()
+        .map_err(|e| Failure::new("could not shut this process to debuggers").because(&e))?;
     let path = place.data_dir.join("run.lock");
     let could_not = |e: &io::Error| {
         Failure::new(format!("could not lock `{}`", path.display()))
