@@ -100,7 +100,7 @@ pub fn policy(verb: PolicyVerb, global: &Global) -> Done {
 
 fn load(of: &Where, global: &Global) -> Result<Directory, Failure> {
     match &of.mesh {
-        Some(dir) => mesh_directory::load(&mesh_finder::at(dir, global.data_dir.as_deref())?.dir()?.to_path_buf()),
+        Some(dir) => mesh_directory::load(mesh_finder::at(dir, global.data_dir.as_deref())?.dir()?),
         None => mesh_directory::load(cli::place(global)?.dir()?),
     }
 }

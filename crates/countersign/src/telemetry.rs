@@ -37,14 +37,10 @@ pub fn start() -> Result<Telemetry, Failure> {
         false => tracing_subscriber::fmt::layer().with_writer(io::stderr).json().flatten_event(true).boxed(),
     };
     let exporters = env::var_os(ENDPOINT).filter(|endpoint| !endpoint.is_empty()).map(|_| exporters()).transpose()?;
-    let spans = match &exporters {
-        Some((tracer, _)) => Some(
-            tracing_opentelemetry::layer()
-                .with_tracer(tracer.tracer("countersign"))
-                .with_filter(EnvFilter::new("info")),
-        ),
-        None => None,
-    };
+    let spans = exporters.as_ref().map(|(tracer, _)| {
+        let layer = tracing_opentelemetry::layer().with_tracer(tracer.tracer("countersign"));
+        layer.with_filter(EnvFilter::new("info"))
+    });
     let registry = tracing_subscriber::registry().with(spans).with(events.with_filter(filter()?));
     registry.try_init().map_err(|e| Failure::new("could not start telling events").because(&e))?;
     Ok(Telemetry { exporters })

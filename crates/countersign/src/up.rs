@@ -157,7 +157,7 @@ impl Mesh<'_> {
             Ok(running) => running,
             Err(failure) => return failure,
         };
-        if let Err(failure) = self.announce(teller, ended.len()).await {
+        if let Err(failure) = self.announce(agent, teller, ended.len()).await {
             return failure;
         }
         tokio::select! {
@@ -170,7 +170,7 @@ impl Mesh<'_> {
         RunFile { services: agent.run_services(), ..control::run_file(self.place, self.control) }
     }
 
-    async fn announce(&self, teller: &Teller, ended: usize) -> Done {
+    async fn announce(&self, agent: &Agent, teller: &Teller, ended: usize) -> Done {
         let status: Status = self.client.get("/v1/status").await?;
         let after = self.started.elapsed();
         if !teller.is_text() {
@@ -178,7 +178,7 @@ impl Mesh<'_> {
             return Ok(());
         }
         let paint = teller.paint();
-        let instances: usize = status.services.iter().map(|service| service.instances.len()).sum();
+        let instances: usize = agent.run_services().values().map(|service| service.pids.len()).sum();
         let name = status.trust_domain.as_ref().map_or("the mesh", |name| name.as_str());
         teller.line(&format!(
             "{} {} at revision {}: {} services, {instances} instances, {:.1} s",
