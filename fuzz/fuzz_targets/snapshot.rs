@@ -10,7 +10,9 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|given: (u64, Vec<u8>, Vec<Vec<u8>>, Vec<u8>, Vec<String>)| {
     let (revision, state, frontier, last_entry, texts) = given;
     let mut bodies = Bodies::default();
-    texts.into_iter().for_each(|text| drop(bodies.insert(text)));
+    for text in texts {
+        bodies.insert(text);
+    }
     let snapshot = Snapshot { revision: Revision(revision), state, frontier, last_entry, bodies };
     if let Ok(follower) = Follower::from_snapshot(&snapshot) {
         let again = follower.snapshot().unwrap();
