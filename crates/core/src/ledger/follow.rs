@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::{
     ACTOR_BYTES_MAX, BODY_BYTES_MAX, CHANGE_SET_BYTES_MAX, ENTRY_FORMAT, Entry, EntryError, Frontier, FrontierError,
-    hash_leaf,
+    NUMBER_MAX, hash_leaf,
 };
 use crate::{
     canonical::{Digest, encode},
@@ -207,6 +207,9 @@ pub enum DraftError {
     /// Nobody asked, or someone with a name beyond its bound.
     #[error("the actor must have 1 to {ACTOR_BYTES_MAX} bytes")]
     Actor,
+    /// RFC 8785 writes numbers as IEEE 754 doubles.
+    #[error("it holds a number above {NUMBER_MAX}, which canonical JSON cannot hold")]
+    Inexact,
     /// The change-set or a text is beyond its bound.
     #[error("{what} has {found} bytes; at most {max} are allowed")]
     TooLong {
@@ -321,6 +324,11 @@ impl Follower {
         }
         if actor.is_empty() || actor.len() > ACTOR_BYTES_MAX {
             return Err(DraftError::Actor);
+        }
+        // What cannot be read back would be refused by every follower, for ever.
+        let exact = serde_json::from_slice::<ChangeSet>(&change_set_bytes).is_ok_and(|read| read == *change_set);
+        if !exact || at_ms > NUMBER_MAX {
+            return Err(DraftError::Inexact);
         }
         let mut next = self.clone();
         next.state = self.state.apply_all(change_set)?;
@@ -670,6 +678,13 @@ mod tests {
         let (none, actor) = (Bodies::default(), "a".repeat(ACTOR_BYTES_MAX + 1));
         let mut long = Bodies::default();
         let body = long.insert("x".repeat(BODY_BYTES_MAX + 1));
+        let vast = Change::SetRoute {
+            name: "r".into(),
+            route: serde_json::from_value(
+                serde_json::json!({ "service": "web", "rank": 0, "timeout_ms": (1_u64 << 53) + 1 }),
+            )
+            .unwrap(),
+        };
         let long_policy = Change::SetPolicy { id: "p".into(), file: "p.cedar".into(), body };
         for (actor, set, bodies, expected) in [
             ("local", set(1, vec![]), &none, "it was planned on revision 1, and the mesh is at 2 now".to_owned()),
@@ -687,6 +702,12 @@ mod tests {
                 "a text has 262145 bytes; at most 262144 are allowed".to_owned(),
             ),
             (&actor, set(2, vec![]), &none, "the actor must have 1 to 2048 bytes".to_owned()),
+            (
+                "local",
+                set(2, vec![vast]),
+                &none,
+                "it holds a number above 9007199254740991, which canonical JSON cannot hold".to_owned(),
+            ),
             ("", set(2, vec![]), &none, "the actor must have 1 to 2048 bytes".to_owned()),
         ] {
             assert_eq!(held.draft(0, actor, &set, bodies).unwrap_err().to_string(), expected);
