@@ -39,6 +39,7 @@ run = ["{python}", "services/chat.py"]
 [services.db]
 port = {db_port}
 protocol = "tcp"
+mesh_port = 5432
 """
 
 POLICIES = {

@@ -33,7 +33,7 @@ def test_a_permitted_request_arrives_with_its_verified_caller(mesh, way):
 
 def test_a_denial_says_its_decision_and_nothing_more(mesh):
     answer = curl(mesh, "stranger", "-i", "http://web.mesh/a").stdout
-    head, _, body = answer.partition("\r\n\r\n")
+    head, _, body = answer.partition("\n\n")
     assert head.startswith("HTTP/1.1 403 ")
     denied = json.loads(body)
     assert set(denied) == {"error", "decision"} and denied["error"] == "denied"

@@ -70,6 +70,23 @@ class TwoHosts:
         self.processes.append(process)
         return process
 
+    def start_control(self, name="control"):
+        control = self.start(self.EAST, name, "control", self.directory, "--listen", "10.81.0.1:8443")
+        self.wait(lambda: self.command("status", check=False).returncode, 0)
+        self.command("apply")
+        return control
+
+    def start_agents(self):
+        """One on each host; the token comes by the environment, as it would on a real host."""
+        for host, name, service in ((self.EAST, "east", "near"), (self.WEST, "west", "far")):
+            token = json.loads(self.command("host", "invite", "-o", "json").stdout)["token"]
+            os.environ["COUNTERSIGN_JOIN"] = token
+            self.start(
+                host, name, "--data-dir", self.directory / name, "agent", self.directory, "--service", service,
+                "--host", name, "--control", "https://10.81.0.1:8443",
+            )
+            del os.environ["COUNTERSIGN_JOIN"]
+
     def command(self, *words, check=True):
         done = subprocess.run(
             self.on(self.EAST, BINARY, "-C", self.directory, *words), capture_output=True, text=True, timeout=60
@@ -120,18 +137,8 @@ def hosts(tmp_path):
 
 
 def test_a_cut_wire_goes_stale_and_a_healed_one_resumes_without_a_restart(hosts):
-    hosts.start(hosts.EAST, "control", "control", hosts.directory, "--listen", "10.81.0.1:8443")
-    hosts.wait(lambda: hosts.command("status", check=False).returncode, 0)
-    hosts.command("apply")
-    for host, name, service, address in (
-        (hosts.EAST, "east", "near", "10.81.0.1"),
-        (hosts.WEST, "west", "far", "10.81.0.2"),
-    ):
-        token = json.loads(hosts.command("host", "invite", "-o", "json").stdout)["token"]
-        hosts.start(
-            host, name, "--data-dir", hosts.directory / name, "agent", hosts.directory, "--services", service,
-            "--host", name, "--address", address, "--control", "https://10.81.0.1:8443", "--join", token,
-        )
+    hosts.start_control()
+    hosts.start_agents()
     hosts.wait(hosts.call, "200")
 
     # The wire is cut: `far` cannot be reached at all.
@@ -149,22 +156,12 @@ def test_a_cut_wire_goes_stale_and_a_healed_one_resumes_without_a_restart(hosts)
 
 
 def test_without_a_control_plane_the_last_view_holds_until_it_is_stale(hosts):
-    control = hosts.start(hosts.EAST, "control", "control", hosts.directory, "--listen", "10.81.0.1:8443")
-    hosts.wait(lambda: hosts.command("status", check=False).returncode, 0)
-    hosts.command("apply")
-    for host, name, service, address in (
-        (hosts.EAST, "east", "near", "10.81.0.1"),
-        (hosts.WEST, "west", "far", "10.81.0.2"),
-    ):
-        token = json.loads(hosts.command("host", "invite", "-o", "json").stdout)["token"]
-        hosts.start(
-            host, name, "--data-dir", hosts.directory / name, "agent", hosts.directory, "--services", service,
-            "--host", name, "--address", address, "--control", "https://10.81.0.1:8443", "--join", token,
-        )
+    control = hosts.start_control()
+    hosts.start_agents()
     hosts.wait(hosts.call, "200")
     control.send_signal(signal.SIGKILL)
     control.wait()
     assert hosts.call() == "200", "the last view holds"
     hosts.wait(hosts.call, "503")
-    hosts.start(hosts.EAST, "control-again", "control", hosts.directory, "--listen", "10.81.0.1:8443")
+    hosts.start_control("control-again")
     hosts.wait(hosts.call, "200")
