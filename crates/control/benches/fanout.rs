@@ -193,7 +193,7 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
     let began = Instant::now();
     for change in 0..CHANGES {
         let service = change as usize % WORKING_SERVICES.min(services);
-        let from = if change / WORKING_SERVICES as u64 % 2 == 0 { "s0" } else { "caller" };
+        let from = if (change / WORKING_SERVICES as u64).is_multiple_of(2) { "s0" } else { "caller" };
         let (set, text) = permit(&format!("p{service}"), from, service_name(service).as_str());
         let asked = Instant::now();
         revision = plane.apply_with(revision, vec![set], text).await.unwrap().revision.0;

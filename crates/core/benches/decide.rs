@@ -32,8 +32,8 @@ fn main() {
     if let [_, flag, case, total, count] = &arguments[..]
         && flag == "--count"
     {
-        let mut decide = decider(case, total.parse().expect("a number of policies"));
-        (0..count.parse::<usize>().expect("a number of decisions")).for_each(|n| decide(n));
+        let decide = decider(case, total.parse().expect("a number of policies"));
+        (0..count.parse::<usize>().expect("a number of decisions")).for_each(decide);
         return;
     }
     let mut results: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();

@@ -144,8 +144,10 @@ fn start_init() -> Result<(Pid, OwnedFd), NamespaceError> {
             let alive = nix::unistd::write(&tell, &[code]).is_ok() && code == 0;
             // SAFETY: descriptors of this process only; nothing in it uses one any more.
             unsafe { nix::libc::close_range(0, u32::MAX, 0) };
-            while alive {
-                rustix::event::pause();
+            if alive {
+                loop {
+                    rustix::event::pause();
+                }
             }
             // SAFETY: see `in_child`.
             unsafe { nix::libc::_exit(1) }

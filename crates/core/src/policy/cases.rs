@@ -495,7 +495,8 @@ unknown = 1
             16: `"/a?b"`: policies do not see the query
             18: `"read"`: `by` is not a list
             18: `unknown`: unknown key `unknown`
-        "#]].assert_eq(&told);
+        "#]]
+        .assert_eq(&told);
         assert!(parse_cases("[[test]\nname =", &state).is_err());
     }
 
@@ -549,7 +550,8 @@ by = ["place"]
             a method nobody can name: holds
             fails: expected permit, got deny (no_policy_permits) by no policy
             fails by another: expected permit by `place`, got it by `read`
-        "#]].assert_eq(&told);
+        "#]]
+        .assert_eq(&told);
     }
 
     #[test]
