@@ -128,6 +128,18 @@ impl Law {
             return Err(errors);
         }
         policies.sort_by(|a, b| a.parsed.id().cmp(b.parsed.id()));
+        // A decision names its policies by their ids: each must mean one text.
+        let twice: Vec<PolicyError> = policies
+            .windows(2)
+            .filter(|pair| pair[0].parsed.id() == pair[1].parsed.id())
+            .map(|pair| {
+                let (id, file) = (pair[1].parsed.id().clone(), pair[1].file.clone());
+                PolicyError { id, file, what: format!("the id is taken by a policy of `{}`", pair[0].file) }
+            })
+            .collect();
+        if !twice.is_empty() {
+            return Err(twice);
+        }
         Ok(Self::index(view, policies))
     }
 
@@ -825,6 +837,27 @@ mod tests {
         );
         view.policies[0].text = "@id(\"b\") permit (principal, action, resource) when { context.token };".into();
         assert!(Law::compile(&view).is_err());
+    }
+
+    #[test]
+    fn a_view_with_two_policies_of_one_id_does_not_compile() {
+        let of = |text: &str| view(text).policies.remove(0);
+        let mut view = view(r#"@id("a") permit (principal, action, resource);"#);
+        view.policies.push(of(r#"@id("b") permit (principal, action, resource);"#));
+        assert!(Law::compile(&view).is_ok());
+        for text in ["forbid (principal, action, resource)", "permit (principal, action, resource)"] {
+            let mut again = of(&format!("@id(\"a\") {text};"));
+            again.file = "policies/again.cedar".into();
+            view.policies.push(again);
+        }
+        let errors = Law::compile(&view).err().unwrap();
+        assert_eq!(
+            errors.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            [
+                "policy `a` (policies/again.cedar): the id is taken by a policy of `policies/test.cedar`",
+                "policy `a` (policies/again.cedar): the id is taken by a policy of `policies/again.cedar`",
+            ]
+        );
     }
 
     #[test]
