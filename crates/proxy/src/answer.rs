@@ -169,10 +169,12 @@ pub(crate) fn answer(refusal: Refusal, kind: Kind) -> Response<Watched> {
             .header("grpc-message", message)
             .body(Watched::own(""))
     } else {
+        let body = refusal.body();
         response
             .status(row.status)
             .header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))
-            .body(Watched::own(refusal.body()))
+            .header(header::CONTENT_LENGTH, body.len()) // the mesh hop has no other way to say it
+            .body(Watched::own(body))
     };
     built.expect("INVARIANT: every part is a valid header value")
 }

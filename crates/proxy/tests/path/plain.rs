@@ -39,6 +39,8 @@ async fn only_what_policy_permits_reaches_the_workload() {
     let (web, catalog, _) = pair(&Plan::new(SERVICES, ITEMS), "catalog", app.address).await;
     let denied = web.get("http://catalog.mesh/secrets").await;
     assert_eq!(denied.seen(), (403, Some("denied")));
+    assert_eq!(denied.headers["content-length"], denied.text().len().to_string(), "{denied:?}");
+    assert!(!denied.headers.contains_key("transfer-encoding"), "{denied:?}");
     let id = denied.text().strip_prefix(r#"{"error":"denied","decision":""#).unwrap().strip_suffix(r#""}"#).unwrap();
     assert_eq!(id.len(), 32, "{id}");
     for (url, expected) in [
