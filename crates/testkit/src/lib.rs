@@ -5,6 +5,8 @@
 //! |---|---|
 //! | [`authority`] | a root, an intermediate, and SVIDs with any defect |
 //! | [`agent`] | an agent that does what the test says, for a sidecar on the other end |
+//!
+//! A whole mesh in one process, on a clock of its own, stands in `tests/simulation`: it is made of what is tested.
 
 pub mod agent;
 pub mod authority;
