@@ -1,7 +1,14 @@
 //! The embedded store: one SQLite file in WAL mode with `synchronous=FULL`, so that a commit that returned has been
 //! fsynced. The schema is versioned; a file of a later version is refused, an earlier one is brought up to date.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    fs::{OpenOptions, Permissions},
+    io,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, ToSql, TransactionBehavior, params};
 
@@ -108,6 +115,7 @@ impl SqliteStore {
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let shown = path.display().to_string();
         let wrong = |e| sort(e, &shown);
+        make_private(path).map_err(|e| unusable(&e, &shown))?;
         let mut connection = Connection::open(path).map_err(wrong)?;
         connection.busy_timeout(Duration::from_secs(5)).map_err(wrong)?;
         connection.pragma_update(None, "journal_mode", "wal").map_err(wrong)?;
@@ -453,6 +461,23 @@ fn migrate(connection: &mut Connection, path: &str) -> Result<(), StoreError> {
         transaction.commit().map_err(wrong)?;
     }
     Ok(())
+}
+
+/// The file with mode 0600, whatever the umask; the files that SQLite makes beside it take its mode.
+fn make_private(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    if file.metadata()?.permissions().mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    file.set_permissions(Permissions::from_mode(0o600))
+}
+
+fn unusable(error: &io::Error, path: &str) -> StoreError {
+    match error.kind() {
+        io::ErrorKind::StorageFull => StoreError::Full(path.into()),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => StoreError::ReadOnly(path.into()),
+        _ => StoreError::Failed(format!("could not open `{path}`: {error}")),
+    }
 }
 
 fn sort(error: rusqlite::Error, path: &str) -> StoreError {
