@@ -16,6 +16,8 @@ use tokio::sync::Notify;
 
 /// How long news gathers before it is said.
 const GATHER: Duration = Duration::from_millis(3);
+/// A host without news says so this often, so that control knows when it last heard of it.
+const QUIET_MAX: Duration = Duration::from_secs(5);
 
 /// One instance, as control should see it.
 #[derive(Debug, Clone, Default)]
@@ -85,10 +87,13 @@ impl Acknowledgements {
         self.news.notify_one();
     }
 
-    /// Waits for news, lets it gather, and returns it: instances up first, then what they enforce, then those gone.
+    /// Waits for news, lets it gather, and returns it: instances up first, then what they enforce, then those gone. When
+    /// there is none for long, an acknowledgement of nothing is the sign of life.
     pub(crate) async fn news(&self) -> Vec<FollowRequest> {
         loop {
-            self.news.notified().await;
+            if tokio::time::timeout(QUIET_MAX, self.news.notified()).await.is_err() {
+                return vec![FollowRequest { message: Some(Message::Acknowledgement(Acknowledgement::default())) }];
+            }
             tokio::time::sleep(GATHER).await;
             let news = self.state.lock().take();
             if !news.is_empty() {

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming, transport::Channel};
 
 use crate::{
-    AgentEvent,
+    AgentEvent, TOLD,
     backoff::Backoff,
     fresh,
     held::Refused,
@@ -55,14 +55,14 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
             Ended::OnPurpose => continue,
             Ended::Lost(why) => {
                 let retry_in = backoff.next_delay();
-                tracing::warn!(control = %host.control, why, ?retry_in, "lost the control plane; proxies go on from what they hold");
+                tracing::warn!(target: TOLD, control = %host.control, why, ?retry_in, "lost the control plane; proxies go on from what they hold");
                 host.tell(AgentEvent::ControlLost { why });
                 retry_in
             }
             Ended::Refused(why) => {
                 let retry_in = backoff.next_delay();
                 let revision = host.held.head().0;
-                tracing::error!(control = %host.control, why, revision, ?retry_in, "refused the control plane's history; the last good state stays");
+                tracing::error!(target: TOLD, control = %host.control, why, revision, ?retry_in, "refused the control plane's history; the last good state stays");
                 host.tell(AgentEvent::HistoryRefused { why });
                 retry_in
             }
@@ -241,7 +241,7 @@ fn in_step(host: &Host) {
 fn take_up_views(host: &Host) {
     for (service, refused) in host.held.look(|follower| host.views.take_up(follower)) {
         let (revision, why) = (refused.revision, refused.why);
-        tracing::error!(%service, %revision, why, "a view cannot be built; the last good one stays");
+        tracing::error!(target: TOLD, %service, %revision, why, "a view cannot be built; the last good one stays");
         host.tell(AgentEvent::ViewRefused { service, revision, why });
     }
 }

@@ -20,12 +20,13 @@
 //! | `local_api` | `agent.sock` |
 //! | [`isolate`], [`launch`], [`harden`] | namespaces of their own for workloads |
 
-use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use countersign_api::run_file::RunService;
 use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName, TrustDomain},
+    ledger::Follower,
     service::ServiceSpec,
 };
 use tokio::{sync::broadcast, task::JoinHandle};
@@ -73,6 +74,8 @@ pub struct AgentConfig {
     pub control: String,
     /// A join token. Not needed by a host that has joined before.
     pub join: Option<String>,
+    /// Where other hosts reach the sidecars of this one; the address on the way to control unless given.
+    pub address: Option<IpAddr>,
     /// What runs here.
     pub workloads: Vec<WorkloadSpec>,
     /// Whether workloads get namespaces of their own.
@@ -115,6 +118,9 @@ pub enum Isolate {
     /// They do not.
     Off,
 }
+
+/// The target of log events that are an [`AgentEvent`] as well: whoever shows those can leave these out.
+pub const TOLD: &str = "countersign_agent::told";
 
 /// What happens on a host, for people who watch. A slow listener misses some.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -281,8 +287,13 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
     let socket = config.data_dir.join(countersign_api::run_file::AGENT_SOCKET);
     let listener = local_api::bind(&config.data_dir, &dir).map_err(|source| StartError::Socket { socket, source })?;
     let isolation = isolation(&config).await?;
-    let address = control.own_address().await;
-    let address = address.map_err(|source| StartError::NoWay { control: control.to_string(), source })?;
+    let address = match config.address {
+        Some(given) => given,
+        None => {
+            let found = control.own_address().await;
+            found.map_err(|source| StartError::NoWay { control: control.to_string(), source })?
+        }
+    };
     let (identity, joined) = own_identity(&config.host, &control, token.as_ref(), &dir).await?;
 
     let (reports, for_control) = Reports::new();
@@ -375,6 +386,17 @@ impl Agent {
     /// Whether workloads have namespaces of their own, and why not.
     pub fn isolation(&self) -> &Isolation {
         &self.host.isolation
+    }
+
+    /// What the mesh declares, once this host holds it. Waits for control as long as it takes.
+    pub async fn declared(&self) -> BTreeMap<ServiceName, ServiceSpec> {
+        let mut revisions = self.host.held.revisions();
+        let _ = revisions.wait_for(|revision| revision.0 > 0).await; // its sender lives as long as the host
+        let declared = |follower: &Follower| {
+            let services = follower.state().services.iter();
+            services.map(|(name, service)| (name.clone(), service.spec.clone())).collect()
+        };
+        self.host.held.look(declared)
     }
 
     /// Waits until a workload ended for good: its exit code, or 128 and the number of the signal. Without

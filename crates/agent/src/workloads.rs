@@ -13,6 +13,7 @@ use tokio::{
 use self::instance::{Instance, Status};
 use crate::{WorkloadSpec, host::Host};
 
+mod event;
 mod instance;
 mod output;
 mod sidecar;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -41,6 +42,9 @@ pub struct AgentArguments {
     /// The services to run here [default: all of the directory]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub service: Vec<ServiceName>,
+    /// Where other hosts reach the sidecars of this one [default: the address on the way to the control plane]
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
     /// The name of this host [default: its host name]
     #[arg(long, value_name = "NAME")]
     pub host: Option<ServiceName>,
@@ -71,6 +75,7 @@ pub async fn agent(arguments: AgentArguments, global: &Global) -> Done {
         host: arguments.host.unwrap_or_else(serve::host_name),
         control: arguments.control,
         join: arguments.join,
+        address: arguments.address,
         workloads,
         isolate: isolate(&directory),
         workers: directory.defaults.workers,
@@ -89,6 +94,7 @@ pub async fn agent(arguments: AgentArguments, global: &Global) -> Done {
 
 /// Starts it, or says why not and what to do.
 pub async fn start(config: AgentConfig) -> Result<countersign_agent::Agent, Failure> {
+    serve::shut_to_debuggers()?;
     countersign_agent::start(config).await.map_err(|e| {
         let help = match &e {
             StartError::Control(_) => "a control plane is named like `https://192.0.2.1:7443`",

@@ -250,11 +250,15 @@ pub fn line(event: &TailEvent, own: Option<&TrustDomain>, paint: Paint) -> Strin
                 paint.dim(&render::moment(render::now_ms())),
                 outcome(Outcome::Permit, paint),
                 short(principal, own),
-                paint.dim(&format!("{permits} times, revision {revision}")),
+                paint.dim(&format!("{}, revision {revision}", times(*permits))),
             )
         }
         TailEvent::Shed(count) => format!("{} {count} records found no room\n", paint.warn("shed")),
     }
+}
+
+fn times(count: u64) -> String {
+    if count == 1 { "once".to_owned() } else { format!("{count} times") }
 }
 
 /// What the reason means, for people.
@@ -288,7 +292,7 @@ fn judged(record: &DecisionRecord) -> &'static str {
 }
 
 /// A workload of the own mesh by its service name, any other by its full id: a stranger must not look familiar.
-fn short(id: &SpiffeId, own: Option<&TrustDomain>) -> String {
+pub fn short(id: &SpiffeId, own: Option<&TrustDomain>) -> String {
     let own = own.filter(|own| own.as_str() == id.trust_domain());
     own.and_then(|_| id.service()).map_or_else(|| id.to_string(), |service| service.to_string())
 }

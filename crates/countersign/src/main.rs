@@ -17,6 +17,7 @@ mod difference;
 mod doctor;
 mod error;
 mod exec;
+mod glance;
 mod host;
 mod init;
 mod ledger;

@@ -1,10 +1,10 @@
 //! `run --service S -- CMD`: one workload with its sidecar, as long as the command lives.
 
-use std::{ffi::OsString, fs, process::ExitCode, time::Duration};
+use std::{ffi::OsString, fs, net::IpAddr, process::ExitCode, time::Duration};
 
 use clap::Args;
 
-use countersign_agent::{AgentConfig, Isolate, WorkloadSpec};
+use countersign_agent::{Agent, AgentConfig, Isolate, WorkloadSpec};
 use countersign_api::local::{Invitation, Invite, Mesh};
 use countersign_core::{identity::ServiceName, service::ServiceSpec};
 
@@ -15,6 +15,8 @@ use crate::{
 
 /// How long the token is good that this command gets for itself.
 const INVITATION: Duration = Duration::from_secs(60);
+/// How long the control plane may take to send the mesh to a host that joined it.
+const DECLARED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Which service, and the command that is it.
 #[derive(Debug, Args)]
@@ -31,6 +33,9 @@ pub struct Run {
     /// Where the control plane of that mesh listens
     #[arg(long, value_name = "https://IP:PORT", requires = "join")]
     pub control: Option<String>,
+    /// Where other hosts reach its sidecar [default: the address on the way to the control plane]
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
     /// The services that the command calls, each on a loopback address of its own [default: as declared]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub upstreams: Vec<ServiceName>,
@@ -50,36 +55,22 @@ pub async fn run(arguments: Run, global: &Global) -> Result<ExitCode, Failure> {
     let host =
         ServiceName::parse(&name.chars().rev().take(63).collect::<Vec<_>>().into_iter().rev().collect::<String>())
             .unwrap_or_else(|_| serve::host_name());
-    let (place, control, join, spec, isolate) = match (arguments.control, arguments.join) {
-        (Some(control), Some(join)) => {
-            let spec = ServiceSpec::new(Default::default());
-            (elsewhere(global, &name)?, control, join, spec, Isolate::Auto)
-        }
+    let (place, control, join, isolate) = match (arguments.control, arguments.join) {
+        (Some(control), Some(join)) => (elsewhere(global, &name)?, control, join, Isolate::Auto),
         _ => here(global, &arguments.service, host.clone()).await?,
     };
     let data_dir = agent::beside(&place, &name);
     let own = Place { dir: None, data_dir: data_dir.clone() };
     own.create_data_dir()?;
-    let spec = match arguments.upstreams.is_empty() {
-        true => spec,
-        false => ServiceSpec { upstreams: arguments.upstreams.into_iter().collect(), ..spec },
-    };
-    let workload = WorkloadSpec {
-        service: arguments.service.clone(),
-        spec,
-        run: Some(command),
-        dir: std::env::current_dir().map_err(|e| Failure::new("could not find the current directory").because(&e))?,
-        env: Default::default(),
-        instances: 1,
-        port: arguments.port,
-    };
+    let dir = std::env::current_dir().map_err(|e| Failure::new("could not find the current directory").because(&e))?;
     let teller = Teller::quiet(global.output);
     let agent = agent::start(AgentConfig {
         data_dir: data_dir.clone(),
         host,
         control,
         join: Some(join),
-        workloads: vec![workload],
+        address: arguments.address,
+        workloads: Vec::new(),
         isolate,
         workers: 1,
         executable: agent::executable(),
@@ -89,13 +80,23 @@ pub async fn run(arguments: Run, global: &Global) -> Result<ExitCode, Failure> {
     let code = match agent {
         Ok(agent) => {
             let mut events = agent.events();
+            let exited = async {
+                let mut spec = declared(&agent, &arguments.service).await?;
+                if !arguments.upstreams.is_empty() {
+                    spec.upstreams = arguments.upstreams.into_iter().collect();
+                }
+                let (service, env, port) = (arguments.service, Default::default(), arguments.port);
+                let workload = WorkloadSpec { service, spec, run: Some(command), dir, env, instances: 1, port };
+                agent.set_workloads(vec![workload]).await;
+                Ok(agent.exited().await)
+            };
             let code = tokio::select! {
-                code = agent.exited() => code,
-                () = told.cancelled() => 130,
-                () = teller.follow(&mut events) => 1,
+                code = exited => code,
+                () = told.cancelled() => Ok(130),
+                () = teller.follow(&mut events) => Ok(1),
             };
             agent.stop(agent::DRAIN).await;
-            Ok(ExitCode::from(code))
+            code.map(ExitCode::from)
         }
         Err(failure) => Err(failure),
     };
@@ -103,25 +104,38 @@ pub async fn run(arguments: Run, global: &Global) -> Result<ExitCode, Failure> {
     code
 }
 
-type Joined = (Place, String, String, ServiceSpec, Isolate);
+/// What the mesh declares of `service`, which this host has just joined for.
+async fn declared(agent: &Agent, service: &ServiceName) -> Result<ServiceSpec, Failure> {
+    let mut declared = tokio::time::timeout(DECLARED_WITHIN, agent.declared()).await.map_err(|_| {
+        Failure::new(format!("the control plane did not say within {DECLARED_WITHIN:?} what it declares"))
+            .help("look at it with `countersign status` where it runs; a mesh that nobody applied declares nothing")
+    })?;
+    let spec = declared.remove(service);
+    spec.ok_or_else(|| undeclared(service, &declared.keys().collect::<Vec<_>>()))
+}
 
-/// In the mesh that runs on this machine: it lets this command in and says what the service declares.
+fn undeclared(service: &ServiceName, names: &[&ServiceName]) -> Failure {
+    Failure::new(format!("this mesh has no service `{service}`"))
+        .help(format!("declare it in mesh.toml and apply; its services are: {}", status::join(names)))
+}
+
+type Joined = (Place, String, String, Isolate);
+
+/// In the mesh that runs on this machine: it lets this command in when it has the service.
 async fn here(global: &Global, service: &ServiceName, host: ServiceName) -> Result<Joined, Failure> {
     let place = cli::place(global)?;
     let client = Client::control(&place);
     let mesh: Mesh = client.get("/v1/mesh").await?;
-    let Some(declared) = mesh.state.services.get(service) else {
-        let names: Vec<_> = mesh.state.services.keys().collect();
-        return Err(Failure::new(format!("this mesh has no service `{service}`"))
-            .help(format!("declare it in mesh.toml and apply; its services are: {}", status::join(&names))));
-    };
+    if !mesh.state.services.contains_key(service) {
+        return Err(undeclared(service, &mesh.state.services.keys().collect::<Vec<_>>()));
+    }
     let invite = Invite { ttl_seconds: INVITATION.as_secs(), host: Some(host) };
     let invitation: Invitation = client.post("/v1/hosts/invitations", &invite).await?;
     let isolate = match &place.dir {
         Some(dir) => agent::isolate(&mesh_directory::load(dir)?),
         None => Isolate::Auto,
     };
-    Ok((place, invitation.control.clone(), invitation.token.clone(), declared.spec.clone(), isolate))
+    Ok((place, invitation.control.clone(), invitation.token.clone(), isolate))
 }
 
 /// For a mesh elsewhere nothing has to be here: what the agent keeps goes below the data directory, or a temporary one.

@@ -21,11 +21,15 @@ pub struct Held {
     _lock: File,
 }
 
+/// A process that will hold keys: no debugger, no core dump, no other process of this user may read them.
+pub fn shut_to_debuggers() -> Result<(), Failure> {
+    countersign_agent::harden::non_dumpable()
+        .map_err(|e| Failure::new("could not shut this process to debuggers").because(&e))
+}
+
 /// Becomes the one process that runs the mesh at `place`.
 pub fn hold(place: &Place) -> Result<Held, Failure> {
-    // It will hold keys: no debugger, no core dump, no other process of this user may read them.
-    countersign_agent::harden::non_dumpable()
-        .map_err(|e| Failure::new("could not shut this process to debuggers").because(&e))?;
+    shut_to_debuggers()?;
     let path = place.data_dir.join("run.lock");
     let could_not = |e: &io::Error| {
         Failure::new(format!("could not lock `{}`", path.display()))

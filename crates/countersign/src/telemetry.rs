@@ -28,8 +28,8 @@ pub fn start() -> Result<Telemetry, Failure> {
                 .because(&e)
                 .help("such as `info,countersign_proxy=debug`")
         }),
-        // On a terminal the display tells the story; the log is for what went wrong.
-        Err(_) if io::stderr().is_terminal() => Ok(EnvFilter::new("warn")),
+        // On a terminal the display tells the story; the log is for what went wrong beside it.
+        Err(_) if io::stderr().is_terminal() => Ok(EnvFilter::new(format!("warn,{}=off", countersign_agent::TOLD))),
         Err(_) => Ok(EnvFilter::new("info")),
     };
     let events = match io::stderr().is_terminal() {

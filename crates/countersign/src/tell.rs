@@ -10,7 +10,7 @@ use std::{
 
 use countersign_agent::AgentEvent;
 use countersign_core::identity::{InstanceId, ServiceName};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::{Receiver, error::RecvError};
 
@@ -95,9 +95,12 @@ impl Teller {
     /// Everything is ready, or will not be: no more lines of progress.
     pub fn settled(&self) {
         let mut services = self.services.lock().expect("no one panics while telling");
+        // All at once: bars that end one after the other leave stale lines behind.
+        let _ = self.bars.clear();
+        self.bars.set_draw_target(ProgressDrawTarget::hidden());
         for progress in services.values_mut() {
             if let Some(bar) = progress.bar.take() {
-                bar.finish();
+                bar.finish_and_clear();
             }
         }
     }
@@ -105,6 +108,13 @@ impl Teller {
     /// Prints a line above whatever moves.
     pub fn line(&self, line: &str) {
         self.bars.suspend(|| render::print(&format!("{}\n", line.trim_end_matches('\n'))));
+    }
+
+    /// Prints lines that there may be.
+    pub fn lines(&self, lines: Option<String>) {
+        if let Some(lines) = lines {
+            self.line(&lines);
+        }
     }
 
     /// One document, for programs.
@@ -143,7 +153,7 @@ impl Teller {
                 }
                 let again = restart_in.map_or_else(
                     || "it is not started again".to_owned(),
-                    |span| format!("starting it again in {span:?}"),
+                    |span| format!("starting it again in {span:.0?}"),
                 );
                 self.line(&format!("{} {instance} ended: {}; {again}", paint.bad("error:"), tame(why)));
                 for line in last_lines {
@@ -156,7 +166,7 @@ impl Teller {
             }
             AgentEvent::ProxyEnded { instance, why, restart_in } => {
                 self.line(&format!(
-                    "{} the sidecar of {instance} ended: {}; starting it again in {restart_in:?}",
+                    "{} the sidecar of {instance} ended: {}; starting it again in {restart_in:.0?}",
                     paint.bad("error:"),
                     tame(why)
                 ));

@@ -3,8 +3,9 @@
 //! down again.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -28,8 +29,9 @@ use crate::{
     change, cli,
     cli::Global,
     client::{Client, shown},
-    control, decision,
+    control,
     error::{Done, Failure},
+    glance::{self, Glance},
     mesh_directory,
     mesh_finder::{self, Place},
     render::Paint,
@@ -55,6 +57,9 @@ pub struct Up {
     /// Where agents of other hosts connect; port 0 picks one
     #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub listen: SocketAddr,
+    /// Where other hosts reach the sidecars of this one [default: the address of --listen]
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
     /// Where the control plane serves `/metrics`; port 0 picks one
     #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub metrics: SocketAddr,
@@ -84,7 +89,14 @@ pub async fn up(arguments: Up, global: &Global) -> Done {
         trust_domain: Some(directory.trust_domain.clone()),
     })
     .await?;
-    let mesh = Mesh { place: &place, dir, control: &control, client: Client::control(&place), started };
+    let mesh = Mesh {
+        place: &place,
+        dir,
+        control: &control,
+        client: Client::control(&place),
+        address: arguments.address,
+        started,
+    };
     let result = tokio::select! {
         result = mesh.begin(directory, global) => match result {
             Ok((agent, teller)) => {
@@ -110,6 +122,7 @@ struct Mesh<'a> {
     dir: &'a Path,
     control: &'a Control,
     client: Client,
+    address: Option<IpAddr>,
     started: Instant,
 }
 
@@ -130,6 +143,7 @@ impl Mesh<'_> {
             host,
             control: invitation.control.clone(),
             join: Some(invitation.token.clone()),
+            address: self.address,
             workloads,
             isolate: agent::isolate(&directory),
             workers: directory.defaults.workers,
@@ -201,19 +215,32 @@ impl Mesh<'_> {
         Ok(())
     }
 
-    /// Shows decisions as they are made; opened again should it break.
+    /// Shows decisions as they are made, and sums up what repeats itself; opened again should it break.
     async fn tail(&self, teller: &Teller) -> Failure {
         let own = self.client.get::<Status>("/v1/status").await.ok().and_then(|status| status.trust_domain);
-        loop {
-            if let Ok(mut lines) = self.client.lines("/v1/decisions/tail").await {
-                while let Ok(Some(event)) = lines.next::<TailEvent>().await {
-                    match teller.is_text() {
-                        true => teller.line(&decision::line(&event, own.as_ref(), teller.paint())),
-                        false => teller.document(&json!({ "event": "decision", "decision": event })),
+        let glance = Mutex::new(Glance::new(own, teller.paint()));
+        let seen = async {
+            loop {
+                if let Ok(mut lines) = self.client.lines("/v1/decisions/tail").await {
+                    while let Ok(Some(event)) = lines.next::<TailEvent>().await {
+                        match teller.is_text() {
+                            true => teller.lines(glance.lock().expect("no one panics while telling").see(&event)),
+                            false => teller.document(&json!({ "event": "decision", "decision": event })),
+                        }
                     }
                 }
+                tokio::time::sleep(TAIL_AGAIN).await;
             }
-            tokio::time::sleep(TAIL_AGAIN).await;
+        };
+        let summed = async {
+            loop {
+                tokio::time::sleep(glance::SUM_EVERY).await;
+                teller.lines(glance.lock().expect("no one panics while telling").sum(glance::SUM_EVERY));
+            }
+        };
+        tokio::select! {
+            never = seen => never,
+            never = summed => never,
         }
     }
 

@@ -23,11 +23,12 @@ use countersign_core::{
 use tokio::{sync::watch, task::AbortHandle};
 
 use super::{
+    event::Event,
     output::Output,
     sidecar::{self, Ended, Talk},
 };
 use crate::{
-    AgentEvent, WorkloadSpec,
+    AgentEvent, TOLD, WorkloadSpec,
     backoff::Backoff,
     host::Host,
     identity::keep_instance_fresh,
@@ -192,7 +193,7 @@ impl Instance {
                 backoff.reset();
             }
             let restart_in = backoff.next_delay();
-            tracing::error!(instance = %self.id, why, ?restart_in, "a proxy ended");
+            tracing::error!(target: TOLD, instance = %self.id, why, ?restart_in, "a proxy ended");
             host.tell(AgentEvent::ProxyEnded { instance: self.id.clone(), why, restart_in });
             tokio::select! {
                 () = said(&mut stop, Option::is_some) => return,
@@ -229,10 +230,10 @@ impl Instance {
             Err(error) => return could_not("share the broker", error),
         };
         let id = self.id.clone();
-        let output = Output::new(move |line| tracing::info!(target: "countersign::sidecar", instance = %id, "{line}"));
+        let output = Output::new(move |line| Event::parse(&line).tell(&id));
         match sidecar::spawn(&host.executable, broker, &output) {
             Ok(sidecar) => match talk.run(sidecar, configure).await {
-                Ended::Died(why) => Ended::Died(with_last_line(why, &output)),
+                Ended::Died(why) => Ended::Died(with_last_trouble(why, &output)),
                 Ended::Drained => Ended::Drained,
             },
             Err(error) => could_not(&format!("start `{}`", host.executable.display()), error),
@@ -437,7 +438,7 @@ impl Instance {
         // Its last words may still be on their way.
         tokio::time::sleep(Duration::from_millis(20)).await;
         let last_lines = output.last_lines();
-        tracing::error!(instance = %self.id, why, ?restart_in, last_lines = last_lines.join(" | "), "a workload ended");
+        tracing::error!(target: TOLD, instance = %self.id, why, ?restart_in, last_lines = last_lines.join(" | "), "a workload ended");
         self.status.send_modify(|status| {
             status.phase = if restart_in.is_some() { Phase::Restarting } else { Phase::Stopped };
             (status.pid, status.namespace_pid) = (None, None);
@@ -565,9 +566,9 @@ pub(super) async fn said<T>(watched: &mut watch::Receiver<T>, so: impl FnMut(&T)
     let _ = watched.wait_for(so).await;
 }
 
-fn with_last_line(why: String, output: &Output) -> String {
-    match output.last_lines().pop() {
-        Some(line) => format!("{why}: {line}"),
+fn with_last_trouble(why: String, output: &Output) -> String {
+    match output.last_lines().iter().map(|line| Event::parse(line)).rfind(Event::is_trouble) {
+        Some(event) => format!("{why}: {}", event.text),
         None => why,
     }
 }

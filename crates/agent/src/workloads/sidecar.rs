@@ -23,7 +23,7 @@ use tokio_util::codec::{FramedRead, FramedWrite};
 
 use super::instance::{Addresses, Instance, said};
 use crate::{
-    AgentEvent, discovery::Told, host::Host, join::Issued, launch, views::Published, workloads::output::Output,
+    AgentEvent, TOLD, discovery::Told, host::Host, join::Issued, launch, views::Published, workloads::output::Output,
 };
 
 /// The hidden subcommand that is the proxy.
@@ -264,7 +264,7 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
                     instance.enforces(host, Revision(applied.revision));
                 } else {
                     let (service, revision) = (instance.id.service(), Revision(applied.revision));
-                    tracing::error!(instance = %instance.id, why = applied.error, "a proxy keeps its last good view");
+                    tracing::error!(target: TOLD, instance = %instance.id, why = applied.error, "a proxy keeps its last good view");
                     host.tell(AgentEvent::ViewRefused { service, revision, why: applied.error });
                 }
             }

@@ -175,6 +175,7 @@ fn config(data_dir: PathBuf, control: SocketAddr, join: Option<String>, workload
         host: name("h1"),
         control: format!("https://{control}"),
         join,
+        address: None,
         workloads,
         isolate: Isolate::Off,
         workers: 1,
