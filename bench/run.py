@@ -1,12 +1,13 @@
 """Measures Countersign beside its peers, interleaved in one run, and writes bench/results/.
 
-    bench/run.py [--pairs N] [--seconds S] [--only pair,policies,connections,start,decide,fanout]
+    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,fanout]
 
 The pair: load generator -> sidecar -> HTTP/2 over mutual TLS -> sidecar -> nginx with a 1 KB answer. Both proxies of a pair
 share core 0; load generator and backend share core 1. Everything listens on loopback and every load ends by itself.
 """
 
 import argparse
+import base64
 import datetime
 import json
 import os
@@ -19,11 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BINARY = ROOT / "target/release/countersign"
+LAWLESS = ROOT / "target/lawless/release/countersign"  # RUSTFLAGS=--cfg=countersign_bench_lawless
 ENVOY = next((ROOT / "target/test-python").glob("lib/python3*/site-packages/envoy/_bin/envoy"), None)
 RESULTS = ROOT / "bench/results"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -97,7 +100,7 @@ class Ours:
 
     name = "countersign"
 
-    def __init__(self, scratch, backend, policies=1):
+    def __init__(self, scratch, backend, policies=1, binary=BINARY):
         self.directory = scratch / f"mesh-{policies}"
         (self.directory / "policies").mkdir(parents=True)
         (self.directory / "mesh.toml").write_text(
@@ -125,7 +128,7 @@ upstreams = ["backend"]
         self.log = open(scratch / f"up-{policies}.log", "w")
         started = time.monotonic()
         self.process = subprocess.Popen(
-            [BINARY, "up", self.directory], stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL
+            [binary, "up", self.directory], stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL
         )
         run_file = self.directory / ".countersign/run.json"
         while not run_file.exists():
@@ -186,6 +189,7 @@ class Envoys:
         if not (scratch / "root.pem").exists():
             certificates(scratch)
         front, middle = free_port(), free_port()
+        self.middle = middle
         tls = {
             "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
             "alpn_protocols": ["h2"],
@@ -444,6 +448,91 @@ def bench_start(options, scratch, backend):
     return {"first_start_to_first_request_seconds": interval(seconds)}
 
 
+def pem(kind, der_base64url):
+    der = base64.urlsafe_b64decode(der_base64url + "=" * (-len(der_base64url) % 4))
+    lines = textwrap.wrap(base64.b64encode(der).decode(), 64)
+    return "\n".join([f"-----BEGIN {kind}-----", *lines, f"-----END {kind}-----", ""])
+
+
+def handshakes(address, pid, certificate, key, seconds, clients=4):
+    """New mutual TLS 1.3 connections, one after the other from each client; no resumption."""
+    command = ["taskset", "-c", LOAD_CORE, "openssl", "s_time", "-connect", address, "-new", "-time", str(seconds),
+               "-cert", certificate, "-key", key]
+    before = cpu_seconds([pid])
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(clients)]
+    outputs = [process.communicate(timeout=seconds + 60)[0] for process in running]
+    spent = cpu_seconds([pid]) - before
+    done = sum(int(re.search(r"(\d+) connections in \d+ real seconds", output)[1]) for output in outputs)
+    return {"connections_per_second": done / seconds, "cpu_milliseconds_per_connection": spent / done * 1e3}
+
+
+def bench_connections(options, scratch, backend):
+    """Full handshakes at the callee's proxy, both ends showing P-256 certificates. openssl 3.0 has no X25519MLKEM768, so
+    both proxies fall back to X25519 here."""
+    ours = Ours(scratch / "connections", backend)
+    identity = json.loads((ours.directory / ".countersign/agent/identity.json").read_text())
+    certificate, key = scratch / "agent.pem", scratch / "agent.key"
+    certificate.write_text("".join(pem("CERTIFICATE", der) for der in identity["chain"]))
+    key.write_text(pem("PRIVATE KEY", identity["key"]))
+    run = json.loads((ours.directory / ".countersign/run.json").read_text())
+    inbound = run["services"]["backend"]["inbound"]
+    port = int(inbound.rsplit(":", 1)[1])
+    targets = {"countersign": (inbound, listener_pid(ours.pids, port), certificate, key)}
+    envoys = Envoys(scratch, backend) if ENVOY else None
+    if envoys:
+        pid = envoys.pids[1]
+        address = f"127.0.0.1:{envoys.middle}"
+        targets["envoy"] = (address, pid, scratch / "client.pem", scratch / "client.key")
+    for _, pid, _, _ in targets.values():
+        pin([pid], PROXY_CORE)
+    runs = {name: [] for name in targets}
+    for _ in range(options.pairs):
+        for name, (address, pid, certificate, key) in targets.items():
+            runs[name].append(handshakes(address, pid, certificate, key, options.seconds))
+    for target in filter(None, (ours, envoys)):
+        target.stop()
+    result = {"runs": runs}
+    if envoys:
+        result["ratio_to_envoy"] = {
+            key: ratio([run[key] for run in runs["countersign"]], [run[key] for run in runs["envoy"]])
+            for key in runs["envoy"][0]
+        }
+    return result
+
+
+def listener_pid(pids, port):
+    """Which of these processes listens on a port of 127.0.0.1."""
+    inodes = {
+        line.split()[9]
+        for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]
+        if line.split()[1] == f"0100007F:{port:04X}" and line.split()[3] == "0A"
+    }
+    for pid in pids:
+        for descriptor in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(descriptor)[8:-1] in inodes:
+                return pid
+    sys.exit(f"nobody listens on {port}")
+
+
+def bench_law(options, scratch, backend):
+    """What judging and recording cost: this build against one compiled without them (the live table stays in both)."""
+    with_law = Ours(scratch / "law", backend)
+    without = Ours(scratch / "lawless", backend, binary=LAWLESS)
+    for target in (with_law, without):
+        pin(target.pids, PROXY_CORE)
+    pairs = []
+    for pair in range(options.pairs):
+        first, second = (with_law, without) if pair % 2 == 0 else (without, with_law)
+        measured = {id(first): closed_loop(first, options.seconds), id(second): closed_loop(second, options.seconds)}
+        pairs.append((measured[id(with_law)], measured[id(without)]))
+    with_law.stop()
+    without.stop()
+    return {
+        f"{key}_with_law_to_without": ratio([a[key] for a, _ in pairs], [b[key] for _, b in pairs])
+        for key in ("requests_per_second", "cpu_seconds_per_100k")
+    }
+
+
 def cargo_bench(package, name):
     """A benchmark of the workspace prints one JSON object on its last line."""
     command = ["cargo", "bench", "--locked", "-p", package, "--bench", name]
@@ -461,7 +550,9 @@ def bench_fanout(*_):
 
 PARTS = {
     "pair": bench_pair,
+    "law": bench_law,
     "policies": bench_policies,
+    "connections": bench_connections,
     "start": bench_start,
     "decide": bench_decide,
     "fanout": bench_fanout,
@@ -542,7 +633,7 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
-        for sub in ("few", "many", *(f"start-{n}" for n in range(options.pairs))):
+        for sub in ("few", "many", "law", "lawless", "connections", *(f"start-{n}" for n in range(options.pairs))):
             (scratch / sub).mkdir()
         backend = Backend(scratch)
         try:
