@@ -4,12 +4,19 @@
 //! Every answer of the mesh's own carries `countersign-reason`; that header is taken from whatever applications or
 //! strangers send, so only the mesh can set it.
 
+use std::{
+    cell::Cell,
+    mem::discriminant,
+    time::{Duration, Instant},
+};
+
 use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::{
     decided::DecisionId,
     flow::Watched,
     live::{Cut, Kind},
+    workers::Worker,
 };
 
 /// The header that says why the mesh, and not the application, answered.
@@ -38,7 +45,40 @@ pub(crate) enum Refusal {
     AppBroke,
     UpstreamBroke,
     TimedOut,
+    Unproven,
 }
+
+/// One of each kind, in the order in which they are counted.
+pub(crate) const ALL: [Refusal; 21] = [
+    Refusal::Denied(DecisionId(0)),
+    Refusal::Malformed("framing"),
+    Refusal::HeadTooLarge,
+    Refusal::UnknownService,
+    Refusal::WrongAuthority,
+    Refusal::WrongProtocol,
+    Refusal::RateLimited,
+    Refusal::ConcurrencyLimited,
+    Refusal::NoView,
+    Refusal::NoIdentity,
+    Refusal::Stale,
+    Refusal::Overloaded,
+    Refusal::Draining,
+    Refusal::Unrecorded,
+    Refusal::NoInstance,
+    Refusal::Unreachable,
+    Refusal::AppUnreachable,
+    Refusal::AppBroke,
+    Refusal::UpstreamBroke,
+    Refusal::TimedOut,
+    Refusal::Unproven,
+];
+
+/// How long a worker says nothing more of a refusal that it has just logged: an outage is not as loud as its traffic.
+const SAID_EVERY: Duration = Duration::from_secs(10);
+
+/// When one worker last logged each refusal, and how many came since.
+#[derive(Default)]
+pub(crate) struct Said([Cell<Option<(Instant, u64)>>; ALL.len()]);
 
 /// How loud a refusal is in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,9 +169,24 @@ impl Refusal {
                 false,
                 "the callee did not begin to answer in time: see `timeout_ms` in routes.toml",
             ),
+            Unproven => (
+                503,
+                16,
+                "unproven",
+                Warn,
+                false,
+                "the caller's SVID expired, or its authority is trusted no longer: see the agent's log on its host",
+            ),
         };
         let status = StatusCode::from_u16(status).expect("INVARIANT: the statuses above are valid");
         Row { status, grpc_status, reason, level, unprocessed, what_to_do }
+    }
+
+    /// Its place in [`ALL`].
+    pub(crate) fn place(self) -> usize {
+        let place = ALL.iter().position(|one| discriminant(one) == discriminant(&self));
+        debug_assert!(place.is_some(), "{self:?} is not counted");
+        place.unwrap_or_default()
     }
 
     /// Why it ended, when the head of the answer was not yet sent.
@@ -139,6 +194,7 @@ impl Refusal {
         match cut {
             Cut::Denied(id) => Self::Denied(id),
             Cut::Stale => Self::Stale,
+            Cut::Unproven => Self::Unproven,
             Cut::Closing => Self::Draining,
         }
     }
@@ -152,10 +208,18 @@ impl Refusal {
     }
 }
 
-/// The answer to a refused request. A caller who speaks gRPC gets a trailers-only answer.
-pub(crate) fn answer(refusal: Refusal, kind: Kind) -> Response<Watched> {
+/// Counts, logs and answers a refused request.
+pub(crate) fn answer(worker: &Worker, refusal: Refusal, kind: Kind) -> Response<Watched> {
+    worker.counts.refusals[refusal.place()].add(1);
+    if let Some(times) = worker.said.turn(refusal, Instant::now()) {
+        log(refusal, times);
+    }
+    response(refusal, kind)
+}
+
+/// A caller who speaks gRPC gets a trailers-only answer.
+fn response(refusal: Refusal, kind: Kind) -> Response<Watched> {
     let row = refusal.row();
-    log(refusal, &row);
     let response = Response::builder().header(REASON, HeaderValue::from_static(row.reason));
     let built = if kind == Kind::Grpc {
         let message = match refusal {
@@ -183,8 +247,8 @@ pub(crate) fn answer(refusal: Refusal, kind: Kind) -> Response<Watched> {
 pub(crate) fn unprocessed<B>(response: &Response<B>) -> Option<Refusal> {
     use Refusal::*;
     let reason = response.headers().get(REASON)?;
-    let all = [WrongAuthority, NoView, NoIdentity, Stale, Overloaded, Draining, Unrecorded, AppUnreachable];
-    all.into_iter().find(|refusal| refusal.row().unprocessed && reason == refusal.row().reason)
+    let of_callees = [WrongAuthority, NoView, NoIdentity, Stale, Overloaded, Draining, Unrecorded, AppUnreachable];
+    of_callees.into_iter().find(|refusal| refusal.row().unprocessed && reason == refusal.row().reason)
 }
 
 /// Whether `response`, which came from another sidecar, is this refusal.
@@ -192,12 +256,30 @@ pub(crate) fn says<B>(response: &Response<B>, refusal: Refusal) -> bool {
     response.headers().get(REASON).is_some_and(|reason| reason == refusal.row().reason)
 }
 
-fn log(refusal: Refusal, row: &Row) {
-    // A refusal is counted for each request; it is logged at a level that says who should care.
+impl Said {
+    /// Whether this refusal is to be logged now: then how many it stands for.
+    fn turn(&self, refusal: Refusal, now: Instant) -> Option<u64> {
+        let said = &self.0[refusal.place()];
+        match said.get() {
+            Some((at, unsaid)) if now.duration_since(at) < SAID_EVERY => {
+                said.set(Some((at, unsaid + 1)));
+                None
+            }
+            before => {
+                said.set(Some((now, 0)));
+                Some(before.map_or(0, |(_, unsaid)| unsaid) + 1)
+            }
+        }
+    }
+}
+
+/// At a level that says who should care. Every refusal is counted; not every one is logged.
+fn log(refusal: Refusal, times: u64) {
+    let row = refusal.row();
     match row.level {
-        Level::Debug => tracing::debug!(reason = row.reason, status = row.status.as_u16(), "exchange refused"),
-        Level::Info => tracing::info!(reason = row.reason, ?refusal, "exchange refused"),
-        Level::Warn => tracing::warn!(reason = row.reason, help = row.what_to_do, "exchange refused"),
+        Level::Debug => tracing::debug!(reason = row.reason, times, "exchange refused"),
+        Level::Info => tracing::info!(reason = row.reason, times, ?refusal, "exchange refused"),
+        Level::Warn => tracing::warn!(reason = row.reason, times, help = row.what_to_do, "exchange refused"),
     }
 }
 
@@ -206,30 +288,6 @@ mod tests {
     use std::fmt::Write as _;
 
     use super::*;
-
-    /// One of each kind.
-    const ALL: [Refusal; 20] = [
-        Refusal::Denied(DecisionId(0)),
-        Refusal::Malformed("framing"),
-        Refusal::HeadTooLarge,
-        Refusal::UnknownService,
-        Refusal::WrongAuthority,
-        Refusal::WrongProtocol,
-        Refusal::RateLimited,
-        Refusal::ConcurrencyLimited,
-        Refusal::NoView,
-        Refusal::NoIdentity,
-        Refusal::Stale,
-        Refusal::Overloaded,
-        Refusal::Draining,
-        Refusal::Unrecorded,
-        Refusal::NoInstance,
-        Refusal::Unreachable,
-        Refusal::AppUnreachable,
-        Refusal::AppBroke,
-        Refusal::UpstreamBroke,
-        Refusal::TimedOut,
-    ];
 
     #[test]
     fn the_document_of_answers_is_the_table() {
@@ -257,7 +315,27 @@ mod tests {
             Refusal::Denied(DecisionId(10)).body(),
             r#"{"error":"denied","decision":"0000000000000000000000000000000a"}"#
         );
-        let grpc = answer(Refusal::Denied(DecisionId(10)), Kind::Grpc);
+        let grpc = response(Refusal::Denied(DecisionId(10)), Kind::Grpc);
         assert_eq!((grpc.status().as_u16(), &grpc.headers()["grpc-status"]), (200, &"7".parse().unwrap()));
+    }
+
+    #[test]
+    fn an_outage_is_logged_once_in_a_while_with_its_size() {
+        let (said, began) = (Said::default(), Instant::now());
+        let turns = |seconds, count| {
+            let now = began + Duration::from_secs(seconds);
+            (0..count).filter_map(|_| said.turn(Refusal::Stale, now)).collect::<Vec<_>>()
+        };
+        assert_eq!(turns(0, 100), [1]);
+        assert_eq!(said.turn(Refusal::NoView, began), Some(1), "another reason is another story");
+        assert!(turns(9, 100).is_empty());
+        assert_eq!(turns(10, 100), [200]);
+    }
+
+    #[test]
+    fn every_refusal_is_counted_in_a_place_of_its_own() {
+        for (place, refusal) in ALL.into_iter().enumerate() {
+            assert_eq!(refusal.place(), place, "{refusal:?}");
+        }
     }
 }

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use countersign_core::record::{Judged, Reason};
 
+use crate::answer::ALL;
+
 /// A counter, or a gauge of things that are open.
 #[derive(Default)]
 pub struct Count(AtomicU64);
@@ -75,8 +77,8 @@ pub struct Counts {
     pub rejudged: Count,
     /// Open exchanges cut because the answer turned.
     pub cut: Count,
-    /// Requests refused for their form (framing, path, headers).
-    pub malformed: Count,
+    /// Exchanges that the mesh answered itself, by reason in the order of `docs/answers.txt`.
+    pub refusals: [Count; ALL.len()],
     /// Attempts beyond the first.
     pub retries: Count,
     /// Retries that were safe but had no budget.

@@ -21,6 +21,7 @@ use crate::{
     answer::{Refusal, answer, says},
     authenticate::authenticate,
     authorize::authorize,
+    counts::{Counts, Direction},
     decided::TraceId,
     flow::{Account, Flow, Watched},
     forward, hygiene,
@@ -69,15 +70,16 @@ pub(crate) struct Routed {
 pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Request<Flow>) -> Reply {
     let began = Instant::now();
     let kind = kind_of(request.headers());
-    let (view, routed, asked) = match admit(worker).and_then(|view| route_inbound(worker, peer, view, request)) {
-        Ok(routed) => routed,
-        Err(refusal) => {
-            worker.counts.inbound.started.add(1);
-            worker.counts.inbound.open.add(1);
-            worker.counts.inbound.end(refusal.row().status.as_u16(), 0, 0, 0);
-            return refused(worker, refusal, kind);
-        }
-    };
+    let (view, routed, asked) =
+        match admit(worker, |counts| &counts.inbound, 0).and_then(|view| route_inbound(worker, peer, view, request)) {
+            Ok(routed) => routed,
+            Err(refusal) => {
+                worker.counts.inbound.started.add(1);
+                worker.counts.inbound.open.add(1);
+                worker.counts.inbound.end(refusal.row().status.as_u16(), 0, 0, 0);
+                return refused(worker, refusal, kind);
+            }
+        };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
     let caller = authenticate(peer);
     let outcome = match authorize(caller, &exchange, &view) {
@@ -100,7 +102,8 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
 pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, request: Request<Flow>) -> Reply {
     let outgoing = Outgoing::new(worker);
     let kind = kind_of(request.headers());
-    let outcome = match admit(worker).and_then(|view| route_outbound(worker, &outgoing, &view, door, intent, request)) {
+    let admitted = admit(worker, |counts| &counts.outbound, 1);
+    let outcome = match admitted.and_then(|view| route_outbound(worker, &outgoing, &view, door, intent, request)) {
         Ok(sending) => forward::to_mesh(worker, &outgoing, sending).await,
         Err(refusal) => Err(refusal),
     };
@@ -117,20 +120,23 @@ pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, r
 }
 
 fn refused(worker: &Worker, refusal: Refusal, kind: Kind) -> Reply {
-    if matches!(refusal, Refusal::Malformed(_) | Refusal::HeadTooLarge) {
-        worker.counts.malformed.add(1);
-    }
-    Reply::Whole(answer(refusal, kind))
+    Reply::Whole(answer(worker, refusal, kind))
 }
 
 /// Whether anything may be judged or forwarded now. Fail closed: what cannot be judged by a fresh view is not served.
-fn admit(worker: &Worker) -> Result<Arc<Compiled>, Refusal> {
+/// `counted`: how many of the open ones of this direction are the exchange itself.
+fn admit(worker: &Worker, direction: fn(&Counts) -> &Direction, counted: u64) -> Result<Arc<Compiled>, Refusal> {
     let view = worker.view().ok_or(Refusal::NoView)?;
     let Some(spec) = &view.view.spec else { return Ok(view) }; // the law denies with its own reason
     if worker.shared.staleness().as_secs() >= u64::from(spec.max_staleness_seconds) {
         return Err(Refusal::Stale);
     }
-    if worker.live.len() * worker.shared.setup.worker_count >= spec.exchanges_max as usize {
+    // Only a worker that has its share looks at what the others have open.
+    let (most, open) = (u64::from(spec.exchanges_max) + counted, |counts: &Counts| direction(counts).open.get());
+    let workers = &worker.shared.counts;
+    if open(&worker.counts) * workers.len() as u64 >= most
+        && workers.iter().map(|counts| open(counts)).sum::<u64>() >= most
+    {
         return Err(Refusal::Overloaded);
     }
     Ok(view)
@@ -233,7 +239,9 @@ fn route_outbound(
         None => ("/".into(), PathAndQuery::from_static("/")),
     };
     size_of(&parts.headers)?;
-    let rule = view.routes.get(&named).and_then(|routes| routes.find(&parts.method, &path, &parts.headers));
+    // As at the callee: the handshake of a WebSocket is a GET, by whichever version of HTTP it came.
+    let method = if intent == Intent::WebSocket { Method::GET } else { parts.method };
+    let rule = view.routes.get(&named).and_then(|routes| routes.find(&method, &path, &parts.headers));
     if let Some(rule) = rule {
         let place = rule.enter(worker.steady_ns()).map_err(|limited| match limited {
             Limited::Rate => Refusal::RateLimited,
@@ -251,7 +259,7 @@ fn route_outbound(
     hygiene::request(&mut headers);
     headers.remove(header::HOST);
     let TraceId(_) = hygiene::trace(&mut headers);
-    Ok(Sending { intent, kind, target, rule: rule.cloned(), method: parts.method, path_and_query, headers, body })
+    Ok(Sending { intent, kind, target, rule: rule.cloned(), method, path_and_query, headers, body })
 }
 
 /// The host that the request line (or `:authority`) and `Host` agree on. RFC 9113, 8.3.1: they must not differ.

@@ -290,6 +290,7 @@ impl Cut {
         let (status, message) = match self {
             Self::Denied(id) => ("7", format!("denied; decision {id}")), // PERMISSION_DENIED
             Self::Stale => ("14", "stale".to_owned()),                   // UNAVAILABLE
+            Self::Unproven => ("16", "unproven".to_owned()),             // UNAUTHENTICATED
             Self::Closing => ("14", "draining".to_owned()),
         };
         trailers.insert("grpc-status", HeaderValue::from_static(status));

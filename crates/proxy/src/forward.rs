@@ -147,7 +147,7 @@ fn app_refusal(error: AppError) -> Refusal {
 }
 
 async fn http2_to_app(worker: &Rc<Worker>, exchange: &Rc<Exchange>, routed: Routed) -> Result<Reply, Refusal> {
-    let connect = || async { Http2::over(connect_app(worker).await?).await };
+    let connect = || async { Http2::over(connect_app(worker).await?, std::future::pending()).await };
     let mut stream = worker.app.http2.stream(connect).await.map_err(|_| Refusal::AppUnreachable)?;
     let account = Account::Inbound(exchange.clone());
     let authority: Authority = exchange.asked.host.parse().expect("INVARIANT: a host in normal form");

@@ -7,22 +7,34 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use countersign_api::svid::VerifiedPeer;
+use countersign_api::svid::{PeerSide, VerifiedPeer, verify_peer};
 use countersign_core::identity::SpiffeId;
 use http::HeaderValue;
-use tokio::net::TcpStream;
+use rustls::CommonState;
+use rustls_pki_types::{CertificateDer, UnixTime};
+use tokio::{net::TcpStream, sync::watch};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use crate::accept::Accepted;
+use crate::{accept::Accepted, shared::Shared};
 
 /// Longest handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long what is open may go on after the SVID it rests on expired. Nothing new begins on it by then.
+pub(crate) const EXPIRED_DRAIN: Duration = Duration::from_secs(5);
 
 /// INVARIANT (verified-peer): made only by [`identify`].
 pub(crate) struct Peer {
-    verified: VerifiedPeer,
+    proof: Proof,
     origin: IpAddr,
     caller_header: HeaderValue,
+}
+
+/// The certificates by which the other end of a connection proved who it is. What is open on the connection rests on
+/// them, and ends with them.
+pub(crate) struct Proof {
+    verified: VerifiedPeer,
+    chain: Vec<CertificateDer<'static>>,
+    side: PeerSide,
 }
 
 /// Shakes hands. `None`: the other end did not prove who it is in time.
@@ -39,15 +51,15 @@ pub(crate) async fn identify(accepted: Accepted, acceptor: &TlsAcceptor) -> Opti
             return None;
         }
     };
-    let verified = VerifiedPeer::of_connection(stream.get_ref().1)?;
-    let caller_header = HeaderValue::from_str(verified.id().as_str()).ok()?;
-    Some((stream, Rc::new(Peer { verified, origin: from.ip(), caller_header })))
+    let proof = Proof::of_connection(stream.get_ref().1, PeerSide::Client)?;
+    let caller_header = HeaderValue::from_str(proof.verified.id().as_str()).ok()?;
+    Some((stream, Rc::new(Peer { proof, origin: from.ip(), caller_header })))
 }
 
 impl Peer {
     /// Its SPIFFE ID.
     pub(crate) fn id(&self) -> &SpiffeId {
-        self.verified.id()
+        self.proof.verified.id()
     }
 
     /// Where its connection comes from.
@@ -60,9 +72,50 @@ impl Peer {
         self.caller_header.clone()
     }
 
-    /// How long its SVID is still valid.
+    /// By what it proved that.
+    pub(crate) fn proof(&self) -> &Proof {
+        &self.proof
+    }
+}
+
+impl Proof {
+    /// Of a connection whose handshake is done: the other end is `side` of it.
+    pub(crate) fn of_connection(connection: &CommonState, side: PeerSide) -> Option<Self> {
+        let verified = VerifiedPeer::of_connection(connection)?;
+        Some(Self { verified, chain: connection.peer_certificates()?.to_vec(), side })
+    }
+
+    /// How long the SVID is still valid.
     pub(crate) fn valid_for(&self) -> Duration {
         let until = UNIX_EPOCH + Duration::from_secs(self.verified.not_after().max(0) as u64);
         until.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+
+    /// INVARIANT (nothing-outlives-its-proof): both ends of every connection between sidecars wait for this, and end it.
+    ///
+    /// Returns once the proof holds no more: the SVID expired [`EXPIRED_DRAIN`] ago, or a bundle of which `trust` tells
+    /// does not verify it. `trust` was subscribed to before the handshake, so that no bundle is missed.
+    pub(crate) async fn lost(&self, shared: &Shared, mut trust: watch::Receiver<()>) {
+        let expired = tokio::time::sleep(self.valid_for() + EXPIRED_DRAIN);
+        let mut expired = std::pin::pin!(expired);
+        loop {
+            tokio::select! {
+                () = &mut expired => return,
+                changed = trust.changed() => if changed.is_err() || !self.holds(shared) {
+                    return;
+                },
+            }
+        }
+    }
+
+    fn holds(&self, shared: &Shared) -> bool {
+        let Some(identity) = shared.identity() else { return false };
+        match verify_peer(&self.chain, &identity.bundle(), UnixTime::now(), self.side) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(peer = %self.verified.id(), %error, "a connection ends: its peer is proven no longer");
+                false
+            }
+        }
     }
 }

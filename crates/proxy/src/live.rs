@@ -40,6 +40,8 @@ pub(crate) enum Cut {
     Denied(DecisionId),
     /// The view became too old to go on under.
     Stale,
+    /// The caller's SVID expired, or its authority is trusted no longer.
+    Unproven,
     /// This proxy is closing and its time to drain is over.
     Closing,
 }
@@ -115,10 +117,6 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    pub(crate) fn len(&self) -> usize {
-        self.table.borrow().len()
-    }
-
     /// Puts an exchange into the table. It leaves when its last owner drops it.
     pub(crate) fn register(&self, worker: &Rc<Worker>, peer: &Rc<Peer>, asked: Asked, began: Instant) -> Rc<Exchange> {
         let mut table = self.table.borrow_mut();
@@ -169,6 +167,13 @@ impl Live {
     /// Cuts everything that is open.
     pub(crate) fn cut_all(&self, cut: Cut) {
         for exchange in self.open() {
+            exchange.end_by(cut);
+        }
+    }
+
+    /// Cuts everything that `peer` has open on the connection on which it proved itself.
+    pub(crate) fn cut_of_peer(&self, peer: &Rc<Peer>, cut: Cut) {
+        for exchange in self.open().iter().filter(|exchange| Rc::ptr_eq(&exchange.peer, peer)) {
             exchange.end_by(cut);
         }
     }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use countersign_api::svid::server_name;
+use countersign_api::svid::{PeerSide, server_name};
 use h2::client::SendRequest;
 use http::{Request, Response};
 use hyper::client::conn::http1;
@@ -27,6 +27,7 @@ use crate::{
     accept::tune,
     balance::{Instance, Load},
     flow::Watched,
+    identify::Proof,
     route::Place,
     workers::Worker,
 };
@@ -83,6 +84,8 @@ pub(crate) enum ConnectError {
     Http2(h2::Error),
     #[error("{0}")]
     Http1(hyper::Error),
+    #[error("it did not prove who it is")]
+    Unproven,
     #[error("another request tried while this one waited, and failed")]
     FailedJustNow,
 }
@@ -135,8 +138,8 @@ impl Http2Pool {
 }
 
 impl Http2 {
-    /// Speaks HTTP/2 on `io` and drives the connection until it ends.
-    pub(crate) async fn over<T>(io: T) -> Result<Self, ConnectError>
+    /// Speaks HTTP/2 on `io` and drives the connection until it ends, or until `lost`: then what is open on it breaks.
+    pub(crate) async fn over<T>(io: T, lost: impl Future<Output = ()> + 'static) -> Result<Self, ConnectError>
     where
         T: AsyncRead + AsyncWrite + Unpin + 'static,
     {
@@ -153,8 +156,11 @@ impl Http2 {
         let closed = Rc::new(Cell::new(false));
         let closes = closed.clone();
         tokio::task::spawn_local(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
+            tokio::select! {
+                ended = connection => if let Err(error) = ended {
+                    tracing::debug!(%error, "connection ended");
+                },
+                () = lost => {}
             }
             closes.set(true);
         });
@@ -183,9 +189,11 @@ pub(crate) async fn connect_mesh(worker: &Worker, instance: &Instance) -> Result
     let config = worker.client_config(&instance.service).ok_or(ConnectError::NoIdentity)?;
     let tcp = TcpStream::connect(instance.address).await.map_err(ConnectError::Io)?;
     tune(&tcp);
+    let (shared, trust) = (worker.shared.clone(), worker.trust.subscribe());
     let tls = TlsConnector::from(config).connect(server_name(), tcp).await.map_err(ConnectError::Io)?;
     worker.counts.mesh_connections.add(1);
-    Http2::over(tls).await
+    let proof = Proof::of_connection(tls.get_ref().1, PeerSide::Server).ok_or(ConnectError::Unproven)?;
+    Http2::over(tls, async move { proof.lost(&shared, trust).await }).await
 }
 
 /// Opens a TCP connection to the workload, in its namespace.

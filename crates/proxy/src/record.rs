@@ -135,7 +135,8 @@ impl Sink {
             went_round: Condvar::new(),
         });
         let segments = segment::Segments::new(config.dir.clone(), config.bytes_max, &config.instance);
-        let writer = writer::Writer::new(shared.clone(), segments, config.instance.clone(), reports);
+        let mut writer = writer::Writer::new(shared.clone(), segments, config.instance.clone(), reports);
+        writer.prepare(); // whoever must not go on unrecorded knows from the first exchange
         let writer = thread::Builder::new().name("record".into()).spawn(move || writer.run())?;
         let _ = shared.writer.set(writer.thread().clone());
         let recorders =
@@ -560,8 +561,11 @@ mod tests {
         fs::write(&blocked, "a file stands where the directory should").unwrap();
         let mut running = start(&blocked, 0);
         let (permit, deny) = (permitted(&[]), denied());
-        running.worker.record(&Asked::new("/").decided(&permit, 1)).unwrap();
-        running.sink.reader().shared.flush();
+        assert_eq!(
+            running.worker.record(&Asked::new("/").decided(&permit, 1)),
+            Err(Shed),
+            "not even the first is taken"
+        );
         assert!(running.sink.reader().counts().failing);
         assert_eq!(running.worker.record(&Asked::new("/").decided(&permit, 2)), Err(Shed));
         assert_eq!(running.worker.record(&Asked::new("/").decided(&deny, 3)), Err(Shed));

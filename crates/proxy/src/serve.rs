@@ -3,6 +3,7 @@
 //! Limits are set here on purpose, not by default.
 
 use std::{
+    cell::Cell,
     convert::Infallible,
     rc::Rc,
     time::{Duration, Instant},
@@ -24,18 +25,22 @@ use crate::{
     flow::{Flow, Pipe, Watched},
     guard::{Guard, Http},
     identify::{Peer, identify},
-    live::Kind,
+    live::{Cut, Kind},
     pool::{CONNECTION_WINDOW_BYTES, HEADER_LIST_BYTES_MAX, HEADERS_MAX, SEND_BUFFER_BYTES, STREAM_WINDOW_BYTES},
     shared::Door,
     tunnel::{self, Wire},
     websocket,
-    workers::Worker,
+    workers::{LAST_WORDS, Worker},
 };
 
 /// Streams one connection may have open.
 const STREAMS_MAX: u32 = 256;
 /// Streams that were reset by the peer before we looked at them; more, and the connection is closed (CVE-2023-44487).
 const PENDING_RESETS_MAX: usize = 32;
+/// A stream whose caller leaves sooner than any time-out cost us work and the caller nothing; so many more of them than of
+/// others, and the connection is closed.
+const RAPID: Duration = Duration::from_millis(20);
+const RAPID_RESETS_MAX: u32 = 512;
 /// Errors of the peer's own making that we answer with resets before the connection is closed.
 const LOCAL_RESETS_MAX: usize = 64;
 /// Longest wait for the first bytes of HTTP/2.
@@ -46,13 +51,14 @@ pub(crate) async fn connection(worker: &Rc<Worker>, door: &Door, accepted: Accep
     match door {
         Door::Inbound => {
             let Some(tls) = worker.server_config() else { return };
+            let (shared, trust) = (worker.shared.clone(), worker.trust.subscribe());
             let Some((stream, peer)) = identify(accepted, &TlsAcceptor::from(tls)).await else {
                 worker.counts.handshakes_failed.add(1);
                 return;
             };
-            // A connection does not outlive the proof of who is at its other end: then it drains, and is opened anew.
-            let until = Instant::now() + peer.valid_for();
-            http2(worker, stream, Side::Mesh(peer), until).await;
+            let proven = peer.clone();
+            let lost = async move { proven.proof().lost(&shared, trust).await };
+            http2(worker, stream, Side::Mesh(peer), lost).await;
         }
         Door::ForwardProxy => from_app(worker, door, accepted.into_parts().0).await,
         Door::Upstream(service) => {
@@ -83,7 +89,7 @@ where
     let mut guard = Guard::new(io);
     match guard.which().await {
         Ok(Http::Two) => {
-            http2(worker, guard, Side::App(door.clone()), Instant::now() + Duration::from_secs(86_400 * 365)).await;
+            http2(worker, guard, Side::App(door.clone()), std::future::pending()).await;
         }
         Ok(Http::One) => http1(worker, door, guard).await,
         Err(_) => {} // it left without saying anything
@@ -110,8 +116,7 @@ where
                     response
                 }
                 Err(refusal) => {
-                    worker.counts.malformed.add(1);
-                    let mut response = answer(refusal, Kind::Http);
+                    let mut response = answer(worker, refusal, Kind::Http);
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                     response
                 }
@@ -174,7 +179,7 @@ async fn http1_exchange(worker: &Rc<Worker>, door: &Door, mut request: Request<I
             response.extensions_mut().insert(Switched);
             response
         }
-        (Reply::Tunnel { .. }, None) => answer(Refusal::UpstreamBroke, Kind::Http),
+        (Reply::Tunnel { .. }, None) => answer(worker, Refusal::UpstreamBroke, Kind::Http),
     }
 }
 
@@ -208,7 +213,8 @@ async fn tcp(worker: &Rc<Worker>, door: &Door, service: &ServiceName, stream: to
     }
 }
 
-async fn http2<T>(worker: &Rc<Worker>, io: T, side: Side, until: Instant)
+/// Serves a connection until it ends, or shortly after `lost`: nothing on it outlives the proof of who is at its other end.
+async fn http2<T>(worker: &Rc<Worker>, io: T, side: Side, lost: impl Future<Output = ()>)
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
@@ -226,16 +232,21 @@ where
     let Ok(Ok(mut connection)) = tokio::time::timeout(PREFACE_TIMEOUT, handshake).await else { return };
     let mut drain = worker.drain.subscribe();
     let mut rotation = worker.rotation.subscribe();
-    let is_mesh = matches!(side, Side::Mesh(_));
+    let peer = match &side {
+        Side::Mesh(peer) => Some(peer.clone()),
+        Side::App(_) => None,
+    };
+    let valid_for = peer.as_ref().map(|peer| peer.proof().valid_for()).unwrap_or_default();
     let leave = async {
         tokio::select! {
             () = drain.begun() => {}
-            _ = rotation.changed(), if is_mesh => {}
-            () = tokio::time::sleep_until(until.into()), if is_mesh => {}
+            _ = rotation.changed(), if peer.is_some() => {}
+            () = tokio::time::sleep(valid_for), if peer.is_some() => {}
         }
     };
-    let mut leave = std::pin::pin!(leave);
+    let (mut leave, mut lost) = (std::pin::pin!(leave), std::pin::pin!(lost));
     let mut leaving = false;
+    let rapid = Rc::new(Cell::new(0));
     loop {
         let accepted = tokio::select! {
             biased;
@@ -246,10 +257,27 @@ where
                 leaving = true;
                 continue;
             }
+            () = lost.as_mut() => {
+                if let Some(peer) = &peer {
+                    worker.live.cut_of_peer(peer, Cut::Unproven);
+                }
+                connection.graceful_shutdown();
+                let last_words = async {
+                    while let Some(Ok((_, mut respond))) = connection.accept().await {
+                        respond.send_reset(Reason::REFUSED_STREAM);
+                    }
+                };
+                let _ = tokio::time::timeout(LAST_WORDS, last_words).await; // what is not said by then stays unsaid
+                return;
+            }
         };
         match accepted {
+            Some(Ok(_)) if rapid.get() > RAPID_RESETS_MAX => {
+                tracing::warn!("connection closed: its streams are reset as fast as they are opened");
+                connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+            }
             Some(Ok((request, respond))) => {
-                tokio::task::spawn_local(stream(worker.clone(), side.clone(), request, respond));
+                tokio::task::spawn_local(stream(worker.clone(), side.clone(), rapid.clone(), request, respond));
             }
             Some(Err(error)) => {
                 tracing::debug!(%error, "connection ended");
@@ -261,7 +289,14 @@ where
 }
 
 /// One stream of HTTP/2.
-async fn stream(worker: Rc<Worker>, side: Side, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+async fn stream(
+    worker: Rc<Worker>,
+    side: Side,
+    rapid: Rc<Cell<u32>>,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) {
+    let began = Instant::now();
     let (parts, body) = request.into_parts();
     let upgrade = parts.extensions.get::<h2::ext::Protocol>();
     let intent = match (&parts.method, upgrade.map(|upgrade| upgrade.as_str())) {
@@ -281,8 +316,14 @@ async fn stream(worker: Rc<Worker>, side: Side, request: Request<RecvStream>, mu
     let reply = tokio::select! {
         biased;
         reply = exchange => reply,
-        _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+        _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => {
+            if began.elapsed() < RAPID {
+                rapid.set(rapid.get() + 1);
+            }
+            return;
+        }
     };
+    rapid.set(rapid.get().saturating_sub(1));
     match (reply, kept) {
         (Reply::Whole(response), _) => {
             let (parts, body) = response.into_parts();

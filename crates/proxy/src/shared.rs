@@ -67,6 +67,8 @@ pub(crate) enum Order {
     Apply(Arc<Compiled>, oneshot::Sender<()>),
     /// Use the new identity for new connections and let the old ones drain.
     Rotate,
+    /// As [`Order::Rotate`], and end what rests on an authority that is trusted no longer.
+    Trust,
     /// Accept on this listener as well.
     Open(Door, Arc<TcpListener>),
     /// Accept there no more.
@@ -183,7 +185,7 @@ impl Shared {
         self.order(|| Order::Rotate);
     }
 
-    /// Takes a new bundle into use: new connections are verified with it.
+    /// Takes a new bundle into use: new connections are verified with it, and open ones that it does not verify are cut.
     pub fn set_bundle(&self, bundle: Bundle) {
         let mut identity = self.identity.lock();
         *identity = match std::mem::take(&mut *identity) {
@@ -195,7 +197,7 @@ impl Shared {
             }
         };
         drop(identity);
-        self.order(|| Order::Rotate);
+        self.order(|| Order::Trust);
     }
 
     /// Who this sidecar is, once it knows.

@@ -92,6 +92,7 @@ pub(crate) fn close_frame(cut: Cut, masked: bool) -> Bytes {
     let (code, reason) = match cut {
         Cut::Denied(id) => (POLICY_VIOLATION, format!("denied; decision {id}")),
         Cut::Stale => (POLICY_VIOLATION, "stale".to_owned()),
+        Cut::Unproven => (POLICY_VIOLATION, "unproven".to_owned()),
         Cut::Closing => (GOING_AWAY, "draining".to_owned()),
     };
     let mut frame = BytesMut::with_capacity(64);

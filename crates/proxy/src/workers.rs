@@ -28,6 +28,7 @@ use tokio::{
 
 use crate::{
     accept::accept,
+    answer::Said,
     balance::Balance,
     counts::Counts,
     decided::Recorder,
@@ -37,6 +38,8 @@ use crate::{
     view::Compiled,
 };
 
+/// Time for a cut to reach both ends.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(200);
 /// The only protocol of the mesh hop.
 const ALPN: &[&[u8]] = &[b"h2"];
 
@@ -50,6 +53,8 @@ pub(crate) struct Worker {
     pub(crate) app: AppPool,
     pub(crate) drain: Drain,
     pub(crate) rotation: watch::Sender<()>,
+    pub(crate) trust: watch::Sender<()>,
+    pub(crate) said: Said,
     in_force: RefCell<Option<InForce>>,
     server_config: RefCell<Option<Arc<ServerConfig>>>,
     client_configs: RefCell<FxHashMap<ServiceName, Arc<ClientConfig>>>,
@@ -114,6 +119,10 @@ async fn run(
                 let _ = done.send(()); // whoever asked may be gone
             }
             Some(Order::Rotate) => worker.rotate(),
+            Some(Order::Trust) => {
+                worker.rotate();
+                worker.trust.send_replace(());
+            }
             Some(Order::Open(door, listener)) => {
                 let accepting = tokio::task::spawn_local(accept(worker.clone(), door.clone(), listener));
                 worker.doors.borrow_mut().push((door, accepting.abort_handle()));
@@ -137,6 +146,8 @@ impl Worker {
             app: AppPool::default(),
             drain: Drain(watch::Sender::new(false)),
             rotation: watch::Sender::new(()),
+            trust: watch::Sender::new(()),
+            said: Said::default(),
             in_force: RefCell::default(),
             server_config: RefCell::default(),
             client_configs: RefCell::default(),
@@ -256,8 +267,6 @@ impl Worker {
 
     /// Accepts nothing new, lets what is open end by itself until `deadline`, then cuts it.
     async fn drained(&self, deadline: Instant, done: oneshot::Sender<()>) {
-        /// Time for a cut to reach both ends.
-        const LAST_WORDS: Duration = Duration::from_millis(200);
         for (_, accepting) in self.doors.take() {
             accepting.abort();
         }

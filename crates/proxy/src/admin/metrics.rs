@@ -17,6 +17,7 @@ use prometheus_client::{
 };
 
 use crate::{
+    answer::ALL,
     counts::{Count, Counts, DURATION_BOUNDS_US, Direction, JUDGE_BOUNDS_NS},
     record::SinkCounts,
     shared::Shared,
@@ -34,6 +35,7 @@ pub(super) fn encode(to: &mut String, shared: &Shared, records: &SinkCounts) -> 
 struct Scrape {
     directions: Vec<Exchanges>,
     decisions: Vec<(&'static str, &'static str, u64)>, // outcome, reason
+    refusals: Vec<(&'static str, u64)>,                // reason
     judge_buckets: Vec<u64>,
     judge_ns: u64,
     totals: Vec<(&'static str, &'static str, u64)>, // name, help
@@ -66,7 +68,6 @@ impl Scrape {
             ),
             ("judgements_repeated", "Open exchanges judged again", sum(|c| &c.rejudged)),
             ("exchanges_cut", "Open exchanges cut because the answer turned", sum(|c| &c.cut)),
-            ("requests_malformed", "Requests refused for their form", sum(|c| &c.malformed)),
             ("retries", "Attempts beyond the first", sum(|c| &c.retries)),
             ("retries_without_budget", "Retries that were safe but had no budget", sum(|c| &c.retries_without_budget)),
             ("ejections", "Endpoints ejected", sum(|c| &c.ejections)),
@@ -106,12 +107,14 @@ impl Scrape {
             let count = shared.counts.iter().map(|counts| counts.decisions_by_reason[reason.place()].get()).sum();
             (reason.outcome().as_str(), reason.as_str(), count)
         });
+        let refusals = sum_each(shared.counts.iter().map(|counts| &counts.refusals[..]));
         Self {
             directions: vec![
                 Exchanges::of("inbound", shared, |counts| &counts.inbound),
                 Exchanges::of("outbound", shared, |counts| &counts.outbound),
             ],
             decisions: decisions.collect(),
+            refusals: ALL.map(|refusal| refusal.row().reason).into_iter().zip(refusals).collect(),
             judge_buckets: sum_each(shared.counts.iter().map(|counts| &counts.judge_buckets[..])),
             judge_ns: sum(|counts| &counts.judge_ns),
             totals,
@@ -168,6 +171,8 @@ impl Collector for Scrape {
             .iter()
             .map(|(outcome, reason, count)| ([("outcome", *outcome), ("reason", *reason)], *count));
         counters(&mut to, "decisions", "First judgements", decisions)?;
+        let refusals = self.refusals.iter().map(|(reason, count)| ([("reason", *reason)], *count));
+        counters(&mut to, "refusals", "Exchanges that the mesh answered itself", refusals)?;
         let judgements =
             to.encode_descriptor("judgement_seconds", "Time to judge once", None, MetricType::Histogram)?;
         let bounds = JUDGE_BOUNDS_NS.map(|bound| bound as f64 / 1e9);

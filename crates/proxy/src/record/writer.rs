@@ -91,11 +91,16 @@ impl Writer {
         }
     }
 
+    /// Finds out whether the directory can be written.
+    pub fn prepare(&mut self) {
+        let prepared = self.segments.prepare();
+        self.note(prepared, Instant::now());
+    }
+
     fn round(&mut self, stopping: bool) -> u64 {
         let now = Instant::now();
         if self.retry_at.is_some_and(|at| at <= now) {
-            let prepared = self.segments.prepare();
-            self.note(prepared, now);
+            self.prepare();
         }
         for worker in 0..self.shared.queues.len() {
             let mut entries = mem::take(&mut self.spare);

@@ -194,13 +194,46 @@ async fn rapid_resets_end_their_connection_and_nothing_else() {
         for _ in 0..100_000 {
             let request = http::Request::get("https://catalog.mesh/stall").body(()).unwrap();
             let Ok((_response, mut stream)) = sender.send_request(request, false) else { return };
+            tokio::time::sleep(Duration::from_micros(100)).await; // long enough to be accepted
             stream.send_reset(h2::Reason::CANCEL);
-            tokio::task::yield_now().await;
         }
+        panic!("100 000 streams were taken");
     };
-    let _ = timeout(Duration::from_secs(10), attack).await;
+    assert!(timeout(Duration::from_secs(20), attack).await.is_ok(), "the connection outlives the attack");
+    assert!(app.seen() < 2_000, "{} requests reached the workload", app.seen());
     assert_eq!(web.get("http://catalog.mesh/").await.status, 200);
     let open: u64 = catalog.shared.counts.iter().map(|counts| counts.inbound.open.get()).sum();
     assert!(open <= 256, "{open} exchanges are open");
     connection.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_never_ends_ends_its_connection() {
+    let app = Workload::http().await;
+    let (web, catalog, authority) = pair(&plan(), "catalog", app.address).await;
+    let frame = |kind: u8, payload: &[u8]| {
+        let length = &(payload.len() as u32).to_be_bytes()[1..];
+        [length, &[kind, 0, 0, 0, 0, if kind == 4 { 0 } else { 1 }], payload].concat()
+    };
+    let field = [&[0x10, 1, b'a', 0x7f, 0x81, 0x7d][..], &[b'b'; 16_000]].concat(); // a: bbb…, never indexed
+    for (what, continuation) in [("empty", frame(9, b"")), ("small", frame(9, &[0x82])), ("large", frame(9, &field))] {
+        let config = authority.identity("web").client_config(trust_domain().workload(&name("catalog")), &[b"h2"]);
+        let stream = TcpStream::connect(catalog.inbound).await.unwrap();
+        let server = countersign_api::svid::server_name();
+        let mut stream = TlsConnector::from(config).connect(server, stream).await.unwrap();
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        stream.write_all(&[frame(4, b""), frame(1, &[0x82])].concat()).await.unwrap();
+        let flood = async {
+            for sent in 0usize.. {
+                if stream.write_all(&continuation).await.is_err() || stream.flush().await.is_err() {
+                    return sent;
+                }
+            }
+            0
+        };
+        let sent = timeout(Duration::from_secs(10), flood).await;
+        assert!(sent.is_ok(), "{what}: the flood goes on");
+    }
+    assert_eq!(web.get("http://catalog.mesh/").await.status, 200);
+    assert_eq!(app.seen(), 1);
 }

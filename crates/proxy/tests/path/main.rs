@@ -1,7 +1,10 @@
 //! Pairs of sidecars in one process, real sockets between them: what a request may expect on its way.
 
 mod hostile;
+mod limits;
 mod mesh;
 mod plain;
+mod proof;
 mod streams;
+mod upstream;
 mod workload;

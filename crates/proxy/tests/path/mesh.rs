@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpListener},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -14,7 +17,7 @@ use countersign_core::{
     identity::{InstanceId, ServiceName, TrustDomain},
     record::{Ended, Judged, Outcome},
     route::Route,
-    service::{Protocol, ServiceSpec},
+    service::{Protocol, Recorded as WhenRecorded, ServiceSpec},
     view::{View, ViewPolicy, ViewRoute, VisibleService},
 };
 use countersign_proxy::{
@@ -79,6 +82,11 @@ impl Authority {
         X509Svid::parse(vec![leaf.der().clone()], key.serialize_der()).unwrap()
     }
 
+    /// The bundle of several authorities.
+    pub fn bundle_of(authorities: &[&Self]) -> Bundle {
+        Bundle::new(trust_domain(), 1, authorities.iter().map(|authority| authority.0.der().clone()).collect()).unwrap()
+    }
+
     pub fn identity(&self, service: &str) -> Arc<TlsIdentity> {
         TlsIdentity::new(self.svid(service), self.bundle())
     }
@@ -96,11 +104,17 @@ pub struct Recorded {
     pub ended: Option<Ended>,
 }
 
-struct Keep(Arc<Mutex<Vec<Recorded>>>);
+struct Keep {
+    records: Arc<Mutex<Vec<Recorded>>>,
+    full: Arc<AtomicBool>,
+}
 
 impl Recorder for Keep {
     fn record(&self, decided: &Decided<'_>) -> Result<(), Shed> {
-        self.0.lock().unwrap().push(Recorded {
+        if self.full.load(Ordering::SeqCst) {
+            return Err(Shed);
+        }
+        self.records.lock().unwrap().push(Recorded {
             id: decided.id.to_string(),
             principal: decided.query.principal.to_string(),
             outcome: decided.decision.outcome,
@@ -112,7 +126,7 @@ impl Recorder for Keep {
     }
 
     fn amend(&self, id: DecisionId, ended: &Ended) {
-        let mut records = self.0.lock().unwrap();
+        let mut records = self.records.lock().unwrap();
         if let Some(record) = records.iter_mut().find(|record| record.id == id.to_string()) {
             record.ended = Some(ended.clone());
         }
@@ -126,11 +140,20 @@ pub struct Plan {
     pub policy: String,
     pub routes: Vec<Route>,
     pub max_staleness_seconds: u32,
+    pub exchanges_max: u32,
+    pub recorded: WhenRecorded,
 }
 
 impl Plan {
     pub fn new(services: &[(&'static str, Protocol)], policy: &str) -> Self {
-        Self { services: services.to_vec(), policy: policy.into(), routes: vec![], max_staleness_seconds: 300 }
+        Self {
+            services: services.to_vec(),
+            policy: policy.into(),
+            routes: vec![],
+            max_staleness_seconds: 300,
+            exchanges_max: 10_000,
+            recorded: WhenRecorded::default(),
+        }
     }
 
     pub fn with_policy(&self, policy: &str) -> Self {
@@ -140,6 +163,8 @@ impl Plan {
     pub fn view(&self, service: &str, revision: u64) -> View {
         let spec = self.services.iter().find(|(n, _)| *n == service).map(|(_, protocol)| ServiceSpec {
             max_staleness_seconds: self.max_staleness_seconds,
+            exchanges_max: self.exchanges_max,
+            recorded: self.recorded,
             ..ServiceSpec::new(*protocol)
         });
         let mut routes: BTreeMap<ServiceName, Vec<ViewRoute>> = BTreeMap::new();
@@ -177,21 +202,34 @@ pub struct Sidecar {
     pub inbound: SocketAddr,
     pub outbound: SocketAddr,
     pub records: Arc<Mutex<Vec<Recorded>>>,
+    /// Its record has no room while this is set.
+    pub full: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Sidecar {
     /// A sidecar that listens and knows nothing yet.
     pub fn start(service: &'static str, instance: &str, app: Option<SocketAddr>) -> Self {
+        let (records, full) = (Arc::default(), Arc::default());
+        let recorder = || Box::new(Keep { records: Arc::clone(&records), full: Arc::clone(&full) });
+        let recorders = vec![recorder() as Box<dyn Recorder + Send>, recorder()];
+        Self { records: records.clone(), full: full.clone(), ..Self::start_with(service, instance, app, recorders) }
+    }
+
+    /// A sidecar that keeps its record with `recorders`, one per worker.
+    pub fn start_with(
+        service: &'static str,
+        instance: &str,
+        app: Option<SocketAddr>,
+        recorders: Vec<Box<dyn Recorder + Send>>,
+    ) -> Self {
         let instance = InstanceId::new(&name(service), instance);
         let app = app.map(|address| App {
             address,
             socket: Box::new(|| socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)),
         });
-        let shared = Arc::new(Shared::new(Setup { instance: instance.clone(), app, worker_count: 2 }));
-        let records = Arc::new(Mutex::new(Vec::new()));
-        let recorder = || Box::new(Keep(records.clone())) as Box<dyn Recorder + Send>;
-        let threads = workers::start(&shared, vec![recorder(), recorder()]).unwrap();
+        let shared = Arc::new(Shared::new(Setup { instance: instance.clone(), app, worker_count: recorders.len() }));
+        let threads = workers::start(&shared, recorders).unwrap();
         let open = |door| {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
@@ -199,7 +237,8 @@ impl Sidecar {
             address
         };
         let (inbound, outbound) = (open(Door::Inbound), open(Door::ForwardProxy));
-        Self { shared, service, instance, inbound, outbound, records, threads }
+        let (records, full) = (Arc::default(), Arc::default());
+        Self { shared, service, instance, inbound, outbound, records, full, threads }
     }
 
     /// A loopback listener for `upstream`.
@@ -213,6 +252,22 @@ impl Sidecar {
     pub async fn apply(&self, plan: &Plan, revision: u64) {
         self.shared.set_fresh(Duration::ZERO);
         self.shared.apply(plan.view(self.service, revision)).await.unwrap();
+    }
+
+    /// Knows who it is and what holds, and reaches `others`.
+    pub async fn ready(&self, authority: &Authority, plan: &Plan, others: &[&Sidecar]) {
+        self.shared.set_svid(authority.svid(self.service));
+        self.shared.set_bundle(authority.bundle());
+        self.apply(plan, 1).await;
+        self.reaches(others);
+    }
+
+    pub fn reaches(&self, others: &[&Sidecar]) {
+        let mut services: BTreeMap<ServiceName, Vec<Endpoint>> = BTreeMap::new();
+        for other in others {
+            services.entry(name(other.service)).or_default().push(other.endpoint());
+        }
+        self.shared.set_endpoints(services, true);
     }
 
     pub fn endpoint(&self) -> Endpoint {

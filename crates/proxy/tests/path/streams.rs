@@ -207,3 +207,72 @@ async fn a_body_announced_with_expect_is_asked_for() {
     let count = timeout(SOON, socket.read(&mut buffer)).await.unwrap().unwrap();
     assert!(buffer[..count].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&buffer[..count]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_stays_flat_while_half_a_gigabyte_passes() {
+    const BYTES: usize = 256 << 20; // in each direction; more takes long and shows the same
+    const GROWTH_MAX: usize = 64 << 20;
+    let app = Workload::http().await;
+    let (web, _catalog, _) = pair(&Plan::new(SERVICES, EVERYONE), "catalog", app.address).await;
+    assert_eq!(web.get("http://catalog.mesh/").await.status, 200);
+    let before = resident_bytes();
+    let check = |what: &str| {
+        let grown = resident_bytes().saturating_sub(before);
+        assert!(grown < GROWTH_MAX, "{what}: {grown} bytes more than before");
+    };
+    let get = Request::get(format!("http://catalog.mesh/bytes/{BYTES}")).body(Full::default()).unwrap();
+    let mut body = open(web.outbound, get).await.into_body();
+    let (mut count, mut checked) = (0, 0);
+    while let Some(bytes) = next(&mut body).await {
+        count += bytes.unwrap().len();
+        if count - checked > BYTES / 64 {
+            checked = count;
+            check("to the caller");
+        }
+    }
+    assert_eq!(count, BYTES);
+    let mut socket = TcpStream::connect(web.outbound).await.unwrap();
+    let head =
+        format!("POST http://catalog.mesh/count HTTP/1.1\r\nhost: catalog.mesh\r\ncontent-length: {BYTES}\r\n\r\n");
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let part = vec![7; BYTES / 1024];
+    for number in 0..1024 {
+        timeout(SOON, socket.write_all(&part)).await.unwrap().unwrap();
+        if number % 16 == 0 {
+            check("from the caller");
+        }
+    }
+    let mut answer = vec![0; 4096];
+    let read = timeout(SOON, socket.read(&mut answer)).await.unwrap().unwrap();
+    let answer = String::from_utf8_lossy(&answer[..read]);
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(&BYTES.to_string()), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_may_speak_http2_by_prior_knowledge_and_open_websockets_with_it() {
+    let app = Workload::http().await;
+    let plan = Plan::new(SERVICES, r#"permit(principal, action == Action::"http:GET", resource);"#);
+    let (web, catalog, _) = pair(&plan, "catalog", app.address).await;
+    let stream = TcpStream::connect(web.outbound).await.unwrap();
+    let (mut sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    for (path, expected) in [("/", 200), ("/a/../b", 400)] {
+        let request = Request::get(format!("http://catalog.mesh{path}")).body(()).unwrap();
+        let (response, _) = sender.send_request(request, true).unwrap();
+        assert_eq!(timeout(SOON, response).await.unwrap().unwrap().status(), expected, "{path}");
+    }
+    assert!(sender.is_extended_connect_protocol_enabled());
+    let mut request =
+        Request::connect("http://catalog.mesh/ws").header("sec-websocket-version", "13").body(()).unwrap();
+    request.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+    let (response, mut send) = sender.send_request(request, false).unwrap();
+    let response = timeout(SOON, response).await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    let mut body = response.into_body();
+    let hello = Bytes::from_static(b"\x81\x85\0\0\0\0hello"); // a masked text frame; the workload echoes bytes
+    send.send_data(hello.clone(), false).unwrap();
+    assert_eq!(timeout(SOON, body.data()).await.unwrap().unwrap().unwrap(), hello);
+    catalog.apply(&plan.with_policy(NOBODY), 2).await;
+    let close = timeout(SOON, body.data()).await.unwrap().unwrap().unwrap();
+    assert_eq!((close[0], &close[2..4]), (0x88, &1008u16.to_be_bytes()[..]));
+}

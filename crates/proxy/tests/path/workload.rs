@@ -58,6 +58,15 @@ impl Workload {
 
     /// Answers every request with exactly these bytes, then closes; an empty answer is a reset.
     pub async fn raw(answer: &'static [u8]) -> Self {
+        Self::raw_until(answer, answer.is_empty()).await
+    }
+
+    /// Answers every request with exactly these bytes, then resets the connection.
+    pub async fn raw_until_reset(answer: &'static [u8]) -> Self {
+        Self::raw_until(answer, true).await
+    }
+
+    async fn raw_until(answer: &'static [u8], resets: bool) -> Self {
         let seen = Arc::new(AtomicUsize::new(0));
         let count = seen.clone();
         let address = Self::listen(move |mut stream: TcpStream| {
@@ -66,10 +75,12 @@ impl Workload {
                 let mut buffer = vec![0; 65_536];
                 let _ = stream.read(&mut buffer).await;
                 count.fetch_add(1, Ordering::SeqCst);
-                if answer.is_empty() {
-                    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-                } else {
+                if !answer.is_empty() {
                     let _ = stream.write_all(answer).await;
+                    tokio::time::sleep(Duration::from_millis(50)).await; // a reset takes with it what was not read yet
+                }
+                if resets {
+                    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
                 }
             }
         })
@@ -83,6 +94,26 @@ impl Workload {
             let (mut reader, mut writer) = stream.split();
             let _ = tokio::io::copy(&mut reader, &mut writer).await;
             let _ = writer.write_all(b"goodbye").await;
+        })
+        .await;
+        Self { address, seen: Arc::default() }
+    }
+
+    /// Speaks HTTP/2 and announces a body of eight bytes, but sends as many as the path says, and resets the stream then
+    /// if the path asks for it: `/5`, `/5/reset`.
+    pub async fn lying_http2() -> Self {
+        let address = Self::listen(|stream: TcpStream| async move {
+            let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                let mut path = request.uri().path()[1..].split('/');
+                let (count, resets) = (path.next().unwrap().parse().unwrap(), path.next().is_some());
+                let head = Response::builder().header("content-type", "application/grpc").header("content-length", 8);
+                let mut send = respond.send_response(head.body(()).unwrap(), false).unwrap();
+                send.send_data(Bytes::from(vec![7; count]), !resets).unwrap();
+                if resets {
+                    send.send_reset(h2::Reason::CANCEL);
+                }
+            }
         })
         .await;
         Self { address, seen: Arc::default() }
