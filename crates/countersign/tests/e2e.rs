@@ -1,151 +1,12 @@
-//! The real binary, from `init` to Ctrl-C: what a stranger does on the first day, and what a crash leaves behind. Every
-//! process that a test starts ends with the test.
+//! The real binary, from `init` to Ctrl-C: what a stranger does on the first day, and what a crash leaves behind.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
-    thread,
-    time::{Duration, Instant},
-};
+mod support;
+
+use std::{fs, path::Path};
 
 use serde_json::Value;
 
-/// How long a whole mesh may take to be there, and to be gone, on a machine that is busy with other things.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A mesh in a directory of its own, and `up` while it runs.
-struct Mesh {
-    dir: PathBuf,
-    up: Option<Child>,
-    _root: tempfile::TempDir,
-}
-
-fn binary() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_countersign"));
-    command.env_remove("COUNTERSIGN_DATA_DIR").env_remove("OTEL_EXPORTER_OTLP_ENDPOINT").stdin(Stdio::null());
-    command
-}
-
-impl Mesh {
-    fn init() -> Self {
-        let root = tempfile::tempdir().unwrap();
-        let dir = root.path().canonicalize().unwrap().join("mesh");
-        let done = binary().arg("init").arg(&dir).output().unwrap();
-        assert!(done.status.success(), "{}", said(&done));
-        Self { dir, up: None, _root: root }
-    }
-
-    fn started() -> Self {
-        let mut mesh = Self::init();
-        mesh.start();
-        mesh
-    }
-
-    fn start(&mut self) {
-        let log = fs::File::create(self.dir.with_extension("log")).unwrap();
-        let up = binary().arg("up").arg(&self.dir).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
-        let pid = up.id();
-        self.up = Some(up);
-        self.until("the mesh is up", |mesh| mesh.run_file().is_some_and(|run| run["pid"] == pid));
-        self.until("both services are ready", |mesh| {
-            let status = mesh.json(&["status"]);
-            let services = status["services"].as_array().unwrap();
-            services.len() == 2
-                && services
-                    .iter()
-                    .all(|service| service["instances"].as_array().unwrap().iter().any(|one| one["ready"] == true))
-        });
-    }
-
-    fn until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds(self) {
-            let ended = self.up.as_mut().and_then(|up| up.try_wait().unwrap());
-            assert!(ended.is_none(), "`up` ended with {ended:?} before {what}:\n{}", self.log());
-            assert!(Instant::now() < deadline, "not after {PATIENCE:?}: {what}\n{}", self.log());
-            thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    fn run_file(&self) -> Option<Value> {
-        serde_json::from_slice(&fs::read(self.dir.join(".countersign/run.json")).ok()?).ok()
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.dir.with_extension("log")).unwrap_or_default()
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        binary().arg("-C").arg(&self.dir).args(arguments).output().unwrap()
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        let output = self.run(&[&["-o", "json"], arguments].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
-        serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|e| panic!("{arguments:?} is not JSON: {e}: {}", said(&output)))
-    }
-
-    /// The status that the workload `web` gets for a path of the greeter, and the body.
-    fn ask(&self, path: &str) -> (String, String) {
-        let url = format!("http://greeter.mesh{path}");
-        let output = self.run(&["exec", "web", "--", "curl", "-s", "-m", "20", "-w", "\n%{http_code}", &url]);
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (body, status) = text.rsplit_once('\n').unwrap_or(("", &text));
-        (status.to_owned(), body.to_owned())
-    }
-
-    /// Permits everything that the greeter has.
-    fn permit_all(&self) {
-        let policy = self.dir.join("policies/greeter.cedar");
-        let text = fs::read_to_string(&policy).unwrap();
-        fs::write(&policy, text.replace("== Operation::\"greeter/hello\"", "in Service::\"greeter\"")).unwrap();
-    }
-
-    fn signal(&self, signal: &str) {
-        let pid = self.up.as_ref().unwrap().id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-    }
-
-    fn gone(&mut self) {
-        let mut up = self.up.take().unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        while up.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "`up` does not end:\n{}", self.log());
-            thread::sleep(Duration::from_millis(20));
-        }
-        while !self.left_behind().is_empty() {
-            assert!(Instant::now() < deadline, "left behind: {:?}", self.left_behind());
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Processes that work in this mesh's directory.
-    fn left_behind(&self) -> Vec<String> {
-        let processes = fs::read_dir("/proc").unwrap().flatten();
-        let here = |process: &fs::DirEntry| {
-            fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(&self.dir))
-        };
-        processes
-            .filter(here)
-            .map(|process| fs::read_to_string(process.path().join("cmdline")).unwrap_or_default().replace('\0', " "))
-            .collect()
-    }
-}
-
-impl Drop for Mesh {
-    fn drop(&mut self) {
-        if let Some(mut up) = self.up.take() {
-            let _ = up.kill();
-            let _ = up.wait();
-        }
-    }
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
+use support::{Mesh, binary, said};
 
 #[test]
 fn what_policy_allows_passes_and_the_rest_is_denied_recorded_and_explained() {
@@ -201,15 +62,7 @@ fn what_policy_allows_passes_and_the_rest_is_denied_recorded_and_explained() {
 fn a_change_takes_hold_on_apply_and_on_save_and_survives_a_kill() {
     let mut mesh = Mesh::init();
     // Without watching, so that `apply` is what applies.
-    let log = fs::File::create(mesh.dir.with_extension("log")).unwrap();
-    let up = binary()
-        .args(["up", "--no-watch"])
-        .arg(&mesh.dir)
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap();
-    mesh.up = Some(up);
+    mesh.spawn(&["--no-watch"]);
     mesh.until("the mesh is up", |mesh| mesh.run_file().is_some());
     mesh.until("the greeter answers", |mesh| mesh.ask("/hello").0 == "200");
     assert_eq!(mesh.ask("/secret").0, "403");
@@ -243,8 +96,7 @@ fn a_change_takes_hold_on_apply_and_on_save_and_survives_a_kill() {
 fn a_service_that_dies_at_once_is_shown_and_the_rest_goes_on() {
     let mut mesh = Mesh::init();
     fs::write(mesh.dir.join("services/web.py"), "import sys\nsys.exit('web has nothing to do today')\n").unwrap();
-    let log = fs::File::create(mesh.dir.with_extension("log")).unwrap();
-    mesh.up = Some(binary().arg("up").arg(&mesh.dir).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
+    mesh.spawn(&[]);
     mesh.until("the mesh is up all the same", |mesh| mesh.run_file().is_some());
     mesh.until("its last lines are shown", |mesh| mesh.log().contains("web has nothing to do today"));
     mesh.signal("-INT");
