@@ -131,12 +131,8 @@ fn admit(worker: &Worker, direction: fn(&Counts) -> &Direction, counted: u64) ->
     if worker.shared.staleness().as_secs() >= u64::from(spec.max_staleness_seconds) {
         return Err(Refusal::Stale);
     }
-    // Only a worker that has its share looks at what the others have open.
-    let (most, open) = (u64::from(spec.exchanges_max) + counted, |counts: &Counts| direction(counts).open.get());
-    let workers = &worker.shared.counts;
-    if open(&worker.counts) * workers.len() as u64 >= most
-        && workers.iter().map(|counts| open(counts)).sum::<u64>() >= most
-    {
+    let open: u64 = worker.shared.counts.iter().map(|counts| direction(counts).open.get()).sum();
+    if open >= u64::from(spec.exchanges_max) + counted {
         return Err(Refusal::Overloaded);
     }
     Ok(view)
@@ -152,9 +148,13 @@ fn route_inbound(
     let (parts, body) = request.into_parts();
     let service = &view.view.service;
     let host = agreed_authority(parts.uri.authority().map(|a| a.as_str()), &parts.headers)?;
-    let host = Authority::parse(host).map_err(|_| Refusal::Malformed("host"))?;
-    if host.service().as_ref() != Some(service) {
-        return Err(Refusal::WrongAuthority);
+    let own_host = worker.host_name(service);
+    // Sidecars write it in its normal form, which needs no parsing.
+    if *host != *own_host {
+        let host = Authority::parse(host).map_err(|_| Refusal::Malformed("host"))?;
+        if host.service().as_ref() != Some(service) {
+            return Err(Refusal::WrongAuthority);
+        }
     }
     let protocol = view.view.spec.as_ref().map_or(Protocol::Http, |spec| spec.protocol);
     let upgrade = parts.extensions.get::<ConnectProtocol>();
@@ -186,7 +186,7 @@ fn route_inbound(
         kind,
         method: method.clone(),
         path,
-        host: worker.host_name(service),
+        host: own_host,
         size,
         first_contact: worker.is_first_contact(peer.id(), &method),
         trace_id: Some(trace_id),
