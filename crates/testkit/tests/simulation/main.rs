@@ -1,6 +1,6 @@
 //! Publish and acknowledge under everything that a network, a disk and an operator can do: one schedule for each seed,
 //! the same every time. A failure prints its seed; `SIMULATION_SEED=n` runs that one alone, `SIMULATION_SEEDS=n` more of
-//! them (thousands take seconds in a release build).
+//! them.
 
 mod mesh;
 
