@@ -2,10 +2,13 @@
 //! verified before it is held, and held before anyone hears of it. Losing control changes nothing but the age of what
 //! is held; a history that does not follow from ours is refused loudly, and nothing of it is used.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use countersign_api::mesh::{
-    self, FollowEvent, FollowHello, FollowRequest, follow_event::Event, follow_request::Message,
+    self, FollowEvent, FollowHello, FollowRequest, ReadHeadRequest, follow_event::Event, follow_request::Message,
     mesh_client::MeshClient,
 };
 use countersign_core::change::Revision;
@@ -18,7 +21,7 @@ use crate::{
     backoff::Backoff,
     fresh,
     held::Refused,
-    host::Host,
+    host::{Contact, Host},
     link::{ALPN, MESSAGE_BYTES_MAX, chain},
 };
 
@@ -26,6 +29,8 @@ use crate::{
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// How long control may take to welcome us: a cold agent's snapshot is made on the spot.
 const WELCOME_WITHIN: Duration = Duration::from_secs(15);
+/// How often control is asked what it holds.
+const ASK_EVERY: Duration = Duration::from_secs(1);
 /// Messages to control that are handed over and not sent.
 const SAYING_MAX: usize = 16;
 /// A revision waits so long for the next before both are written to disk as one.
@@ -54,12 +59,14 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
         let retry_in = match ended {
             Ended::OnPurpose => continue,
             Ended::Lost(why) => {
+                host.contact.send_replace(Contact::Lost);
                 let retry_in = backoff.next_delay();
                 tracing::warn!(target: TOLD, control = %host.control, why, ?retry_in, "lost the control plane; proxies go on from what they hold");
                 host.tell(AgentEvent::ControlLost { why });
                 retry_in
             }
             Ended::Refused(why) => {
+                host.contact.send_replace(Contact::Lost);
                 let retry_in = backoff.next_delay();
                 let revision = host.held.head().0;
                 tracing::error!(target: TOLD, control = %host.control, why, revision, ?retry_in, "refused the control plane's history; the last good state stays");
@@ -105,6 +112,7 @@ async fn stream(
 ) -> Result<std::convert::Infallible, Ended> {
     let tls = host.tls.client_config(host.trust_domain.control(), ALPN);
     let channel = host.control.connect(tls).await.map_err(|error| Ended::Lost(chain(&error)))?;
+    let asked_at = Instant::now();
     let (say, said) = mpsc::channel(SAYING_MAX);
     let _ = say.try_send(hello(host));
     let mut events = open(channel.clone(), said).await?;
@@ -122,12 +130,16 @@ async fn stream(
     // A welcome without it means that nothing runs anywhere; whatever was known before is not.
     let discovery = mesh::Discovery { full: true, ..welcome.discovery.unwrap_or_default() };
     host.discovery.take_in(discovery).map_err(|gap| Ended::Lost(gap.to_string()))?;
-    in_step(host);
+    // Before the views: a proxy must not get a view that looks stale.
+    if welcome.head.is_some_and(|head| holds(host, &head)) {
+        host.fresh.in_step(asked_at);
+    }
     take_up_views(host);
 
     backoff.reset();
     host.acknowledgements.say_all_again();
-    host.channel.send_replace(Some(channel));
+    host.channel.send_replace(Some(channel.clone()));
+    host.contact.send_replace(Contact::Followed);
     let revision = host.held.head().0;
     tracing::info!(control = %host.control, revision, "following the control plane");
     host.tell(AgentEvent::ControlFollowed { revision: Revision(revision) });
@@ -135,6 +147,7 @@ async fn stream(
     // Each side runs to its end by itself: a message half taken is never dropped for another's sake.
     tokio::select! {
         ended = listen(host, events) => Err(ended),
+        never = keep_in_step(host, channel) => match never {},
         () = acknowledge(host, &say) => Err(Ended::Lost("control stopped listening".into())),
         () = relay(for_control, &say) => Err(Ended::Lost("control stopped listening".into())),
         () = host.renewed.notified() => Err(Ended::OnPurpose),
@@ -212,7 +225,6 @@ fn take_in(host: &Arc<Host>, event: Event) -> Result<(), Ended> {
         Event::Welcome(_) => return Err(Ended::Lost("control welcomed this host twice".into())),
         Event::Entries(entries) => {
             host.held.entries(&entries).map_err(refused)?;
-            in_step(host);
             take_up_views(host);
         }
         Event::Discovery(discovery) => {
@@ -226,16 +238,42 @@ fn take_in(host: &Arc<Host>, event: Event) -> Result<(), Ended> {
                 let given = heartbeat.discovery_sequence;
                 return Err(Ended::Lost(format!("control is at discovery event {given}, this host at {held}")));
             }
-            in_step(host);
         }
         Event::RecordsQuery(query) => host.reports.ask(query),
     }
     Ok(())
 }
 
-/// Before the views: a proxy must not get a view that looks stale.
-fn in_step(host: &Host) {
-    host.fresh.in_step();
+/// Asks control again and again what it holds. What it held is fresh as of the question, and only once it is held here:
+/// an answer, or a stream, that is long on its way lets what is held age.
+async fn keep_in_step(host: &Host, channel: Channel) -> std::convert::Infallible {
+    let mut client = MeshClient::new(channel);
+    let mut tick = tokio::time::interval(ASK_EVERY);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut revisions, mut discovery) = (host.held.revisions(), host.discovery.subscribe());
+    loop {
+        tick.tick().await;
+        let asked_at = Instant::now();
+        match client.read_head(ReadHeadRequest {}).await {
+            Ok(head) => {
+                let head = head.into_inner();
+                while !holds(host, &head) {
+                    // Neither can fail: the senders lie in `host`.
+                    tokio::select! {
+                        _ = revisions.changed() => {}
+                        _ = discovery.changed() => {}
+                    }
+                }
+                host.fresh.in_step(asked_at);
+            }
+            Err(status) => tracing::warn!(error = chain(&status), "control did not say what it holds"),
+        }
+    }
+}
+
+/// Whether this host holds all that `head` counts. What it holds beyond has come since.
+fn holds(host: &Host, head: &mesh::Head) -> bool {
+    host.held.head().0 >= head.size && host.discovery.sequence() >= head.discovery_sequence
 }
 
 fn take_up_views(host: &Host) {

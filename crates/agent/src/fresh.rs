@@ -1,6 +1,10 @@
 //! How long ago this host was in step with a control plane. What bounds staleness: a proxy whose agent's knowledge is
 //! older than its service allows answers 503.
 //!
+//! INVARIANT (fresh-by-asking): a host was in step when it *asked* control what it holds, once it holds as much itself.
+//! What arrives by itself makes nothing fresh: a delayed stream would look as if it were the present. No clocks of two
+//! hosts are compared.
+//!
 //! Between restarts the moment is kept in a file by the wall clock, which can be wrong; within a run only the monotonic
 //! clock counts.
 
@@ -32,9 +36,10 @@ impl Fresh {
         Self { in_step_at: Mutex::new(in_step_at), file }
     }
 
-    /// All this host holds is what control holds, right now.
-    pub(crate) fn in_step(&self) {
-        *self.in_step_at.lock() = Some(Instant::now());
+    /// All that control held at `moment`, this host holds now.
+    pub(crate) fn in_step(&self, moment: Instant) {
+        let mut in_step_at = self.in_step_at.lock();
+        *in_step_at = (*in_step_at).max(Some(moment));
     }
 
     /// How long ago it was; `None` when it never was.
@@ -58,7 +63,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let fresh = Fresh::load(dir.path());
         assert_eq!(fresh.age(), None, "an agent that never reached control is not fresh");
-        fresh.in_step();
+        fresh.in_step(Instant::now());
+        fresh.in_step(Instant::now() - Duration::from_secs(3));
+        assert!(fresh.age().unwrap() < Duration::from_secs(1), "an older moment than the known one is no news");
         fresh.write().unwrap();
         let moment = SystemTime::now() - Duration::from_secs(60);
         fs::File::options().write(true).open(dir.path().join("in-step")).unwrap().set_modified(moment).unwrap();

@@ -40,6 +40,8 @@ pub(crate) struct Host {
     pub(crate) bundle: watch::Sender<mesh::Bundle>,
     /// The open channel to control, for questions beside the stream.
     pub(crate) channel: watch::Sender<Option<Channel>>,
+    /// How the last attempt to follow control went.
+    pub(crate) contact: watch::Sender<Contact>,
     /// The agent has a new identity: the stream must be opened again with it.
     pub(crate) renewed: Notify,
     pub(crate) held: Held,
@@ -49,6 +51,17 @@ pub(crate) struct Host {
     pub(crate) reports: Arc<Reports>,
     pub(crate) fresh: Fresh,
     pub(crate) events: broadcast::Sender<AgentEvent>,
+}
+
+/// Whether control was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Contact {
+    /// The first attempt is under way.
+    Sought,
+    /// It was, and what it said is taken up.
+    Followed,
+    /// It was not, or it was lost. It is sought on and on.
+    Lost,
 }
 
 /// What a host is made of.
@@ -85,6 +98,7 @@ impl Host {
             control: parts.control,
             address: parts.address,
             channel: watch::Sender::new(None),
+            contact: watch::Sender::new(Contact::Sought),
             renewed: Notify::new(),
             views: Views::default(),
             discovery: Discovery::new(),

@@ -19,6 +19,7 @@ use crate::{
     host::Host,
     join::{Issued, IssuedError, SigningRequest},
     link::chain,
+    workloads::instance::Instance,
 };
 
 /// How long control may take to sign.
@@ -37,15 +38,12 @@ enum RenewError {
     Issued(#[from] IssuedError),
 }
 
-/// Keeps the identity of `instance` fresh until dropped. The first one arrives as soon as control can be reached.
-pub(crate) async fn keep_instance_fresh(
-    host: Arc<Host>,
-    instance: InstanceId,
-    out: watch::Sender<Option<Arc<Issued>>>,
-) {
+/// Keeps the identity of an instance fresh until dropped. The first one arrives as soon as control can be reached.
+pub(crate) async fn keep_instance_fresh(host: Arc<Host>, of: Arc<Instance>, out: watch::Sender<Option<Arc<Issued>>>) {
+    let instance = &of.id;
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
     loop {
-        match issue(&host, &instance).await {
+        match issue(&host, instance).await {
             Ok(issued) => {
                 backoff.reset();
                 let renew_in = renew_in(&issued);
@@ -59,6 +57,7 @@ pub(crate) async fn keep_instance_fresh(
             Err(error) => {
                 let retry_in = backoff.next_delay();
                 tracing::warn!(%instance, error = chain(&error), ?retry_in, "an identity could not be issued");
+                of.is_not_identified();
                 tokio::time::sleep(retry_in).await;
             }
         }

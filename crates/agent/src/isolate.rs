@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::launch::{
     self, SUBCOMMAND, namespace,
-    order::{AGENT_FD, LaunchOrder, LauncherMessage},
+    order::{AGENT_FD, AgentMessage, LaunchOrder, LauncherMessage},
 };
 
 pub use crate::launch::{
@@ -29,7 +29,7 @@ pub use crate::launch::{
     order::{Exit, Stop},
 };
 
-/// How long a launcher may take until the workload runs.
+/// How long a launcher may take to make the namespaces, and to start the workload.
 const START_WITHIN: Duration = Duration::from_secs(10);
 
 /// Whether workloads can be separated from each other on this host.
@@ -105,33 +105,39 @@ pub enum LaunchError {
     #[error("{0}")]
     Refused(String),
     /// The launcher said nothing.
-    #[error("the launcher did not start the workload within 10 s")]
+    #[error("the launcher did not answer within 10 s")]
     TooSlow,
 }
 
-/// A running workload. Dropped, it is killed with everything it started.
+/// The namespaces of one workload, with a launcher in them that starts it as often as it is told to. Dropped, everything
+/// in them is killed.
 #[derive(Debug)]
-pub struct LaunchedWorkload {
-    /// Its process, as this host numbers it.
-    pub pid: u32,
-    /// The same, for as long as this is held.
-    pub pidfd: OwnedFd,
-    /// The process whose namespaces [`enter`] enters; absent when it is not isolated.
-    pub namespace_pid: Option<u32>,
+pub struct Launcher {
     /// What could not be had, in words.
     pub note: Option<String>,
-    /// What it writes.
+    /// What the workload writes, whenever it runs.
     pub stdout: Option<ChildStdout>,
     /// What it complains.
     pub stderr: Option<ChildStderr>,
     /// The sidecar's end of the broker, to be passed as descriptor 4; a sidecar that replaces another gets a duplicate.
     pub broker: Option<OwnedFd>,
     control: UnixDatagram,
-    _launcher: Child,
+    _process: Child,
 }
 
-/// Starts a workload and waits until it runs. Needs a tokio runtime with I/O.
-pub async fn spawn(spec: LaunchSpec) -> Result<LaunchedWorkload, LaunchError> {
+/// A running workload.
+#[derive(Debug)]
+pub struct Process {
+    /// Its process, as this host numbers it.
+    pub pid: u32,
+    /// The same, for as long as this is held.
+    pub pidfd: OwnedFd,
+    /// The process whose namespaces [`enter`] enters; absent when it is not isolated.
+    pub namespace_pid: Option<u32>,
+}
+
+/// Makes the namespaces of a workload; nothing runs in them yet. Needs a tokio runtime with I/O.
+pub async fn prepare(spec: LaunchSpec) -> Result<Launcher, LaunchError> {
     let (control, launchers_end) = broker::pair()?;
     let mut descriptors = vec![(launchers_end, AGENT_FD)];
     let mut sidecars_end = None;
@@ -151,26 +157,18 @@ pub async fn spawn(spec: LaunchSpec) -> Result<LaunchedWorkload, LaunchError> {
     command.arg(SUBCOMMAND).stdin(written(&order)?).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     launch::inherit(&mut command, descriptors)?;
     let mut command = Command::from(command);
-    let mut launcher = command.spawn()?;
+    let mut process = command.spawn()?;
     drop(command); // and with it our copies of the launcher's descriptors: its death must be seen as a closed socket
     let control = nonblocking(control)?;
-    let first = tokio::time::timeout(START_WITHIN, receive(&control)).await.map_err(|_| LaunchError::TooSlow)?;
-    match first? {
-        Some((LauncherMessage::Started { pid, namespace_pid, note }, Some(pidfd))) => Ok(LaunchedWorkload {
-            pid,
-            pidfd,
-            namespace_pid,
-            note,
-            stdout: launcher.stdout.take(),
-            stderr: launcher.stderr.take(),
-            broker: sidecars_end,
-            control,
-            _launcher: launcher,
-        }),
+    match soon(&control).await? {
+        Some((LauncherMessage::Prepared { note }, _)) => {
+            let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
+            Ok(Launcher { note, stdout, stderr, broker: sidecars_end, control, _process: process })
+        }
         Some((LauncherMessage::Failed(reason), _)) => Err(LaunchError::Refused(reason)),
         Some(_) => Err(LaunchError::Refused("the launcher spoke out of turn".to_owned())),
         None => {
-            let output = launcher.wait_with_output().await?;
+            let output = process.wait_with_output().await?;
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             Err(LaunchError::Refused(format!("the launcher ended with {}: {said}", output.status)))
         }
@@ -195,18 +193,40 @@ async fn receive(control: &UnixDatagram) -> io::Result<Option<(LauncherMessage, 
     control.async_io(Interest::READABLE, || broker::receive(control)).await
 }
 
-impl LaunchedWorkload {
-    /// Waits until it ended, and everything it started with it. Cancel-safe; once it has answered, only [`Exit::Lost`] follows.
-    pub async fn exited(&self) -> Exit {
-        match receive(&self.control).await {
-            Ok(Some((LauncherMessage::Exited(exit), _))) => exit,
-            _ => Exit::Lost,
+async fn soon(control: &UnixDatagram) -> Result<Option<(LauncherMessage, Option<OwnedFd>)>, LaunchError> {
+    Ok(tokio::time::timeout(START_WITHIN, receive(control)).await.map_err(|_| LaunchError::TooSlow)??)
+}
+
+impl Launcher {
+    /// Starts the workload and waits until it runs.
+    pub async fn start(&self) -> Result<Process, LaunchError> {
+        broker::send(&self.control, &AgentMessage::Start, None)?;
+        match soon(&self.control).await? {
+            Some((LauncherMessage::Started { pid, namespace_pid }, Some(pidfd))) => {
+                Ok(Process { pid, pidfd, namespace_pid })
+            }
+            Some((LauncherMessage::Failed(reason), _)) => Err(LaunchError::Refused(reason)),
+            Some(_) => Err(LaunchError::Refused("the launcher spoke out of turn".to_owned())),
+            None => Err(LaunchError::Refused("the launcher was killed".to_owned())),
         }
     }
 
-    /// Asks it to end, or ends it. A workload that is gone already is no error.
+    /// Waits until the workload ended, and everything it started with it. Cancel-safe. [`Exit::Lost`]: the launcher and its
+    /// namespaces are gone as well.
+    pub async fn exited(&self) -> Exit {
+        loop {
+            match receive(&self.control).await {
+                Ok(Some((LauncherMessage::Exited(exit), _))) => return exit,
+                // The answer to a start that nobody waited for to its end.
+                Ok(Some(_)) => {}
+                _ => return Exit::Lost,
+            }
+        }
+    }
+
+    /// Asks the workload to end, or ends it. One that is gone already is no error.
     pub fn stop(&self, how: Stop) -> io::Result<()> {
-        match broker::send(&self.control, &how, None) {
+        match broker::send(&self.control, &AgentMessage::Stop(how), None) {
             Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
             sent => sent,
         }

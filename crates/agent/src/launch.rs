@@ -1,6 +1,7 @@
-//! `countersign launch`, the process between an agent and one workload: it makes the workload's namespaces, starts it,
-//! hands sockets of its network namespace to the sidecar ([`broker`]), and ends everything that was started when the
-//! workload ends, when the agent says so, or when the agent dies.
+//! `countersign launch`, the process between an agent and one workload: it makes the workload's namespaces, hands sockets
+//! of its network namespace to the sidecar ([`broker`]), starts the workload when the agent says that its sidecar is
+//! there, and again in the same namespaces when it ended. What a workload started ends with it; everything ends when the
+//! agent says so, or dies.
 //!
 //! One thread, no runtime: the kernel lets only such a process into a new user namespace. It holds no key and decides
 //! nothing; what to do arrives from the agent on standard input.
@@ -34,7 +35,7 @@ use crate::harden;
 
 use self::{
     namespace::Namespace,
-    order::{AGENT_FD, Exit, LaunchOrder, LauncherMessage, Stop},
+    order::{AGENT_FD, AgentMessage, LaunchOrder, LauncherMessage, Stop},
 };
 
 pub(crate) mod namespace;
@@ -78,39 +79,29 @@ fn print_notes(namespace: Namespace) {
 fn launch() -> Result<(), String> {
     let agent = inherited(AGENT_FD).ok_or("`countersign launch` is started by an agent, never by hand")?;
     let said = |e: io::Error| format!("could not tell the agent: {e}");
-    match start(&agent) {
-        Ok(started) => {
-            let message = LauncherMessage::Started {
-                pid: started.pid.as_raw().unsigned_abs(),
-                namespace_pid: started.namespace_pid.map(|pid| pid.as_raw().unsigned_abs()),
-                note: (!started.notes.is_empty()).then(|| started.notes.join("; ")),
-            };
-            broker::send(&agent, &message, Some(started.pidfd.as_fd())).map_err(said)?;
-            let exit = watch(&agent, &started).map_err(|e| format!("could not watch the workload: {e}"));
-            tree::kill_all(started.init.as_ref())
-                .map_err(|e| format!("could not end what the workload started: {e}"))?;
-            if let Some(exit) = exit? {
-                broker::send(&agent, &LauncherMessage::Exited(exit), None).map_err(said)?;
-            }
-            Ok(())
-        }
+    let prepared = match prepare(&agent) {
+        Ok(prepared) => prepared,
         // What was forked meanwhile ends with this process.
-        Err(reason) => broker::send(&agent, &LauncherMessage::Failed(reason), None).map_err(said),
-    }
+        Err(reason) => return broker::send(&agent, &LauncherMessage::Failed(reason), None).map_err(said),
+    };
+    let note = (!prepared.notes.is_empty()).then(|| prepared.notes.join("; "));
+    broker::send(&agent, &LauncherMessage::Prepared { note }, None).map_err(said)?;
+    let served = serve_agent(&agent, &prepared).map_err(|e| format!("could not serve the agent: {e}"));
+    let init = prepared.init.as_ref().map(|(_, pidfd)| pidfd);
+    tree::kill_all(init).map_err(|e| format!("could not end what the workload started: {e}"))?;
+    served
 }
 
-/// A running workload.
-struct Started {
-    pid: Pid,
-    pidfd: OwnedFd,
-    namespace_pid: Option<Pid>,
-    init: Option<OwnedFd>,
+/// The workload's namespaces, in which it can be started any number of times.
+struct Prepared {
+    order: LaunchOrder,
+    init: Option<(Pid, OwnedFd)>,
     broker: Option<OwnedFd>,
-    ended: SignalFd,
+    signals: SignalFd,
     notes: Vec<String>,
 }
 
-fn start(agent: &OwnedFd) -> Result<Started, String> {
+fn prepare(agent: &OwnedFd) -> Result<Prepared, String> {
     let plain = |tried: &'static str| move |e: io::Error| format!("could not {tried}: {e}");
     let order: LaunchOrder =
         serde_json::from_reader(io::stdin().lock()).map_err(|e| format!("could not read the launch order: {e}"))?;
@@ -124,7 +115,7 @@ fn start(agent: &OwnedFd) -> Result<Started, String> {
         rustix::io::ioctl_fionbio(socket, true).map_err(|e| plain("prepare a socket")(e.into()))?;
     }
     prctl::set_child_subreaper(true).map_err(|e| plain("adopt orphans")(e.into()))?;
-    let ended = block_signals().map_err(plain("block signals"))?;
+    let signals = block_signals().map_err(plain("block signals"))?;
     let namespace = match order.isolate {
         true => Some(namespace::create(&order.data_dir).map_err(|e| e.to_string())?),
         false => None,
@@ -135,14 +126,28 @@ fn start(agent: &OwnedFd) -> Result<Started, String> {
         // The broker binds the ports that callers use, such as 80.
         harden::keep_capabilities(CapabilitySet::NET_BIND_SERVICE).map_err(plain("drop capabilities"))?;
     }
-    let pid = execute(&order)?;
-    let process = rustix::process::Pid::from_raw(pid.as_raw()).ok_or("the workload has no process")?;
-    let pidfd =
-        rustix::process::pidfd_open(process, PidfdFlags::empty()).map_err(|e| plain("watch the workload")(e.into()))?;
     let (init, notes) = namespace.map_or((None, Vec::new()), |made| (made.init, made.notes));
-    let namespace_pid = order.isolate.then(|| init.as_ref().map_or(pid, |(init, _)| *init));
-    let init = init.map(|(_, pidfd)| pidfd);
-    Ok(Started { pid, pidfd, namespace_pid, init, broker, ended, notes })
+    Ok(Prepared { order, init, broker, signals, notes })
+}
+
+/// Starts the workload and says so, or why not; its process when it runs.
+fn start(agent: &OwnedFd, prepared: &Prepared) -> io::Result<Option<Pid>> {
+    let pid = match execute(&prepared.order) {
+        Ok(pid) => pid,
+        Err(reason) => {
+            broker::send(agent, &LauncherMessage::Failed(reason), None)?;
+            return Ok(None);
+        }
+    };
+    let process = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(rustix::io::Errno::SRCH)?;
+    let pidfd = rustix::process::pidfd_open(process, PidfdFlags::empty())?;
+    let namespace = prepared.order.isolate.then(|| prepared.init.as_ref().map_or(pid, |(init, _)| *init));
+    let message = LauncherMessage::Started {
+        pid: pid.as_raw().unsigned_abs(),
+        namespace_pid: namespace.map(|pid| pid.as_raw().unsigned_abs()),
+    };
+    broker::send(agent, &message, Some(pidfd.as_fd()))?;
+    Ok(Some(pid))
 }
 
 /// Starts the workload, which has this process for a parent and nothing else from it but its output.
@@ -187,30 +192,39 @@ pub(crate) fn confine(isolated: bool) -> io::Result<()> {
     harden::scope_to_descendants()
 }
 
-/// Serves the broker and the agent until the workload ends (how) or the agent does (`None`).
-fn watch(agent: &OwnedFd, started: &Started) -> io::Result<Option<Exit>> {
-    let mut broker = started.broker.as_ref();
+/// Serves the broker, and starts and ends the workload as the agent says, until the agent is gone.
+fn serve_agent(agent: &OwnedFd, prepared: &Prepared) -> io::Result<()> {
+    let mut broker = prepared.broker.as_ref();
+    let mut workload: Option<Pid> = None;
     loop {
-        let mut polled = vec![PollFd::new(agent, PollFlags::IN), PollFd::new(&started.ended, PollFlags::IN)];
+        let mut polled = vec![PollFd::new(agent, PollFlags::IN), PollFd::new(&prepared.signals, PollFlags::IN)];
         polled.extend(broker.map(|broker| PollFd::new(broker, PollFlags::IN)));
         rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None))?;
         let woken: Vec<bool> = polled.iter().map(|one| !one.revents().is_empty()).collect();
+        let mut ended = None;
         if woken[1] {
-            while let Some(signal) = started.ended.read_signal()? {
-                if signal.ssi_signo == Signal::SIGTERM as u32 {
-                    let _ = killpg(started.pid, Signal::SIGTERM);
+            while let Some(signal) = prepared.signals.read_signal()? {
+                match workload {
+                    Some(pid) if signal.ssi_signo == Signal::SIGTERM as u32 => drop(killpg(pid, Signal::SIGTERM)),
+                    None if signal.ssi_signo == Signal::SIGTERM as u32 => return Ok(()),
+                    _ => {}
                 }
             }
-            if let Some(exit) = tree::reap(started.pid) {
-                return Ok(Some(exit));
+            ended = tree::reap(workload);
+        }
+        if woken[0] && ended.is_none() {
+            match (broker::receive::<AgentMessage>(agent)?, workload) {
+                (None, _) | (Some((AgentMessage::Stop(_), _)), None) => return Ok(()),
+                (Some((AgentMessage::Start, _)), None) => workload = start(agent, prepared)?,
+                (Some((AgentMessage::Start, _)), Some(_)) => {}
+                (Some((AgentMessage::Stop(Stop::Term), _)), Some(pid)) => drop(killpg(pid, Signal::SIGTERM)),
+                (Some((AgentMessage::Stop(Stop::Kill), _)), Some(pid)) => ended = Some(tree::kill(pid)),
             }
         }
-        if woken[0] {
-            match broker::receive::<Stop>(agent)? {
-                None => return Ok(None),
-                Some((Stop::Term, _)) => drop(killpg(started.pid, Signal::SIGTERM)),
-                Some((Stop::Kill, _)) => return Ok(Some(tree::kill(started.pid))),
-            }
+        if let Some(exit) = ended {
+            workload = None;
+            tree::clear(prepared.init.is_some())?;
+            broker::send(agent, &LauncherMessage::Exited(exit), None)?;
         }
         if let (Some(socket), Some(true)) = (broker, woken.get(2)) {
             // Without a sidecar there is nobody to serve; the workload's end is the agent's to decide.

@@ -65,6 +65,11 @@ impl Views {
         receiver
     }
 
+    /// Whether there is a view of `service`.
+    pub(crate) fn is_published(&self, service: &ServiceName) -> bool {
+        self.inner.lock().by_service.get(service).is_some_and(|published| published.borrow().is_some())
+    }
+
     /// Forgets a service that does not run here any more.
     pub(crate) fn forget(&self, service: &ServiceName) {
         self.inner.lock().by_service.remove(service);

@@ -14,7 +14,7 @@ use self::instance::{Instance, Status};
 use crate::{WorkloadSpec, host::Host};
 
 mod event;
-mod instance;
+pub(crate) mod instance;
 mod output;
 mod sidecar;
 

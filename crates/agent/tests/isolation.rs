@@ -15,7 +15,7 @@ use std::{
 };
 
 use countersign_agent::{
-    isolate::{Exit, Isolation, LaunchError, LaunchSpec, LaunchedWorkload, Stop, enter, probe, spawn},
+    isolate::{Exit, Isolation, LaunchError, LaunchSpec, Launcher, Process, Stop, enter, prepare, probe},
     launch::{SUBCOMMAND, launch_main},
 };
 use countersign_api::broker::{self, Answer, Ask, Request};
@@ -50,6 +50,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         ("a_workload_without_namespaces_ends_with_everything_it_started", a_plain_tree_ends),
         ("a_workload_without_namespaces_cannot_signal_its_agent", a_plain_workload_cannot_signal),
         ("the_end_of_a_workload_is_told_as_it_was", ends_are_told),
+        ("nothing_runs_before_it_is_started_and_what_ended_starts_again", a_plain_workload_starts_again),
         ("a_variable_and_a_directory_arrive_and_nothing_else_is_open", surroundings_arrive),
     ];
     let isolated: &[(&str, Test)] = &[
@@ -64,6 +65,10 @@ fn tests(arguments: &Arguments) -> ExitCode {
         ("a_workload_ends_when_its_launcher_is_killed", a_killed_launcher_takes_all),
         ("a_command_that_enters_sees_what_the_workload_sees", entering_sees_the_same),
         ("a_refused_socket_says_why", a_refusal_says_why),
+        (
+            "what_ended_starts_again_in_its_namespaces_and_nothing_of_its_first_life_is_left",
+            an_isolated_one_starts_again,
+        ),
     ];
     // What holds by other means where a container masks parts of /proc: then there is no process namespace.
     let masked = [
@@ -72,6 +77,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         "no_privilege_and_no_process_of_the_host_is_left_inside",
         "what_was_forked_twice_ends_with_the_agent",
         "a_command_that_enters_sees_what_the_workload_sees",
+        "what_ended_starts_again_in_its_namespaces_and_nothing_of_its_first_life_is_left",
     ];
     let mut trials: Vec<Trial> = anywhere.iter().map(|(name, test)| Trial::test(*name, *test)).collect();
     for (name, test) in isolated {
@@ -189,17 +195,51 @@ fn spec(command: &[&str], data_dir: &Path, isolate: bool) -> LaunchSpec {
     }
 }
 
+/// A running workload with its launcher.
+struct Workload {
+    launcher: Launcher,
+    process: Option<Process>,
+}
+
+impl Workload {
+    fn process(&self) -> &Process {
+        self.process.as_ref().expect("it was started")
+    }
+}
+
+impl std::ops::Deref for Workload {
+    type Target = Launcher;
+    fn deref(&self) -> &Launcher {
+        &self.launcher
+    }
+}
+
+impl std::ops::DerefMut for Workload {
+    fn deref_mut(&mut self) -> &mut Launcher {
+        &mut self.launcher
+    }
+}
+
+async fn spawn(spec: LaunchSpec) -> Result<Workload, LaunchError> {
+    let launcher = prepare(spec).await?;
+    let process = Some(launcher.start().await?);
+    Ok(Workload { launcher, process })
+}
+
 /// Starts this program as a workload.
-async fn looking(verb: &str, argument: &str, data_dir: &Path, isolate: bool) -> LaunchedWorkload {
+async fn looking(verb: &str, argument: &str, data_dir: &Path, isolate: bool) -> Workload {
     let executable = executable();
     spawn(spec(&[executable.to_str().unwrap(), "workload", verb, argument], data_dir, isolate)).await.unwrap()
 }
 
 /// What the workload printed until it ended.
-async fn said(mut workload: LaunchedWorkload) -> String {
+async fn said(mut workload: Workload) -> String {
     let mut text = String::new();
-    workload.stdout.take().unwrap().read_to_string(&mut text).await.unwrap();
-    workload.stderr.take().unwrap().read_to_string(&mut text).await.unwrap();
+    let (mut stdout, mut stderr) = (workload.stdout.take().unwrap(), workload.stderr.take().unwrap());
+    workload.exited().await;
+    drop(workload); // and with it the last process that could write
+    stdout.read_to_string(&mut text).await.unwrap();
+    stderr.read_to_string(&mut text).await.unwrap();
     text.trim().to_owned()
 }
 
@@ -210,7 +250,7 @@ fn look(verb: &str, argument: &str) -> String {
 }
 
 /// The next line of its output.
-async fn line(workload: &mut LaunchedWorkload) -> String {
+async fn line(workload: &mut Workload) -> String {
     let mut line = Vec::new();
     let stdout = workload.stdout.as_mut().unwrap();
     while line.last() != Some(&b'\n') {
@@ -219,7 +259,7 @@ async fn line(workload: &mut LaunchedWorkload) -> String {
     String::from_utf8(line).unwrap().trim().to_owned()
 }
 
-fn ask(workload: &LaunchedWorkload, ask: Ask) -> std::io::Result<std::os::fd::OwnedFd> {
+fn ask(workload: &Workload, ask: Ask) -> std::io::Result<std::os::fd::OwnedFd> {
     let broker = workload.broker.as_ref().unwrap();
     broker::send(broker, &Request { id: 1, ask }, None)?;
     match broker::receive::<Answer>(broker)?.expect("the broker is there") {
@@ -483,6 +523,52 @@ fn tree_ends(isolate: bool, mark: &str) -> Result<(), Failed> {
     doomed.into_iter().try_for_each(ends)
 }
 
+fn a_plain_workload_starts_again() -> Result<(), Failed> {
+    starts_again(false, "1000320")
+}
+
+fn an_isolated_one_starts_again() -> Result<(), Failed> {
+    starts_again(true, "1000321")
+}
+
+/// PROVES (nothing-outlives): each life leaves a process behind in a session of its own, which ends before its end is told.
+fn starts_again(isolate: bool, mark: &str) -> Result<(), Failed> {
+    let scratch = scratch();
+    let mark = format!("{mark}{}", std::process::id());
+    let left = || marked(&format!("sleep\0{mark}"));
+    wait(async {
+        let dir = tempfile::tempdir().unwrap();
+        nix::unistd::mkfifo(&dir.path().join("go"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let script = format!("(setsid sleep {mark} &); readlink /proc/self/ns/net; read _ < go; exit 3");
+        let mut leaving = spec(&["sh", "-c", &script], scratch.path(), isolate);
+        leaving.dir = dir.path().to_owned();
+        let mut workload = Workload { launcher: prepare(leaving).await.unwrap(), process: None };
+        // Its sidecar has its sockets before it runs, and keeps them when it ended.
+        let address = SocketAddr::from(([127, 0, 0, 1], 9000));
+        let listener = isolate.then(|| TcpListener::from(ask(&workload, Ask::ListenTcp(address)).unwrap()));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        is(format!("{:?}", left()), "[]")?;
+        let mut namespaces = Vec::new();
+        for _ in 0..3 {
+            workload.process = Some(workload.start().await.unwrap());
+            namespaces.push(line(&mut workload).await);
+            let deadline = Instant::now() + WITHIN;
+            while left().is_empty() {
+                assert!(Instant::now() < deadline, "it left nothing behind");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            fs::write(dir.path().join("go"), "\n").unwrap();
+            is(workload.exited().await.to_string(), "exited with 3")?;
+            is(format!("{:?}", left()), "[]")?;
+        }
+        assert!(namespaces.iter().all(|one| *one == namespaces[0]), "{namespaces:?}");
+        is(
+            format!("{:?}", listener.map(|listener| listener.local_addr().is_ok())),
+            if isolate { "Some(true)" } else { "None" },
+        )
+    })
+}
+
 fn a_killed_launcher_takes_all() -> Result<(), Failed> {
     let scratch = scratch();
     let mark = format!("1000319{}", std::process::id());
@@ -490,7 +576,7 @@ fn a_killed_launcher_takes_all() -> Result<(), Failed> {
     let exit = wait(async {
         let mut workload = spawn(spec(&["sh", "-c", &script], scratch.path(), true)).await.unwrap();
         assert_eq!(line(&mut workload).await, "ready");
-        let stat = fs::read_to_string(format!("/proc/{}/stat", workload.pid)).unwrap();
+        let stat = fs::read_to_string(format!("/proc/{}/stat", workload.process().pid)).unwrap();
         let launcher: i32 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(1).unwrap().parse().unwrap();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(launcher), nix::sys::signal::Signal::SIGKILL).unwrap();
         workload.exited().await
@@ -505,7 +591,7 @@ fn entering_sees_the_same() -> Result<(), Failed> {
     let none = "0000000000000000";
     wait(async {
         let workload = spawn(spec(&["sleep", "1000"], scratch.path(), true)).await.unwrap();
-        let pid = workload.namespace_pid.unwrap().to_string();
+        let pid = workload.process().namespace_pid.unwrap().to_string();
         let enter = |verb: &str, argument: &str| {
             let output = Command::new(executable()).args(["enter", &pid, verb, argument]).output().unwrap();
             String::from_utf8(output.stdout).unwrap().trim().to_owned()

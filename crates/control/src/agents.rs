@@ -320,8 +320,10 @@ async fn welcome(
             pages.push(page);
         }
     }
+    let head = mesh::Head { size, discovery_sequence: joined.discovery.sequence };
     let mut pages = pages.into_iter();
     let welcome = mesh::Welcome {
+        head: Some(head),
         snapshot,
         entries: Some(pages.next().unwrap_or_else(nothing_new)),
         discovery: Some(joined.discovery),
@@ -369,6 +371,11 @@ impl mesh::mesh_server::Mesh for Agents {
     async fn follow(&self, _: Request<Streaming<mesh::FollowRequest>>) -> Result<Response<Self::FollowStream>, Status> {
         // Follow is answered by `MeshDoor`, which sends bytes that were encoded once for all.
         Err(Status::internal("follow is answered elsewhere"))
+    }
+
+    async fn read_head(&self, request: Request<mesh::ReadHeadRequest>) -> Result<Response<mesh::Head>, Status> {
+        self.host_of(&request)?;
+        Ok(Response::new(self.0.publisher.head()))
     }
 
     async fn issue_x509_svid(

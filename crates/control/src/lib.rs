@@ -457,7 +457,7 @@ async fn beat(plane: Arc<Plane>) {
         every_second.tick().await;
         let now_ms = plane.clock.now_ms();
         plane.publisher.sweep(now_ms);
-        plane.publisher.heartbeat(now_ms);
+        plane.publisher.heartbeat();
         if let Some(instances) = plane.publisher.unsaved_instances() {
             let written = plane.storage.run("put_instances", move |store| store.put_instances(&instances)).await;
             if let Err(error) = written {

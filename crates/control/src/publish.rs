@@ -135,16 +135,20 @@ impl Publisher {
     }
 
     /// Nothing changed; we are there.
-    pub fn heartbeat(&self, now_ms: u64) {
+    pub fn heartbeat(&self) {
         let mut inner = self.inner.lock();
         let follower = &inner.head.follower;
         let heartbeat = mesh::Heartbeat {
             size: follower.revision().0,
             root: Bytes::copy_from_slice(&follower.root().0),
             discovery_sequence: inner.discovery_sequence,
-            at_ms: now_ms,
         };
         inner.tell(Event::Heartbeat(heartbeat));
+    }
+
+    /// What agents that are in step hold.
+    pub fn head(&self) -> mesh::Head {
+        self.inner.lock().head()
     }
 
     /// An agent's stream opened. Its place is taken before its first word is written, so that no event falls between
@@ -297,6 +301,10 @@ impl Publisher {
 }
 
 impl Inner {
+    fn head(&self) -> mesh::Head {
+        mesh::Head { size: self.head.follower.revision().0, discovery_sequence: self.discovery_sequence }
+    }
+
     /// INVARIANT (same-bytes-to-all): an event is encoded here, once, and every open stream gets those bytes or ends.
     fn tell(&mut self, event: Event) {
         let bytes = Bytes::from(mesh::FollowEvent { event: Some(event) }.encode_to_vec());
@@ -379,7 +387,7 @@ mod tests {
         let publisher = Publisher::new(Registry::default());
         let mut agents: Vec<Joined> = ["a", "b", "c"].map(|host| join(&publisher, host)).into();
         publisher.hear(&name("a"), up("web/1", 1), 0).unwrap();
-        publisher.heartbeat(1);
+        publisher.heartbeat();
         publisher.hear(&name("b"), up("web/2", 2), 0).unwrap();
         let heard: Vec<Vec<Bytes>> =
             agents.iter_mut().map(|agent| (0..3).map(|_| agent.events.try_recv().unwrap()).collect()).collect();
@@ -394,14 +402,17 @@ mod tests {
     fn an_agent_that_does_not_keep_up_is_cut_off_and_the_others_are_not() {
         let publisher = Publisher::new(Registry::default());
         let (mut slow, mut quick) = (join(&publisher, "slow"), join(&publisher, "quick"));
-        for beat in 0..QUEUE_EVENTS_MAX as u64 + 1 {
-            publisher.heartbeat(beat);
-            assert!(matches!(event(&quick.events.try_recv().unwrap()), Event::Heartbeat(h) if h.at_ms == beat));
+        for sequence in 1..=QUEUE_EVENTS_MAX as u64 + 1 {
+            publisher.trust(mesh::Bundle { sequence, ..mesh::Bundle::default() });
+            assert!(matches!(event(&quick.events.try_recv().unwrap()), Event::Bundle(b) if b.sequence == sequence));
         }
         assert!(slow.cut.is_cancelled() && !quick.cut.is_cancelled());
-        for beat in 0..QUEUE_EVENTS_MAX as u64 {
+        for sequence in 1..=QUEUE_EVENTS_MAX as u64 {
             let heard = event(&slow.events.try_recv().unwrap());
-            assert!(matches!(heard, Event::Heartbeat(h) if h.at_ms == beat), "what came before the gap stays in order");
+            assert!(
+                matches!(heard, Event::Bundle(b) if b.sequence == sequence),
+                "what came before the gap stays in order"
+            );
         }
         assert!(matches!(slow.events.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)), "and then it ends");
         assert_eq!(publisher.stream_counts(), (1, 1));

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use countersign_agent::isolate::{DNS_ADDRESS, LaunchSpec, LaunchedWorkload, probe, spawn};
+use countersign_agent::isolate::{DNS_ADDRESS, LaunchSpec, Launcher, prepare, probe};
 use countersign_proxy::{dns, listen::Sockets};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,7 +19,7 @@ const BINARY: &str = env!("CARGO_BIN_EXE_countersign");
 const WITHIN: Duration = Duration::from_secs(20);
 
 /// A workload that runs `script`; `None`, and the reason printed, where the kernel refuses namespaces.
-async fn isolated(script: &str, data_dir: &Path) -> Option<LaunchedWorkload> {
+async fn isolated(script: &str, data_dir: &Path) -> Option<Launcher> {
     let isolation = probe(Path::new(BINARY), data_dir).await;
     if !isolation.available {
         eprintln!("not proven, this host does not separate workloads: {}", isolation.note);
@@ -33,7 +33,9 @@ async fn isolated(script: &str, data_dir: &Path) -> Option<LaunchedWorkload> {
         isolate: true,
         data_dir: data_dir.to_owned(),
     };
-    Some(spawn(spec).await.unwrap())
+    let launcher = prepare(spec).await.unwrap();
+    launcher.start().await.unwrap();
+    Some(launcher)
 }
 
 #[tokio::test]
@@ -56,7 +58,10 @@ async fn a_workload_reaches_a_service_by_its_name_and_only_its_sidecar_hears_it(
         caller.write_all(b"the sidecar speaks").await.unwrap();
         drop(caller);
         let mut said = String::new();
-        workload.stdout.take().unwrap().read_to_string(&mut said).await.unwrap();
+        let mut stdout = workload.stdout.take().unwrap();
+        workload.exited().await;
+        drop(workload); // and with it the last process that could write
+        stdout.read_to_string(&mut said).await.unwrap();
         said
     };
     let said = tokio::time::timeout(WITHIN, heard).await.unwrap();

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The file descriptor on which a launcher finds its agent. When it closes, the agent is gone and so is the workload.
 pub(crate) const AGENT_FD: i32 = 3;
 
-/// What to start, and how.
+/// What to start when the agent says so, and how.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LaunchOrder {
     /// The program and its arguments.
@@ -25,6 +25,15 @@ pub(crate) struct LaunchOrder {
 
 /// Agent to launcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum AgentMessage {
+    /// Run the workload: its sidecar is there. Said again when it ended and is to run again, in the same namespaces.
+    Start,
+    /// End it.
+    Stop(Stop),
+}
+
+/// How a workload is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stop {
     /// SIGTERM to the workload's process group.
     Term,
@@ -35,16 +44,19 @@ pub enum Stop {
 /// Launcher to agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum LauncherMessage {
+    /// Its namespaces are there, the broker answers, and nothing runs in them.
+    Prepared {
+        /// What could not be had, in words.
+        note: Option<String>,
+    },
     /// The workload runs; its pidfd is beside this packet.
     Started {
         /// The workload, as this host numbers it.
         pid: u32,
         /// The process whose namespaces `exec` enters.
         namespace_pid: Option<u32>,
-        /// What could not be had, in words.
-        note: Option<String>,
     },
-    /// It was never started.
+    /// The namespaces could not be made, or the workload was not started.
     Failed(String),
     /// The workload ended, and with it everything it had started.
     Exited(Exit),

@@ -1,7 +1,11 @@
 //! Everything a workload started, wherever it hid: the launcher is the parent of its orphans, so it can find and end
 //! them all.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
 
 use nix::{
     errno::Errno,
@@ -9,13 +13,17 @@ use nix::{
         signal::{self, Signal},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::Pid,
+    unistd::{ForkResult, Pid, fork},
 };
 
 use super::order::Exit;
 
+/// Longest time that what was killed may take to be gone before the next start. What is left then are processes that
+/// have ended and that somebody outside did not wait for.
+const CLEARED_WITHIN: Duration = Duration::from_secs(1);
+
 /// Collects every child that has ended; the status of `workload` if it is among them.
-pub(super) fn reap(workload: Pid) -> Option<Exit> {
+pub(super) fn reap(workload: Option<Pid>) -> Option<Exit> {
     let mut exit = None;
     loop {
         let status = match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
@@ -25,8 +33,8 @@ pub(super) fn reap(workload: Pid) -> Option<Exit> {
             Ok(status) => status,
         };
         match status {
-            WaitStatus::Exited(pid, code) if pid == workload => exit = Some(Exit::Code(code)),
-            WaitStatus::Signaled(pid, signal, _) if pid == workload => exit = Some(Exit::Signal(signal as i32)),
+            WaitStatus::Exited(pid, code) if Some(pid) == workload => exit = Some(Exit::Code(code)),
+            WaitStatus::Signaled(pid, signal, _) if Some(pid) == workload => exit = Some(Exit::Signal(signal as i32)),
             _ => {}
         }
     }
@@ -42,6 +50,34 @@ pub(super) fn kill(workload: Pid) -> Exit {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(_) => return Exit::Signal(Signal::SIGKILL as i32),
         }
+    }
+}
+
+/// INVARIANT (nothing-outlives): ends what a workload that ended has left, and waits until it is gone; the namespaces stay.
+/// With a process namespace a child inside it does it: `kill(-1)` reaches every process there but itself and the first,
+/// in one step that no fork slips through.
+#[allow(unsafe_code, reason = "fork: the launcher has a single thread")]
+pub(super) fn clear(has_process_namespace: bool) -> io::Result<()> {
+    if !has_process_namespace {
+        return kill_all(None);
+    }
+    // SAFETY: a process with one thread holds no lock that the child could find taken.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            let deadline = Instant::now() + CLEARED_WITHIN;
+            while signal::kill(Pid::from_raw(-1), Signal::SIGKILL) != Err(Errno::ESRCH) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // SAFETY: ends the process without running the parent's exit routines.
+            unsafe { nix::libc::_exit(0) }
+        }
+        ForkResult::Parent { child } => loop {
+            match waitpid(None::<Pid>, None) {
+                Ok(status) if status.pid() == Some(child) => return Ok(()),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        },
     }
 }
 

@@ -1,7 +1,8 @@
-//! One instance: a workload and its sidecar, kept running until it is stopped. The sidecar lives on while its workload
-//! is started again and answers 503 meanwhile; only a workload with namespaces of its own takes its sidecar's sockets
-//! with it, and then both begin anew, on the same addresses. Stopping drains the sidecar first and the workload after,
-//! because what is still open needs it.
+//! One instance: a workload and its sidecar, kept running until it is stopped. The workload is started when its sidecar
+//! serves it, never before. Each may crash alone: the sidecar lives on while its workload is started again in the
+//! namespaces it had, and answers 503 meanwhile. Only the end of the launcher, which takes the namespaces and the sidecar's
+//! sockets with it, lets both begin anew, on the same addresses. Stopping drains the sidecar first and the workload
+//! after, because what is still open needs it.
 
 use std::{
     collections::BTreeMap,
@@ -30,9 +31,9 @@ use super::{
 use crate::{
     AgentEvent, TOLD, WorkloadSpec,
     backoff::Backoff,
-    host::Host,
+    host::{Contact, Host},
     identity::keep_instance_fresh,
-    isolate::{self, Exit, LaunchSpec, LaunchedWorkload, Stop},
+    isolate::{self, Exit, LaunchError, LaunchSpec, Launcher, Stop},
     join::Issued,
     keep,
     link::chain,
@@ -83,9 +84,17 @@ pub(crate) struct Status {
     pub(crate) restarts: u32,
     pub(crate) last_exit: Option<String>,
     pub(crate) exit: Option<Exit>,
+    /// Where its proxy listens, or listened: the next one does there too.
     pub(crate) addresses: Option<Addresses>,
+    /// Its proxy listens now.
+    pub(crate) listening: bool,
+    /// What its proxy enforces.
     pub(crate) revision: Option<Revision>,
+    /// Its proxy refused the view it was given last.
+    pub(crate) view_refused: bool,
     pub(crate) has_identity: bool,
+    /// Control did not issue an identity when it was asked last.
+    pub(crate) identity_refused: bool,
     pub(crate) app_ready: bool,
     /// It accepted connections once, or will not, or failed: there is no more to wait for.
     pub(crate) settled: bool,
@@ -124,8 +133,11 @@ impl Instance {
                 last_exit: None,
                 exit: None,
                 addresses: None,
+                listening: false,
                 revision: None,
+                view_refused: false,
                 has_identity: false,
+                identity_refused: false,
                 app_ready: false,
                 settled: false,
             }),
@@ -143,8 +155,7 @@ impl Instance {
         host.tell(AgentEvent::InstanceStarting { instance: self.id.clone() });
         let identity = watch::Sender::new(None);
         let fresh = identity.subscribe();
-        let renewal =
-            Aborted(tokio::spawn(keep_instance_fresh(host.clone(), self.id.clone(), identity)).abort_handle());
+        let renewal = Aborted(tokio::spawn(keep_instance_fresh(host.clone(), self.clone(), identity)).abort_handle());
         let broker = watch::Sender::new(None);
         let drained = watch::Sender::new(false);
         let sidecar = async {
@@ -304,40 +315,37 @@ impl Instance {
         let Some(ways) = ways else { return };
         let env = self.env(&ways);
         self.status.send_modify(|status| status.env = env.clone());
+        let (id, listener) = (self.id.clone(), host.clone());
+        let output = Output::new(move |line| {
+            tracing::info!(target: "countersign::workload", instance = %id, "{line}");
+            listener.tell(AgentEvent::Output { instance: id.clone(), line });
+        });
+        let spec = LaunchSpec {
+            executable: host.executable.clone(),
+            command: command.clone(),
+            dir: self.spec.dir.clone(),
+            env,
+            isolate: self.isolated,
+            data_dir: host.data_dir.clone(),
+        };
         let mut backoff = Backoff::new(RESTART_FIRST, RESTART_LONGEST);
+        let mut launcher = None;
         loop {
-            let (id, listener) = (self.id.clone(), host.clone());
-            let output = Output::new(move |line| {
-                tracing::info!(target: "countersign::workload", instance = %id, "{line}");
-                listener.tell(AgentEvent::Output { instance: id.clone(), line });
-            });
-            let spec = LaunchSpec {
-                executable: host.executable.clone(),
-                command: command.clone(),
-                dir: self.spec.dir.clone(),
-                env: env.clone(),
-                isolate: self.isolated,
-                data_dir: host.data_dir.clone(),
-            };
-            let started = Instant::now();
-            let why = tokio::select! {
+            output.forget();
+            let life = tokio::select! {
                 biased;
-                () = said(&mut drained, |drained| *drained) => return,
-                launched = isolate::spawn(spec) => match launched {
-                    Err(error) => {
-                        self.status.send_modify(|status| status.exit = Some(Exit::Code(127)));
-                        chain(&error)
-                    }
-                    Ok(mut workload) => match self.watch_over(host, &mut workload, broker, &output, &mut drained).await {
-                        None => return,
-                        Some(exit) => {
-                            self.status.send_modify(|status| status.exit = Some(exit));
-                            exit.to_string()
-                        }
-                    },
-                },
+                () = said(&mut drained, |drained| *drained) => break,
+                life = self.one_life(host, &spec, &mut launcher, broker, &output) => life,
             };
-            if started.elapsed() > HEALTHY_AFTER {
+            let (exit, why, lived) = match life {
+                Ok((exit, lived)) => (exit, exit.to_string(), lived),
+                Err(error) => (Exit::Code(127), chain(&error), Duration::ZERO),
+            };
+            self.status.send_modify(|status| status.exit = Some(exit));
+            if exit == Exit::Lost {
+                launcher = None;
+            }
+            if lived > HEALTHY_AFTER {
                 backoff.reset();
             }
             let restart_in = (!once).then(|| backoff.next_delay());
@@ -349,8 +357,76 @@ impl Instance {
                 }
             };
             tokio::select! {
-                () = said(&mut drained, |drained| *drained) => return,
+                () = said(&mut drained, |drained| *drained) => break,
                 () = wait => self.status.send_modify(|status| status.restarts += 1),
+            }
+        }
+        if let Some(launcher) = launcher {
+            self.end(&launcher).await;
+        }
+    }
+
+    /// One life of the workload: begun when its sidecar serves it, ended by itself. How it ended and how long it was.
+    async fn one_life(
+        &self,
+        host: &Host,
+        spec: &LaunchSpec,
+        launcher: &mut Option<Launcher>,
+        broker: &watch::Sender<Broker>,
+        output: &Output,
+    ) -> Result<(Exit, Duration), LaunchError> {
+        let launcher = match launcher {
+            Some(launcher) => launcher,
+            None => {
+                let mut prepared = isolate::prepare(spec.clone()).await?;
+                prepared.stdout.take().into_iter().for_each(|stdout| output.read(stdout));
+                prepared.stderr.take().into_iter().for_each(|stderr| output.read(stderr));
+                if let Some(note) = &prepared.note {
+                    tracing::warn!(instance = %self.id, note, "a workload is not separated in every way");
+                }
+                if let Some(socket) = prepared.broker.take() {
+                    broker.send_replace(Some(Arc::new(socket)));
+                }
+                launcher.insert(prepared)
+            }
+        };
+        self.served(host).await;
+        let process = launcher.start().await?;
+        let began = Instant::now();
+        self.status.send_modify(|status| {
+            status.phase = Phase::Running;
+            (status.pid, status.namespace_pid) = (Some(process.pid), process.namespace_pid);
+        });
+        self.announce(host);
+        let settles = async {
+            tokio::time::sleep(LISTENS_WITHIN).await;
+            self.status.send_modify(|status| status.settled = true);
+            std::future::pending().await
+        };
+        tokio::select! {
+            exit = launcher.exited() => Ok((exit, began.elapsed())),
+            never = settles => match never {},
+        }
+    }
+
+    /// INVARIANT (sidecar-first): returns when the sidecar listens and has either answered to its view, or none is to be had
+    /// for now: then it answers 503. Nothing of a workload runs before.
+    async fn served(&self, host: &Host) {
+        let (mut status, mut contact) = (self.watch(), host.contact.subscribe());
+        loop {
+            let so = {
+                let (status, contact) = (status.borrow_and_update(), *contact.borrow_and_update());
+                let answered = status.revision.is_some() || status.view_refused;
+                let none_to_come = contact != Contact::Sought && !host.views.is_published(&self.spec.service);
+                status.listening && (answered || none_to_come)
+            };
+            if so {
+                return;
+            }
+            // Neither can fail: the senders lie in `self` and in `host`.
+            tokio::select! {
+                _ = status.changed() => {}
+                _ = contact.changed() => {}
             }
         }
     }
@@ -391,47 +467,16 @@ impl Instance {
         env
     }
 
-    /// Watches a running workload until it ends by itself, and how; `None` when it was stopped after the drain.
-    async fn watch_over(
-        &self,
-        host: &Host,
-        workload: &mut LaunchedWorkload,
-        broker: &watch::Sender<Broker>,
-        output: &Output,
-        drained: &mut watch::Receiver<bool>,
-    ) -> Option<Exit> {
-        workload.stdout.take().into_iter().for_each(|stdout| output.read(stdout));
-        workload.stderr.take().into_iter().for_each(|stderr| output.read(stderr));
-        if let Some(note) = &workload.note {
-            tracing::warn!(instance = %self.id, note, "a workload is not separated in every way");
-        }
-        self.status.send_modify(|status| {
-            status.phase = Phase::Running;
-            (status.pid, status.namespace_pid) = (Some(workload.pid), workload.namespace_pid);
-        });
-        self.announce(host);
-        if let Some(socket) = workload.broker.take() {
-            broker.send_replace(Some(Arc::new(socket)));
-        }
-        let settles = async {
-            tokio::time::sleep(LISTENS_WITHIN).await;
-            self.status.send_modify(|status| status.settled = true);
-            std::future::pending::<()>().await
-        };
-        tokio::select! {
-            exit = workload.exited() => return Some(exit),
-            () = said(drained, |drained| *drained) => {}
-            () = settles => {}
-        }
+    /// Asks the workload to end, then makes it.
+    async fn end(&self, launcher: &Launcher) {
         for (how, within) in [(Stop::Term, TERM_WITHIN), (Stop::Kill, KILL_WITHIN)] {
-            if let Err(error) = workload.stop(how) {
+            if let Err(error) = launcher.stop(how) {
                 tracing::warn!(instance = %self.id, %error, "could not ask a workload to end");
             }
-            if tokio::time::timeout(within, workload.exited()).await.is_ok() {
+            if tokio::time::timeout(within, launcher.exited()).await.is_ok() {
                 break;
             }
         }
-        None
     }
 
     async fn crashed(&self, host: &Host, why: String, output: &Output, restart_in: Option<Duration>) {
@@ -451,7 +496,7 @@ impl Instance {
 
     /// Its proxy says where it listens.
     pub(super) fn listens(&self, host: &Host, addresses: Addresses) {
-        self.status.send_modify(|status| status.addresses = Some(addresses));
+        self.status.send_modify(|status| (status.addresses, status.listening) = (Some(addresses), true));
         self.announce(host);
     }
 
@@ -461,9 +506,19 @@ impl Instance {
         self.announce(host);
     }
 
+    /// Control did not issue an identity for it. It is asked again.
+    pub(crate) fn is_not_identified(&self) {
+        self.status.send_modify(|status| status.identity_refused = true);
+    }
+
+    /// Its proxy refused the view it was given, and keeps its last good one if there is any.
+    pub(super) fn refuses(&self) {
+        self.status.send_modify(|status| status.view_refused = true);
+    }
+
     /// Its proxy enforces `revision`.
     pub(super) fn enforces(&self, host: &Host, revision: Revision) {
-        self.status.send_modify(|status| status.revision = Some(revision));
+        self.status.send_modify(|status| (status.revision, status.view_refused) = (Some(revision), false));
         self.announce(host);
         host.tell(AgentEvent::Enforced { instance: self.id.clone(), revision });
     }
@@ -505,7 +560,8 @@ impl Instance {
     pub(super) fn departs(&self, host: &Host, reason: &str) {
         host.acknowledgements.down(&self.id, reason);
         self.status.send_modify(|status| {
-            (status.revision, status.has_identity, status.app_ready) = (None, false, false);
+            (status.listening, status.revision, status.view_refused) = (false, None, false);
+            (status.has_identity, status.app_ready) = (false, false);
         });
     }
 

@@ -31,6 +31,11 @@ impl Output {
         tokio::spawn(self.clone().read_all(from));
     }
 
+    /// Forgets the last lines: what comes now is of another life.
+    pub(super) fn forget(&self) {
+        self.last.lock().clear();
+    }
+
     /// The last lines so far.
     pub(super) fn last_lines(&self) -> Vec<String> {
         self.last.lock().iter().cloned().collect()

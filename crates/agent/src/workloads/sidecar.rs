@@ -23,7 +23,13 @@ use tokio_util::codec::{FramedRead, FramedWrite};
 
 use super::instance::{Addresses, Instance, said};
 use crate::{
-    AgentEvent, TOLD, discovery::Told, host::Host, join::Issued, launch, views::Published, workloads::output::Output,
+    AgentEvent, TOLD,
+    discovery::Told,
+    host::{Contact, Host},
+    join::Issued,
+    launch,
+    views::Published,
+    workloads::output::Output,
 };
 
 /// The hidden subcommand that is the proxy.
@@ -125,6 +131,8 @@ impl Talk<'_> {
             let mut discovery = self.host.discovery.subscribe();
             let mut tick = tokio::time::interval(FRESH_EVERY);
             let mut sent = Sent::default();
+            let mut settled = Box::pin(identity_is_settled(self.host, self.instance, self.identity.clone()));
+            let mut is_settled = false;
             bundle.mark_changed();
             discovery.mark_changed();
             self.identity.mark_changed();
@@ -144,13 +152,16 @@ impl Talk<'_> {
                             self.instance.has_identity(self.host);
                         }
                     }
-                    Ok(()) = self.views.changed() => {
+                    () = &mut settled, if !is_settled => is_settled = true,
+                    // A view comes after all that it needs to be served: the answer to it says that the rest was taken in.
+                    Ok(()) = self.views.changed(), if is_settled => {
                         let published = self.views.borrow_and_update().clone();
                         if let Some(published) = published {
-                            self.say_view(&mut orders, &mut sent, &published).await?;
+                            sent.visible = published.view.services.keys().cloned().collect();
                             let news = sent.endpoints.news(&discovery.borrow(), &sent.visible);
                             orders.say_all(news.map(Order::Endpoints)).await?;
                             orders.say_all(self.fresh()).await?;
+                            self.say_view(&mut orders, &mut sent, &published).await?;
                         }
                     }
                     Ok(()) = discovery.changed() => {
@@ -192,7 +203,6 @@ impl Talk<'_> {
                 serde_json::to_vec(&view)?.into()
             };
             orders.say(Order::ViewJson(json)).await?;
-            sent.visible = published.view.services.keys().cloned().collect();
             sent.content = Some(published.content);
             (sent.content_at, sent.revision) = (Some(published.revision), Some(published.revision));
         } else if sent.revision != Some(published.revision) {
@@ -209,6 +219,16 @@ impl Talk<'_> {
     fn fresh(&self) -> Option<Order> {
         let age = self.host.fresh.age()?;
         Some(Order::Fresh(Fresh { age_ms: age.as_millis().min(u64::MAX.into()) as u64 }))
+    }
+}
+
+/// Waits until an identity was issued, or none is to be had for now.
+async fn identity_is_settled(host: &Host, instance: &Instance, mut identity: watch::Receiver<Option<Arc<Issued>>>) {
+    let (mut status, mut contact) = (instance.watch(), host.contact.subscribe());
+    tokio::select! {
+        () = said(&mut identity, Option::is_some) => {}
+        () = said(&mut status, |status| status.identity_refused) => {}
+        () = said(&mut contact, |contact| *contact == Contact::Lost) => {}
     }
 }
 
@@ -263,6 +283,7 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
                 if applied.error.is_empty() {
                     instance.enforces(host, Revision(applied.revision));
                 } else {
+                    instance.refuses();
                     let (service, revision) = (instance.id.service(), Revision(applied.revision));
                     tracing::error!(target: TOLD, instance = %instance.id, why = applied.error, "a proxy keeps its last good view");
                     host.tell(AgentEvent::ViewRefused { service, revision, why: applied.error });

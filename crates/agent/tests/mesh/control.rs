@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, atomic::AtomicBool, atomic::AtomicI64, atomic::Ordering},
+    sync::{Arc, atomic::AtomicBool, atomic::AtomicI64, atomic::AtomicU64, atomic::Ordering},
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -28,7 +28,7 @@ use countersign_core::{
     ledger::Follower,
     service::{Protocol, ServiceSpec},
 };
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
@@ -65,6 +65,12 @@ pub struct Control {
     pub issued: Mutex<Vec<String>>,
     /// Welcomes agents with another root than the ledger's.
     pub lies_about_root: AtomicBool,
+    /// Asked for an SVID, it does not answer.
+    pub withholds_svids: AtomicBool,
+    /// So long is its answer to what it holds on its way, in milliseconds.
+    pub head_takes_ms: AtomicU64,
+    /// So long takes each event of a stream after the one before it, in milliseconds.
+    pub event_takes_ms: AtomicU64,
 }
 
 #[derive(Clone, Default)]
@@ -145,6 +151,9 @@ impl Control {
             svid_seconds: AtomicI64::new(3600),
             issued: Mutex::default(),
             lies_about_root: AtomicBool::new(false),
+            withholds_svids: AtomicBool::new(false),
+            head_takes_ms: AtomicU64::new(0),
+            event_takes_ms: AtomicU64::new(0),
         });
         control.append(vec![Change::CreateMesh { trust_domain }], &[]);
         control
@@ -282,7 +291,6 @@ impl Control {
                 size: ledger.follower.revision().0,
                 root: ledger.follower.root().0.to_vec().into(),
                 discovery_sequence: self.discovery.lock().0,
-                at_ms: 1,
             }
         };
         self.tell(Event::Heartbeat(heartbeat));
@@ -315,6 +323,7 @@ impl Control {
         }
         let discovery = self.discovery.lock();
         mesh::Welcome {
+            head: Some(mesh::Head { size, discovery_sequence: discovery.0 }),
             snapshot,
             entries: Some(entries),
             discovery: Some(mesh::Discovery {
@@ -378,7 +387,23 @@ impl Mesh for Service {
                 control.said.lock().push(message);
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+        let control = self.0.clone();
+        let events = ReceiverStream::new(events).then(move |event| {
+            let takes = std::time::Duration::from_millis(control.event_takes_ms.load(Ordering::Relaxed));
+            async move {
+                tokio::time::sleep(takes).await;
+                event
+            }
+        });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn read_head(&self, _: Request<mesh::ReadHeadRequest>) -> Result<Response<mesh::Head>, Status> {
+        let size = self.0.ledger.lock().follower.revision().0;
+        let head = mesh::Head { size, discovery_sequence: self.0.discovery.lock().0 };
+        let takes = std::time::Duration::from_millis(self.0.head_takes_ms.load(Ordering::Relaxed));
+        tokio::time::sleep(takes).await;
+        Ok(Response::new(head))
     }
 
     async fn issue_x509_svid(
@@ -387,6 +412,9 @@ impl Mesh for Service {
     ) -> Result<Response<IssueX509SvidResponse>, Status> {
         let request = request.into_inner();
         let instance = InstanceId::parse(&request.instance).unwrap();
+        while self.0.withholds_svids.load(Ordering::Relaxed) {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
         self.0.issued.lock().push(request.instance);
         let id = self.0.trust_domain.workload(&instance.service());
         Ok(Response::new(self.0.sign(&request.csr_der, &id, self.0.svid_seconds.load(Ordering::Relaxed))))

@@ -74,7 +74,12 @@ fn tests(arguments: &Arguments) -> ExitCode {
         control_hears_the_records_of_every_proxy
         a_workload_that_ends_ends_the_run_with_its_code
         the_local_socket_shows_what_runs_to_its_owner
-        a_workload_of_its_own_namespace_and_its_sidecar_begin_anew_together
+        a_workload_is_started_after_its_sidecar_serves_it
+        a_workload_is_started_when_neither_a_view_nor_control_is_there
+        a_workload_of_its_own_namespace_crashes_alone
+        a_killed_launcher_lets_both_begin_anew
+        an_answer_that_is_long_on_its_way_makes_nothing_younger_than_its_question
+        a_stream_that_trickles_lets_what_is_held_age
     };
     libtest_mimic::run(arguments, trials).exit_code()
 }
@@ -649,27 +654,139 @@ async fn the_local_socket_shows_what_runs_to_its_owner() {
     agent.stop(Duration::ZERO).await;
 }
 
-async fn a_workload_of_its_own_namespace_and_its_sidecar_begin_anew_together() {
-    let ground = ground().await;
+/// PROVES (sidecar-first): whatever a sidecar needs to serve a call was taken in before its workload runs.
+async fn a_workload_is_started_after_its_sidecar_serves_it() {
+    for isolate in [Isolate::Off, Isolate::Auto] {
+        let ground = ground().await;
+        let revision = ground.control.append(vec![declare("web"), declare("a")], &[]);
+        ground.control.discover("a/1", "127.0.0.1:81");
+        ground.control.withholds_svids.store(true, Ordering::Relaxed);
+        let mut config = ground.config(Some(ground.control.token()), vec![idle("web")]);
+        config.isolate = isolate;
+        let agent = start(config).await.unwrap();
+        ground.told("web", "bundle").await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let pids = || agent.run_services().get(&name("web")).map_or(Vec::new(), |service| service.pids.clone());
+        assert_eq!(pids(), Vec::<u32>::new(), "its sidecar cannot prove who it is yet");
+        ground.control.withholds_svids.store(false, Ordering::Relaxed);
+        until("it runs", || pids().len() == 1).await;
+        let told: Vec<String> =
+            ground.orders("web").iter().filter_map(|line| Some(line.split_once(' ')?.0.to_owned())).collect();
+        let view = told.iter().position(|order| order == "view").expect("a workload runs and its sidecar has no view");
+        for before in ["listening", "bundle", "identity", "endpoints", "fresh"] {
+            assert!(told[..view].iter().any(|order| order == before), "`{before}` came after the view: {told:?}");
+        }
+        ground.enforced("web", revision).await;
+        agent.stop(Duration::ZERO).await;
+    }
+}
+
+async fn a_workload_is_started_when_neither_a_view_nor_control_is_there() {
+    let mut ground = ground().await;
+    ground.start(vec![]).await.stop(Duration::ZERO).await;
+    let _ = fs::remove_file(ground.data_dir().join("agent/mesh.snapshot")); // kept if it lived long enough
+    let config = ground.config(None, vec![idle("web")]);
+    ground.served = None;
+    let agent = start(config).await.unwrap();
+    until("it runs", || agent.run_services().get(&name("web")).is_some_and(|service| service.pids.len() == 1)).await;
+    assert_eq!(ground.words_of("web", "listening").len(), 1);
+    assert_eq!(ground.words_of("web", "view"), Vec::<String>::new(), "its sidecar answers 503");
+    agent.stop(Duration::ZERO).await;
+}
+
+/// An isolated `web` that enforces and runs; `None`, and the reason printed, where there are no namespaces.
+async fn isolated(ground: &Ground) -> Option<(Agent, i32)> {
     let revision = ground.control.append(vec![declare("web")], &[]);
     let mut config = ground.config(Some(ground.control.token()), vec![idle("web")]);
     config.isolate = Isolate::Auto;
     let agent = start(config).await.unwrap();
     if !agent.isolation().available {
         eprintln!("not tested, no namespaces here: {}", agent.isolation().note);
-        return agent.stop(Duration::ZERO).await;
+        agent.stop(Duration::ZERO).await;
+        return None;
     }
     ground.enforced("web", revision).await;
-    let workload = || agent.run_services().get(&name("web")).and_then(|service| service.pids.first().copied());
-    until("it runs", || workload().is_some()).await;
-    let first = workload().unwrap();
-    nix::sys::signal::kill(Pid::from_raw(first as i32), Signal::SIGKILL).unwrap();
-    until("both began anew", || workload().is_some_and(|pid| pid != first) && ground.words_of("web", "pid").len() == 2)
-        .await;
-    ground.enforced("web", revision).await;
+    until("it runs", || workload_of(&agent).is_some()).await;
+    let first = workload_of(&agent).unwrap();
+    Some((agent, first))
+}
+
+fn workload_of(agent: &Agent) -> Option<i32> {
+    agent.run_services().get(&name("web")).and_then(|service| service.pids.first().map(|pid| *pid as i32))
+}
+
+async fn a_workload_of_its_own_namespace_crashes_alone() {
+    let ground = ground().await;
+    let Some((agent, first)) = isolated(&ground).await else { return };
+    let network = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+    let before = network(first).unwrap();
+    let orders = ground.orders("web").len();
+    nix::sys::signal::kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    until("it began anew", || workload_of(&agent).is_some_and(|pid| pid != first)).await;
+    assert_eq!(network(workload_of(&agent).unwrap()), Some(before));
+    assert_eq!(ground.words_of("web", "pid").len(), 1, "its sidecar is the same");
+    assert!(ground.orders("web")[orders..].iter().all(|line| line.starts_with("fresh ")), "and was told nothing of it");
+    let downs = ground.control.said.lock().iter().filter(|message| matches!(message, Message::Down(_))).count();
+    assert_eq!(downs, 0, "callers keep their connections");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_killed_launcher_lets_both_begin_anew() {
+    let ground = ground().await;
+    let Some((agent, first)) = isolated(&ground).await else { return };
+    let stat = fs::read_to_string(format!("/proc/{first}/stat")).unwrap();
+    let launcher: i32 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(1).unwrap().parse().unwrap();
+    nix::sys::signal::kill(Pid::from_raw(launcher), Signal::SIGKILL).unwrap();
+    until("both began anew", || {
+        workload_of(&agent).is_some_and(|pid| pid != first) && ground.words_of("web", "pid").len() == 2
+    })
+    .await;
     assert_eq!(ground.words_of("web", "isolated"), ["broker=true", "broker=true"]);
     let listening = ground.words_of("web", "listening");
     assert_eq!(listening[0], listening[1]);
     assert!(listening[0].ends_with(" 127.0.0.1:15001"), "{listening:?}");
+    agent.stop(Duration::ZERO).await;
+}
+
+// ---- freshness
+
+impl Ground {
+    /// The age that the sidecar of `web` heard last, in milliseconds.
+    fn age_ms(&self) -> Option<u64> {
+        self.words_of("web", "fresh").last().map(|age| age.parse().unwrap())
+    }
+}
+
+/// PROVES (fresh-by-asking): heartbeats go on as ever.
+async fn an_answer_that_is_long_on_its_way_makes_nothing_younger_than_its_question() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", revision).await;
+    until("it is fresh", || ground.age_ms().is_some_and(|age| age < 1500)).await;
+    ground.control.head_takes_ms.store(2500, Ordering::Relaxed);
+    until("an answer that was asked for before", || ground.age_ms().is_some_and(|age| age >= 2500)).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let ages: Vec<u64> = ground.words_of("web", "fresh").iter().rev().take(3).map(|age| age.parse().unwrap()).collect();
+    assert!(ages.iter().all(|age| *age >= 2000), "{ages:?}");
+    ground.control.head_takes_ms.store(0, Ordering::Relaxed);
+    until("it is fresh again", || ground.age_ms().is_some_and(|age| age < 1500)).await;
+    agent.stop(Duration::ZERO).await;
+}
+
+/// PROVES (fresh-by-asking): each event comes, late, and later each time.
+async fn a_stream_that_trickles_lets_what_is_held_age() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", revision).await;
+    ground.control.event_takes_ms.store(1000, Ordering::Relaxed); // heartbeats are made three times as fast
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let next = ground.control.append(vec![declare("a")], &[]);
+    until("what is held is old", || ground.age_ms().is_some_and(|age| age >= 2500)).await;
+    assert_ne!(ground.acknowledged("web"), Some((next, String::new())), "the change is still on its way");
+    ground.control.event_takes_ms.store(0, Ordering::Relaxed);
+    ground.enforced("web", next).await;
+    until("it is fresh again", || ground.age_ms().is_some_and(|age| age < 1500)).await;
     agent.stop(Duration::ZERO).await;
 }

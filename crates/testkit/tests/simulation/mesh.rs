@@ -110,6 +110,8 @@ struct Stream {
     to_control: VecDeque<Said>,
     is_welcome: bool,
     heard_at_ms: u64,
+    /// When the host asked control what it holds, and the answer.
+    asked: (u64, mesh::Head),
 }
 
 /// A proxy with what its agent told it and it has not read yet.
@@ -316,6 +318,7 @@ impl Mesh {
             to_control: VecDeque::new(),
             is_welcome: false,
             heard_at_ms: self.now_ms,
+            asked: (self.now_ms, self.control.publisher.head()),
         });
     }
 
@@ -420,7 +423,7 @@ impl Mesh {
     pub fn pass(&mut self, by_ms: u64) {
         self.now_ms += by_ms;
         let now_ms = self.now_ms;
-        self.control.publisher.heartbeat(now_ms);
+        self.control.publisher.heartbeat();
         let leaving = std::mem::take(&mut self.control.leaving);
         let (due, later): (Vec<_>, Vec<_>) = leaving.into_iter().partition(|(_, _, at_ms)| *at_ms <= now_ms);
         self.control.leaving = later;
@@ -432,7 +435,14 @@ impl Mesh {
             if self.hosts[at].stream.as_ref().is_some_and(|stream| now_ms - stream.heard_at_ms > SILENCE_MAX_MS) {
                 self.lose(at);
             }
-            let host = &mut self.hosts[at];
+            let (host, run) = (&mut self.hosts[at], self.control.run);
+            if let Some(stream) = host.stream.as_mut().filter(|stream| stream.run == run && !host.is_cut_off)
+                && Some(stream.asked.0) <= host.in_step_at_ms
+            {
+                stream.asked = (now_ms, self.control.publisher.head());
+                host.reached_at_ms = now_ms;
+                host.compare();
+            }
             for proxy in &mut host.proxies {
                 proxy.fresh_at_ms = proxy.fresh_at_ms.max(host.in_step_at_ms);
             }
@@ -648,7 +658,7 @@ impl Control {
             last_entry: snapshot.last_entry.into(),
         });
         let discovery = Some(joined.discovery.clone());
-        mesh::Welcome { snapshot, entries: Some(entries), discovery, bundle: None }
+        mesh::Welcome { snapshot, entries: Some(entries), discovery, bundle: None, head: None }
     }
 }
 
@@ -713,6 +723,7 @@ impl Host {
                     return Err(Ended);
                 }
                 self.discovery_sequence += 1;
+                self.compare();
                 return Ok(());
             }
             (Event::Heartbeat(heartbeat), true) => {
@@ -724,9 +735,17 @@ impl Host {
             }
             _ => return Err(Ended),
         }
-        self.in_step_at_ms = Some(now_ms);
+        self.compare();
         self.offer();
         Ok(())
+    }
+
+    /// All that control held when it was asked is held here: then this host was in step at that moment.
+    fn compare(&mut self) {
+        let Some(Stream { asked: (at_ms, head), is_welcome: true, .. }) = &self.stream else { return };
+        if self.follower.revision().0 >= head.size && self.discovery_sequence >= head.discovery_sequence {
+            self.in_step_at_ms = self.in_step_at_ms.max(Some(*at_ms));
+        }
     }
 
     fn welcome(&mut self, welcome: &mesh::Welcome) -> Result<(), Ended> {
