@@ -9,7 +9,7 @@ use countersign_core::{
 };
 use http::HeaderValue;
 
-use crate::{answer::Refusal, authenticate::Caller, live::Exchange, view::Compiled};
+use crate::{answer::Refusal, authenticate::Caller, decided::Shed, live::Exchange, view::Compiled};
 
 /// Proof that the law allows this exchange, now. Spent by forwarding.
 ///
@@ -19,15 +19,21 @@ pub(crate) struct Permit {
     caller: Caller,
 }
 
-/// Asks the law about `exchange`, which is in the live table.
-pub(crate) fn authorize(caller: Caller, exchange: &Rc<Exchange>, view: &Arc<Compiled>) -> Result<Permit, Refusal> {
+/// Asks the law about `exchange`, which is in the live table. Where the service is `recorded = "always"` the permit comes
+/// once the decision is written.
+pub(crate) async fn authorize(
+    caller: Caller,
+    exchange: &Rc<Exchange>,
+    view: &Arc<Compiled>,
+) -> Result<Permit, Refusal> {
     let (outcome, id) = exchange.judge(view, Judged::AtStart);
     if outcome != Outcome::Permit {
         return Err(Refusal::Denied(id)); // no caller can step up before tokens carry assurance
     }
     let always = view.view.spec.as_ref().is_some_and(|spec| spec.recorded == Recorded::Always);
-    if always && exchange.record(None).is_err() {
-        return Err(Refusal::Unrecorded);
+    if always {
+        let committed = exchange.until_cut(exchange.commit()).await.map_err(Refusal::of_cut)?;
+        committed.map_err(|Shed| Refusal::Unrecorded)?;
     }
     Ok(Permit { exchange: exchange.clone(), caller })
 }

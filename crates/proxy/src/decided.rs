@@ -8,6 +8,7 @@ use countersign_core::{
     policy::{Decision, Query},
     record::{Ended, Judged},
 };
+use tokio::sync::oneshot;
 
 /// The id of one decision: 48 bits of time in milliseconds, then 80 random bits; 32 hexadecimal digits when written, so
 /// that ids sort by time.
@@ -44,6 +45,10 @@ pub struct Decided<'a> {
 pub trait Recorder {
     /// Takes one decision, or sheds it when there is no room (and counts that).
     fn record(&self, decided: &Decided<'_>) -> Result<(), Shed>;
+
+    /// As [`Self::record`], for what must not go on unrecorded: the receiver hears once the decision is written. It hears
+    /// an error when the decision is lost.
+    fn commit(&self, decided: &Decided<'_>) -> Result<oneshot::Receiver<()>, Shed>;
 
     /// Adds what became of an exchange whose decision was taken while it was open (`ended: None`): one that lives long,
     /// or one that is never forwarded unrecorded. Counted when there is no room.

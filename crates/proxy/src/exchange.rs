@@ -82,7 +82,7 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
         };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
     let caller = authenticate(peer);
-    let outcome = match authorize(caller, &exchange, &view) {
+    let outcome = match authorize(caller, &exchange, &view).await {
         Ok(permit) => forward::to_app(worker, permit, routed).await,
         Err(refusal) => Err(refusal),
     };

@@ -11,7 +11,7 @@ use std::{
     rc::{Rc, Weak},
     sync::Arc,
     task::{Context, Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use countersign_core::{
@@ -32,6 +32,9 @@ use crate::{
     view::Compiled,
     workers::Worker,
 };
+
+/// Longest wait for a record that must be written first: a disk that hangs must not hold exchanges without end.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What makes an exchange end before its own end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,7 +183,7 @@ impl Live {
 
     /// Records the permits of exchanges that have been open for a while, so that a long stream is seen while it lives.
     pub(crate) fn record_open(&self, now: Instant) {
-        const UNRECORDED_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+        const UNRECORDED_MAX: Duration = Duration::from_secs(1);
         for exchange in self.open() {
             if !exchange.recorded.get() && now.duration_since(exchange.began) > UNRECORDED_MAX {
                 let _ = exchange.record(None); // what finds no room is counted by the recorder
@@ -285,8 +288,26 @@ impl Exchange {
         self.hand_over(judged, ended)
     }
 
+    /// Hands the judgement to the record and waits until it is written.
+    pub(crate) async fn commit(&self) -> Result<(), Shed> {
+        let written = {
+            let judged = self.judged.borrow();
+            let Some(judged) = &*judged else { return Ok(()) };
+            self.recorded.set(true);
+            self.worker.recorder.commit(&self.decided(judged, None))?
+        };
+        match tokio::time::timeout(COMMIT_TIMEOUT, written).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Shed),
+        }
+    }
+
     fn hand_over(&self, judged: &Judgement, ended: Option<Ended>) -> Result<(), Shed> {
-        self.worker.recorder.record(&Decided {
+        self.worker.recorder.record(&self.decided(judged, ended))
+    }
+
+    fn decided<'a>(&'a self, judged: &'a Judgement, ended: Option<Ended>) -> Decided<'a> {
+        Decided {
             id: judged.id,
             at_ms: judged.at_ms,
             revision: judged.revision,
@@ -296,7 +317,7 @@ impl Exchange {
             trace_id: self.asked.trace_id,
             judge_ns: judged.judge_ns,
             ended,
-        })
+        }
     }
 
     fn show(&self) -> LiveExchange {

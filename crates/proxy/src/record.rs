@@ -8,8 +8,9 @@
 //! ```
 //!
 //! A worker encodes its record into its own queue and goes on; nobody else but the writer takes that lock, fifty times a
-//! second, to swap the queue for an empty one. What finds no room is counted as shed. Whether a shed record also sheds
-//! the exchange (`recorded = "always"`) is for the caller to say.
+//! second, to swap the queue for an empty one. What finds no room is counted as shed. An exchange that must not go on
+//! unrecorded (`recorded = "always"`) commits instead: it hears when its batch is written, or that it was lost. The writer
+//! does not let such a batch gather, but everything that comes while one is written is in the next.
 //!
 //! Nothing here judges, and no header, token or body comes in.
 
@@ -30,7 +31,7 @@ use countersign_core::{
     record::{DecisionRecord, Ended, Outcome},
 };
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::decided::{Decided, DecisionId, Recorder, Shed};
 
@@ -105,7 +106,8 @@ struct Shared {
     shed_by_writer: AtomicU64,
     unreported: AtomicU64,
     write_errors: AtomicU64,
-    wanted: AtomicU64, // the writer goes round without waiting until it has gone round so often
+    awaited: AtomicBool, // an exchange waits for what is queued
+    wanted: AtomicU64,   // the writer goes round without waiting until it has gone round so often
     rounds: Mutex<u64>,
     went_round: Condvar,
 }
@@ -113,8 +115,15 @@ struct Shared {
 #[derive(Default)]
 #[repr(align(128))] // no cache line is shared with another worker's
 struct Queue {
-    entries: Mutex<Vec<u8>>, // whole entries, unsealed; at most QUEUE_BYTES_MAX
-    shed: AtomicU64,         // written under the lock of `entries`
+    batch: Mutex<Batch>,
+    shed: AtomicU64, // written under the lock of `batch`
+}
+
+/// What is written at once.
+#[derive(Default)]
+struct Batch {
+    entries: Vec<u8>,                  // whole ones, unsealed; at most QUEUE_BYTES_MAX
+    waiting: Vec<oneshot::Sender<()>>, // no more than entries
 }
 
 impl Sink {
@@ -130,6 +139,7 @@ impl Sink {
             shed_by_writer: AtomicU64::new(0),
             unreported: AtomicU64::new(0),
             write_errors: AtomicU64::new(0),
+            awaited: AtomicBool::new(false),
             wanted: AtomicU64::new(0),
             rounds: Mutex::new(0),
             went_round: Condvar::new(),
@@ -175,31 +185,44 @@ impl Reader {
 
 impl Recorder for WorkerRecorder {
     fn record(&self, decided: &Decided<'_>) -> Result<(), Shed> {
+        self.decision(decided, None)
+    }
+
+    fn commit(&self, decided: &Decided<'_>) -> Result<oneshot::Receiver<()>, Shed> {
+        let (waiting, written) = oneshot::channel();
+        self.decision(decided, Some(waiting))?;
+        self.shared.hurry();
+        Ok(written)
+    }
+
+    fn amend(&self, id: DecisionId, ended: &Ended) {
+        let _ = self.push(None, |to| entry::encode_end(to, id, ended)); // shed is counted; the decision itself is kept
+    }
+}
+
+impl WorkerRecorder {
+    fn decision(&self, decided: &Decided<'_>, waiting: Option<oneshot::Sender<()>>) -> Result<(), Shed> {
         let failing = self.shared.failing.load(Ordering::Relaxed);
         if failing && decided.decision.outcome == Outcome::Permit {
             return self.shared.queues[self.worker].shed();
         }
         // A denial is still worth reporting when it cannot be kept.
-        self.push(|to| entry::encode_decision(to, decided))?;
+        self.push(waiting, |to| entry::encode_decision(to, decided))?;
         if failing { Err(Shed) } else { Ok(()) }
     }
 
-    fn amend(&self, id: DecisionId, ended: &Ended) {
-        let _ = self.push(|to| entry::encode_end(to, id, ended)); // shed is counted; the decision itself is kept
-    }
-}
-
-impl WorkerRecorder {
-    fn push(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), Shed> {
+    fn push(&self, waiting: Option<oneshot::Sender<()>>, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), Shed> {
         let queue = &self.shared.queues[self.worker];
-        let mut entries = queue.entries.lock();
-        let before = entries.len();
-        encode(&mut entries);
-        if entries.len() > QUEUE_BYTES_MAX || entries.len() - before > entry::ENTRY_BYTES_MAX {
-            entries.truncate(before);
+        let mut batch = queue.batch.lock();
+        let before = batch.entries.len();
+        encode(&mut batch.entries);
+        let after = batch.entries.len();
+        if after > QUEUE_BYTES_MAX || after - before > entry::ENTRY_BYTES_MAX {
+            batch.entries.truncate(before);
             return queue.shed();
         }
-        drop(entries);
+        batch.waiting.extend(waiting);
+        drop(batch);
         if before == 0 {
             self.shared.wake();
         }
@@ -218,6 +241,14 @@ impl Shared {
     fn wake(&self) {
         if let Some(writer) = self.writer.get() {
             writer.unpark();
+        }
+    }
+
+    /// Has what is queued written without letting more gather.
+    fn hurry(&self) {
+        // Whoever set it woke the writer, which takes it back before it looks into the queues.
+        if !self.awaited.swap(true, Ordering::AcqRel) {
+            self.wake();
         }
     }
 
@@ -552,6 +583,38 @@ mod tests {
             count += report.records_json.len();
         }
         assert_eq!(count, 1, "one report had room; the rest was not sent, and nothing blocked");
+    }
+
+    #[test]
+    fn a_committed_record_is_written_when_its_exchange_goes_on_and_waits_for_no_batch() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = start(dir.path(), 0);
+        let (asked, decision) = (Asked::new("/"), permitted(&[]));
+        let begun = Instant::now();
+        for at_ms in 1..=50 {
+            running.worker.commit(&asked.decided(&decision, at_ms)).unwrap().blocking_recv().unwrap();
+            let kept = segment::read(dir.path(), &instance(), &all()).unwrap();
+            assert_eq!(kept.len() as u64, at_ms);
+        }
+        assert!(begun.elapsed() < Duration::from_millis(500), "{:?} for 50 commits", begun.elapsed());
+    }
+
+    #[test]
+    fn a_record_whose_write_fails_is_not_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, moved) = (dir.path().join("records"), dir.path().join("moved"));
+        let running = start(&records, 0);
+        let (asked, decision) = (Asked::new(&format!("/{}", "x".repeat(50_000))), permitted(&[]));
+        let commit = |at_ms| running.worker.commit(&asked.decided(&decision, at_ms));
+        commit(1).unwrap().blocking_recv().unwrap();
+        fs::rename(&records, &moved).unwrap();
+        fs::write(&records, "a file stands where the directory was").unwrap();
+        let waiting: Vec<_> = (2..=4).map(commit).collect(); // the segment takes one more of them
+        let committed = waiting.into_iter().filter_map(|wait| wait.ok()?.blocking_recv().ok()).count() as u64;
+        assert_eq!(commit(5).map(|_| ()), Err(Shed), "the sink knows that it fails");
+        assert!(committed <= 1, "{committed} were committed");
+        let kept = segment::read(&moved, &instance(), &all()).unwrap().len() as u64;
+        assert!((1 + committed..=2).contains(&kept), "{committed} were committed and {kept} kept");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The one thread that empties the queues, seals and writes what was in them, and makes the report. It sleeps while
-//! there is nothing to write, and after it was woken waits a moment, so that one write takes many records.
+//! there is nothing to write, and after it was woken waits a moment, so that one write takes many records; not when an
+//! exchange waits for one of them.
 
 use std::{
     io, mem,
@@ -21,7 +22,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{
-    QUEUE_BYTES_MAX, Shared,
+    Batch, QUEUE_BYTES_MAX, Shared,
     entry::{self, DecisionView, FRAME_BYTES, Payload},
     segment::Segments,
 };
@@ -44,7 +45,7 @@ pub(super) struct Writer {
     segments: Segments,
     instance: InstanceId,
     reports: mpsc::Sender<Report>,
-    spare: Vec<u8>,
+    spare: Batch,
     tally: Tally,
     retry_at: Option<Instant>, // set while the directory cannot be written
     shed_seen: u64,
@@ -67,7 +68,7 @@ struct Permits {
 impl Writer {
     pub fn new(shared: Arc<Shared>, segments: Segments, instance: InstanceId, reports: mpsc::Sender<Report>) -> Self {
         let tally = Tally { full: Vec::new(), full_count: 0, edges: HashMap::default(), edges_due: None, shed: 0 };
-        Self { shared, segments, instance, reports, spare: Vec::new(), tally, retry_at: None, shed_seen: 0 }
+        Self { shared, segments, instance, reports, spare: Batch::default(), tally, retry_at: None, shed_seen: 0 }
     }
 
     /// Goes round until the sink is dropped, and then once more.
@@ -85,8 +86,21 @@ impl Writer {
                 Some(due) => thread::park_timeout(due.saturating_duration_since(Instant::now())),
                 None => thread::park(),
             }
-            if self.shared.wanted.load(Ordering::Acquire) <= rounds && !self.shared.stopping.load(Ordering::Acquire) {
-                thread::sleep(BATCH);
+            self.gather(rounds);
+        }
+    }
+
+    /// Lets a batch gather, unless somebody waits for what is there.
+    fn gather(&self, rounds: u64) {
+        let shared = &self.shared;
+        let until = Instant::now() + BATCH;
+        loop {
+            let hurry = shared.awaited.load(Ordering::Acquire)
+                || shared.wanted.load(Ordering::Acquire) > rounds
+                || shared.stopping.load(Ordering::Acquire);
+            match until.checked_duration_since(Instant::now()) {
+                Some(left) if !hurry && !left.is_zero() => thread::park_timeout(left),
+                _ => return,
             }
         }
     }
@@ -102,16 +116,22 @@ impl Writer {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.prepare();
         }
+        self.shared.awaited.store(false, Ordering::Release); // before the queues: who comes later asks again
         for worker in 0..self.shared.queues.len() {
-            let mut entries = mem::take(&mut self.spare);
-            mem::swap(&mut *self.shared.queues[worker].entries.lock(), &mut entries);
-            self.take(&mut entries, now);
-            let used = entries.len();
-            entries.clear();
-            if used < QUEUE_BYTES_IDLE {
-                entries.shrink_to(QUEUE_BYTES_IDLE);
+            let mut batch = mem::take(&mut self.spare);
+            mem::swap(&mut *self.shared.queues[worker].batch.lock(), &mut batch);
+            let written = self.take(&mut batch.entries, now);
+            for waiting in batch.waiting.drain(..) {
+                if written {
+                    let _ = waiting.send(()); // it may have stopped waiting; dropped, it hears that it was lost
+                }
             }
-            self.spare = entries;
+            let used = batch.entries.len();
+            batch.entries.clear();
+            if used < QUEUE_BYTES_IDLE {
+                batch.entries.shrink_to(QUEUE_BYTES_IDLE);
+            }
+            self.spare = batch;
         }
         self.report(now, stopping);
         let mut rounds = self.shared.rounds.lock();
@@ -120,8 +140,8 @@ impl Writer {
         *rounds
     }
 
-    /// Seals, counts and writes the entries of one queue.
-    fn take(&mut self, entries: &mut [u8], now: Instant) {
+    /// Seals, counts and writes the entries of one queue. Whether all of them are written.
+    fn take(&mut self, entries: &mut [u8], now: Instant) -> bool {
         debug_assert!(entries.len() <= QUEUE_BYTES_MAX);
         let (mut at, mut count) = (0, 0);
         while let Some(bytes) = entries[at..].first_chunk().and_then(entry::payload_bytes) {
@@ -134,21 +154,22 @@ impl Writer {
             (at, count) = (end, count + 1);
         }
         if count == 0 {
-            return;
+            return true;
         }
-        if self.retry_at.is_some() {
-            self.shared.shed_by_writer.fetch_add(count, Ordering::Relaxed);
-            return;
-        }
-        match self.segments.write(entries) {
-            Ok(()) => {
-                self.shared.kept.fetch_add(count, Ordering::Relaxed);
+        let written = match self.retry_at {
+            Some(_) => false,
+            None => {
+                let written = self.segments.write(entries);
+                let is_written = written.is_ok();
+                if !is_written {
+                    self.note(written, now);
+                }
+                is_written
             }
-            failed => {
-                self.shared.shed_by_writer.fetch_add(count, Ordering::Relaxed);
-                self.note(failed, now);
-            }
-        }
+        };
+        let counter = if written { &self.shared.kept } else { &self.shared.shed_by_writer };
+        counter.fetch_add(count, Ordering::Relaxed);
+        written
     }
 
     /// Takes note of whether the directory can be written, and says so when that changes.

@@ -3,6 +3,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use bytes::Bytes;
+use countersign_api::local::RecordFilter;
 use countersign_core::{
     route::{Limit, Route, RouteMatch},
     service::{
@@ -83,6 +84,45 @@ async fn what_must_be_recorded_waits_for_a_directory_that_can_be_written() {
     becomes(&web, (200, None)).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(sink.reader().counts().kept >= app.seen() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_queued_for_a_write_that_fails_is_not_forwarded() {
+    let app = Workload::http().await;
+    let dir = tempfile::tempdir().unwrap();
+    let (records, moved) = (dir.path().join("records"), dir.path().join("moved"));
+    let (reports, _kept) = tokio::sync::mpsc::channel(4);
+    let instance = countersign_core::identity::InstanceId::new(&name("catalog"), "1");
+    let config = SinkConfig { instance, dir: records.clone(), bytes_max: 0, worker_count: 2 };
+    let (sink, recorders) = Sink::start(config, reports).unwrap();
+    let recorders = recorders.into_iter().map(|recorder| Box::new(recorder) as Box<dyn Recorder + Send>).collect();
+    let plan = Plan { recorded: Recorded::Always, ..Plan::new(SERVICES, EVERYONE) };
+    let authority = Authority::new("root");
+    let catalog = Sidecar::start_with("catalog", "1", Some(app.address), recorders);
+    let web = Sidecar::start("web", "1", None);
+    catalog.ready(&authority, &plan, &[]).await;
+    web.ready(&authority, &plan, &[&catalog]).await;
+    let long = "x".repeat(4000);
+    assert_eq!(web.get(&format!("http://catalog.mesh/first/{long}")).await.status, 200);
+    // The open segment takes what still fits; the next one cannot be made.
+    std::fs::rename(&records, &moved).unwrap();
+    std::fs::write(&records, "in the way").unwrap();
+    let mut forwarded = 1;
+    loop {
+        let some: Vec<_> = (0..8).map(|n| format!("http://catalog.mesh/{n}/{long}")).collect();
+        let answers = futures_util::future::join_all(some.iter().map(|url| web.get(url))).await;
+        forwarded += answers.iter().filter(|answer| answer.status == 200).count();
+        if answers.iter().any(|answer| answer.seen() == (503, Some("unrecorded"))) {
+            break;
+        }
+        assert!(forwarded < 1000, "the segment is never full");
+    }
+    assert_eq!(app.seen(), forwarded);
+    std::fs::remove_file(&records).unwrap();
+    std::fs::rename(&moved, &records).unwrap();
+    let all = RecordFilter { limit: Some(10_000), ..RecordFilter::default() };
+    let kept = sink.reader().read(&all).unwrap().len();
+    assert!(kept >= forwarded, "{forwarded} were forwarded and {kept} recorded");
 }
 
 #[tokio::test(flavor = "multi_thread")]

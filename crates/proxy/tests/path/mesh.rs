@@ -36,6 +36,7 @@ use time::OffsetDateTime;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::oneshot,
 };
 
 pub const EVERYONE: &str = r#"permit(principal, action, resource);"#;
@@ -123,6 +124,13 @@ impl Recorder for Keep {
             ended: decided.ended.clone(),
         });
         Ok(())
+    }
+
+    fn commit(&self, decided: &Decided<'_>) -> Result<oneshot::Receiver<()>, Shed> {
+        let (waiting, written) = oneshot::channel();
+        self.record(decided)?;
+        let _ = waiting.send(());
+        Ok(written)
     }
 
     fn amend(&self, id: DecisionId, ended: &Ended) {
