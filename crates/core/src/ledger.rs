@@ -4,15 +4,40 @@
 //! the [`Revision`]. An entry is small (a log tile allows 65 535 bytes) and holds digests; the change-set and the policy
 //! texts lie beside it. [`Follower`] is the one way to come from entries to a state: the control plane, every agent
 //! and `ledger verify` hold one. Nothing here stores, signs or sends anything.
+//!
+//! | furniture | holds |
+//! |---|---|
+//! | `follow` | from entries to a state, verified at each step |
+//! | `merkle` | the tree of RFC 6962: hashes and proofs |
+//! | `note` | C2SP signed-note: a text and who stands behind it |
+//! | `checkpoint` | C2SP tlog-checkpoint: what the ledger says its tree is, and whom to believe |
+//! | `tiles` | C2SP tlog-tiles: the ledger as files that never change |
+//! | `proof` | C2SP tlog-proof: one entry proven in one file |
+//! | `witness` | C2SP tlog-witness: whether to cosign a checkpoint |
 
+mod checkpoint;
 mod follow;
 mod merkle;
+mod note;
+mod proof;
+mod tiles;
+mod witness;
 
+pub use checkpoint::{Checkpoint, CheckpointError, Inconsistent, Trust, VerifiedCheckpoint};
 pub use follow::{Batch, Damage, Draft, DraftError, Follower, Incomplete, LedgerError, Snapshot};
 pub use merkle::{
     Frontier, FrontierError, consistency_proof, hash_leaf, hash_node, inclusion_proof, proves_consistency,
     proves_inclusion,
 };
+pub use note::{
+    KeyError, NOTE_BYTES_MAX, Note, NoteError, Signature, SignatureKind, SignedBy, VerifiedNote, VerifierKey,
+    cosignature_message,
+};
+pub use proof::{EntryProof, PROOF_BYTES_MAX, ProofError};
+pub use tiles::{
+    ReadError, Resource, TILE_WIDTH, Tile, TileError, TileHashes, TileReader, encode_bundle, parse_bundle,
+};
+pub use witness::{Accepted, AddCheckpoint, REQUEST_BYTES_MAX, Refusal, WitnessedLog};
 
 use serde::{Deserialize, Serialize};
 
