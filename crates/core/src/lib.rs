@@ -9,7 +9,8 @@
 //! | [`canonical`] | RFC 8785 encoding and the digests made over it |
 //! | [`change`] | what an operator can ask for: [`change::Change`], [`change::ChangeSet`] |
 //! | [`state`] | [`state::MeshState`], the pure fold of all admitted changes |
-//! | [`ledger`] | the Merkle log: entries, proofs, checkpoints |
+//! | [`assurance`] | what an operator has proven: factors, challenges, WebAuthn assertions |
+//! | [`ledger`] | the Merkle log: entries, proofs, notes, checkpoints, tiles, witnesses |
 //! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
 //! | [`policy`] | the schema, the compiled law, the decision and its explanation, lint and tests |
 //! | [`route`] | traffic rules as data |
@@ -17,6 +18,7 @@
 //! | [`view`] | what one proxy needs of the mesh at one revision |
 //! | [`record`] | the record of one decision |
 
+pub mod assurance;
 pub mod canonical;
 pub mod change;
 pub mod directory;
