@@ -46,10 +46,11 @@ pub(crate) enum Refusal {
     UpstreamBroke,
     TimedOut,
     Unproven,
+    CertificateRefused,
 }
 
 /// One of each kind, in the order in which they are counted.
-pub(crate) const ALL: [Refusal; 21] = [
+pub(crate) const ALL: [Refusal; 22] = [
     Refusal::Denied(DecisionId(0)),
     Refusal::Malformed("framing"),
     Refusal::HeadTooLarge,
@@ -71,6 +72,7 @@ pub(crate) const ALL: [Refusal; 21] = [
     Refusal::UpstreamBroke,
     Refusal::TimedOut,
     Refusal::Unproven,
+    Refusal::CertificateRefused,
 ];
 
 /// How long a worker says nothing more of a refusal that it has just logged: an outage is not as loud as its traffic.
@@ -176,6 +178,14 @@ impl Refusal {
                 Warn,
                 false,
                 "the caller's SVID expired, or its authority is trusted no longer: see the agent's log on its host",
+            ),
+            CertificateRefused => (
+                503,
+                14,
+                "certificate-refused",
+                Warn,
+                true,
+                "the callee's sidecar refused this sidecar's certificate: compare clocks and `authority show` of both hosts",
             ),
         };
         let status = StatusCode::from_u16(status).expect("INVARIANT: the statuses above are valid");

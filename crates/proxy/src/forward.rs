@@ -22,7 +22,7 @@ use crate::{
     flow::{Account, Flow, Pipe, Watched, Way},
     hygiene,
     live::{Exchange, Kind},
-    pool::{AppError, Http2, Outgoing, connect_app, connect_mesh, send_to_app},
+    pool::{AppError, ConnectError, Http2, Outgoing, connect_app, connect_mesh, send_to_app},
     tunnel::{Sort, Wire},
     websocket,
     workers::Worker,
@@ -257,7 +257,11 @@ async fn attempt(
     let connected = instance.pool.stream(|| connect_mesh(worker, instance)).await;
     let mut stream = connected.map_err(|error| {
         tracing::debug!(instance = %instance.id, %error, "could not reach an instance");
-        Failed { refusal: Refusal::Unreachable, unprocessed: true }
+        let refusal = match *error {
+            ConnectError::CertificateRefused(_) => Refusal::CertificateRefused,
+            _ => Refusal::Unreachable,
+        };
+        Failed { refusal, unprocessed: true }
     })?;
     let end = sending.intent == Intent::Message && sending.body.is_end_stream();
     let head = sending.head(&upstream.authority);

@@ -17,11 +17,12 @@ use h2::client::SendRequest;
 use http::{Request, Response};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use rustls::AlertDescription;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncBufReadExt, AsyncRead, AsyncWrite},
     net::TcpStream,
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     accept::tune,
@@ -62,7 +63,7 @@ pub(crate) struct Http2 {
 pub(crate) struct Http2Pool {
     connections: RefCell<Vec<Http2>>,
     connecting: tokio::sync::Mutex<()>,
-    failed_at: Cell<Option<Instant>>,
+    failed: RefCell<Option<(Instant, Rc<ConnectError>)>>,
 }
 
 /// One open stream on a pooled connection; given back on drop.
@@ -86,15 +87,15 @@ pub(crate) enum ConnectError {
     Http1(hyper::Error),
     #[error("it did not prove who it is")]
     Unproven,
-    #[error("another request tried while this one waited, and failed")]
-    FailedJustNow,
+    #[error("it refused our certificate: {0:?}")]
+    CertificateRefused(AlertDescription),
 }
 
 impl Http2Pool {
     /// A stream's worth of room on a connection, opened with `connect` when there is none. At most one connection is
     /// being opened at a time; who waited for one that failed fails with it, so that a dead instance costs its callers
     /// one time-out and not one after the other.
-    pub(crate) async fn stream<F>(&self, connect: impl FnOnce() -> F) -> Result<Stream, ConnectError>
+    pub(crate) async fn stream<F>(&self, connect: impl FnOnce() -> F) -> Result<Stream, Rc<ConnectError>>
     where
         F: Future<Output = Result<Http2, ConnectError>>,
     {
@@ -106,8 +107,10 @@ impl Http2Pool {
         if let Some(stream) = self.open_stream() {
             return Ok(stream);
         }
-        if self.failed_at.get().is_some_and(|at| at > asked_at) {
-            return Err(ConnectError::FailedJustNow);
+        if let Some((at, error)) = &*self.failed.borrow()
+            && *at > asked_at
+        {
+            return Err(error.clone());
         }
         match tokio::time::timeout(CONNECT_TIMEOUT, connect()).await.unwrap_or(Err(ConnectError::TimedOut)) {
             Ok(connection) => {
@@ -116,7 +119,8 @@ impl Http2Pool {
                 Ok(stream)
             }
             Err(error) => {
-                self.failed_at.set(Some(Instant::now()));
+                let error = Rc::new(error);
+                *self.failed.borrow_mut() = Some((Instant::now(), error.clone()));
                 Err(error)
             }
         }
@@ -190,10 +194,24 @@ pub(crate) async fn connect_mesh(worker: &Worker, instance: &Instance) -> Result
     let tcp = TcpStream::connect(instance.address).await.map_err(ConnectError::Io)?;
     tune(&tcp);
     let (shared, trust) = (worker.shared.clone(), worker.trust.subscribe());
-    let tls = TlsConnector::from(config).connect(server_name(), tcp).await.map_err(ConnectError::Io)?;
-    worker.counts.mesh_connections.add(1);
+    let mut tls = TlsConnector::from(config).connect(server_name(), tcp).await.map_err(ConnectError::Io)?;
     let proof = Proof::of_connection(tls.get_ref().1, PeerSide::Server).ok_or(ConnectError::Unproven)?;
+    accepted(&mut tls).await?;
+    worker.counts.mesh_connections.add(1);
     Http2::over(tls, async move { proof.lost(&shared, trust).await }).await
+}
+
+/// Waits for the first word of the other sidecar, its HTTP/2 SETTINGS: it accepts us. Our handshake is done before it has
+/// looked at our certificate (RFC 8446, section 2), so nothing is sent before that: what it refuses, it did not process.
+async fn accepted(tls: &mut TlsStream<TcpStream>) -> Result<(), ConnectError> {
+    match tls.fill_buf().await {
+        Ok([]) => Err(ConnectError::Io(io::ErrorKind::UnexpectedEof.into())),
+        Ok(_) => Ok(()),
+        Err(error) => match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+            Some(rustls::Error::AlertReceived(alert)) => Err(ConnectError::CertificateRefused(*alert)),
+            _ => Err(ConnectError::Io(error)),
+        },
+    }
 }
 
 /// Opens a TCP connection to the workload, in its namespace.

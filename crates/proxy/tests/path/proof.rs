@@ -70,7 +70,7 @@ async fn an_authority_that_the_callee_trusts_no_longer_takes_its_callers_with_it
     catalog.shared.set_bundle(new.bundle());
     assert!(!goes_on(&mut cut, Duration::from_secs(2)).await);
     assert!(goes_on(&mut kept, Duration::from_millis(500)).await, "the other caller does not notice");
-    assert_eq!(web.get("http://catalog.mesh/").await.status / 100, 5, "nothing new either");
+    assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("certificate-refused")), "nothing new either");
     let records = catalog.records.lock().unwrap().clone();
     let ends: Vec<_> = records.iter().filter_map(|record| record.ended.as_ref().map(|ended| ended.how)).collect();
     assert_eq!(ends, [End::Cut]);
@@ -101,5 +101,20 @@ async fn an_expired_svid_ends_what_is_open() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let records = catalog.records.lock().unwrap().clone();
     assert_eq!(records[0].ended.as_ref().unwrap().how, End::Cut);
-    assert_eq!(web.get("http://catalog.mesh/").await.status / 100, 5, "nothing new either");
+    assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("certificate-refused")), "nothing new either");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whose_certificate_the_callee_refuses_is_told_so_and_sends_it_nothing() {
+    let Mesh { old, new, web, catalog, .. } = mesh().await;
+    catalog.shared.set_bundle(new.bundle());
+    let body = || Full::new(Bytes::from_static(b"not twice"));
+    let answers = futures_util::future::join_all(
+        (0..4).map(|_| web.send(Request::post("http://catalog.mesh/").body(body()).unwrap())),
+    );
+    for answer in answers.await {
+        assert_eq!(answer.seen(), (503, Some("certificate-refused")));
+    }
+    catalog.shared.set_bundle(Authority::bundle_of(&[&old, &new]));
+    assert_eq!(web.get("http://catalog.mesh/").await.status, 200);
 }
