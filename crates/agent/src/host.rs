@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     AgentEvent, ack::Acknowledgements, discovery::Discovery, fresh::Fresh, held::Held, isolate::Isolation,
-    join::Issued, link::ControlAddress, report::Reports, views::Views,
+    join::Issued, link::ControlAddress, report::Reports, telemetry::Telemetry, views::Views,
 };
 
 /// Events that a slow listener may fall behind before it misses some.
@@ -49,6 +49,7 @@ pub(crate) struct Host {
     pub(crate) discovery: Discovery,
     pub(crate) acknowledgements: Acknowledgements,
     pub(crate) reports: Arc<Reports>,
+    pub(crate) telemetry: Option<Telemetry>,
     pub(crate) fresh: Fresh,
     pub(crate) events: broadcast::Sender<AgentEvent>,
 }
@@ -76,6 +77,7 @@ pub(crate) struct Parts {
     pub(crate) address: IpAddr,
     pub(crate) identity: Issued,
     pub(crate) reports: Arc<Reports>,
+    pub(crate) telemetry: Option<Telemetry>,
 }
 
 impl Host {
@@ -104,6 +106,7 @@ impl Host {
             discovery: Discovery::new(),
             acknowledgements: Acknowledgements::default(),
             reports: parts.reports,
+            telemetry: parts.telemetry,
             events: broadcast::Sender::new(EVENTS_KEPT),
         }
     }

@@ -150,6 +150,11 @@ fn start(agent: &OwnedFd, prepared: &Prepared) -> io::Result<Option<Pid>> {
     Ok(Some(pid))
 }
 
+/// Variables that are for the agent: what a collector of telemetry knows it by. A workload that has a collector of its own is
+/// given its credentials in the mesh directory.
+const AGENTS_OWN: [&str; 3] =
+    ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_METRICS_HEADERS"];
+
 /// Starts the workload, which has this process for a parent and nothing else from it but its output.
 #[allow(unsafe_code, reason = "pre_exec: the child drops what it must not keep between fork and exec")]
 fn execute(order: &LaunchOrder) -> Result<Pid, String> {
@@ -164,7 +169,11 @@ fn execute(order: &LaunchOrder) -> Result<Pid, String> {
     let file = program::find(name, &order.dir, path.as_deref()).map_err(|e| e.to_string())?;
     let (isolated, launcher) = (order.isolate, Pid::this());
     let mut command = Command::new(&file);
-    command.arg0(name).args(arguments).current_dir(&order.dir).envs(&order.env).stdin(Stdio::null());
+    command.arg0(name).args(arguments).current_dir(&order.dir).stdin(Stdio::null());
+    for variable in AGENTS_OWN {
+        command.env_remove(variable);
+    }
+    command.envs(&order.env);
     let become_workload = move || {
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         // No terminal: it could read what is typed there. And a process group that can be signalled as one.

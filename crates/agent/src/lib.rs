@@ -16,6 +16,7 @@
 //! | `workloads` | instances: a launcher, a workload and a sidecar each, supervised |
 //! | `ack` | what control must know of this host's instances |
 //! | `report` | decision records on their way to control |
+//! | [`Telemetry`] | what proxies count, and the spans of their exchanges, on their way to whoever exports them |
 //! | `fresh` | how long ago this host was in step with control |
 //! | `local_api` | `agent.sock` |
 //! | [`isolate`], [`launch`], [`harden`] | namespaces of their own for workloads |
@@ -57,11 +58,13 @@ mod keep;
 mod link;
 mod local_api;
 mod report;
+mod telemetry;
 mod views;
 mod workloads;
 
 pub use join::{IssuedError, JoinError, JoinTokenError, KeptError};
 pub use link::ControlAddressError;
+pub use telemetry::{Source, Telemetry, Told};
 
 /// What an agent is told.
 #[derive(Debug, Clone)]
@@ -86,6 +89,8 @@ pub struct AgentConfig {
     pub executable: PathBuf,
     /// A workload that ended is not started again, and [`Agent::exited`] says how it ended.
     pub exit_with_workload: bool,
+    /// What is wanted of proxies beyond their records; `None`: nothing, and it costs nothing.
+    pub telemetry: Option<Telemetry>,
 }
 
 /// A service on this host: how it is started, which stays here, and what it declares.
@@ -308,6 +313,7 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
         address,
         identity,
         reports,
+        telemetry: config.telemetry,
     }));
     if joined {
         // What was held before belongs to an earlier life of this host, perhaps of another mesh.

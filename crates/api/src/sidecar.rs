@@ -8,8 +8,8 @@ use prost::Message;
 use tokio_util::codec::{Decoder, Encoder, LengthDelimitedCodec};
 
 pub use crate::mesh::{
-    Configure, Drain, Endpoints, Fresh, Identity, Listening, ServiceEndpoints, SidecarMessage, SidecarOrder,
-    sidecar_message, sidecar_order,
+    Configure, Drain, Endpoints, Fresh, Identity, Listening, Metrics, MetricsQuery, Sampling, ServiceEndpoints,
+    SidecarMessage, SidecarOrder, Span, SpanDecision, Spans, sidecar_message, sidecar_order,
 };
 
 /// Longest frame, in bytes: a view of the largest mesh fits.

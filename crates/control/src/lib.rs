@@ -22,12 +22,16 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::{Mutex, RwLock};
-use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    sync::{broadcast, watch},
+    task::JoinSet,
+};
 
 use countersign_api::{
     local::{Applied, Apply, Invitation, Problem},
@@ -35,6 +39,7 @@ use countersign_api::{
     svid::TlsIdentity,
 };
 use countersign_core::{
+    change::Revision,
     identity::{ServiceName, TrustDomain},
     ledger::Entry,
 };
@@ -74,6 +79,8 @@ pub const KEY_FILE: &str = "keys/kek";
 
 /// Longest path of the local socket, in bytes: what `sockaddr_un` holds, less `.new`, the name it is first bound under.
 const SOCKET_PATH_BYTES_MAX: usize = 107 - ".new".len();
+/// Changes that a slow listener may fall behind before it misses some.
+const CHANGES_KEPT: usize = 256;
 /// How long open connections have to end when the control plane stops.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
 
@@ -104,6 +111,23 @@ pub struct Control {
     stop: watch::Sender<bool>,
     socket: PathBuf,
     _lock: File,
+}
+
+/// A change-set that became a ledger entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changed {
+    /// The revision it made.
+    pub revision: Revision,
+    /// Its digest, in hexadecimal.
+    pub digest: String,
+    /// Who asked for it.
+    pub actor: String,
+    /// The changes in it.
+    pub change_count: usize,
+    /// When it was asked for, in milliseconds since 1970.
+    pub asked_at_ms: u64,
+    /// From then until it was in the ledger.
+    pub took: Duration,
 }
 
 /// Why a control plane does not start.
@@ -211,6 +235,7 @@ pub struct Plane {
     pub started_at_ms: u64,
     /// Where agents connect.
     pub listen: SocketAddr,
+    changes: broadcast::Sender<Changed>,
     sealer: Arc<Sealer>,
     authority: RwLock<Option<Arc<Authority>>>,
     identity: watch::Sender<Option<Arc<TlsIdentity>>>,
@@ -279,6 +304,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         metrics,
         started_at_ms: now_ms,
         listen,
+        changes: broadcast::Sender::new(CHANGES_KEPT),
         sealer,
         authority: RwLock::new(None),
         identity: watch::Sender::new(None),
@@ -309,6 +335,17 @@ impl Control {
     /// Makes a join token that is good once, for `ttl`, for `host` only when given.
     pub async fn invite(&self, ttl: Duration, host: Option<ServiceName>) -> Result<Invitation, Problem> {
         enrol::invite(&self.plane, ttl, host).await
+    }
+
+    /// Change-sets that become ledger entries from now on. A slow listener misses some.
+    pub fn changes(&self) -> broadcast::Receiver<Changed> {
+        self.plane.changes.subscribe()
+    }
+
+    /// What is counted, as `/metrics` serves it, whenever it is called; `None` once the control plane is gone.
+    pub fn counted(&self) -> impl Fn() -> Option<String> + Send + Sync + 'static {
+        let plane = Arc::downgrade(&self.plane);
+        move || plane.upgrade().map(|plane| plane.metrics.page(plane.levels()))
     }
 
     /// Returns, with what ended, when a part of the control plane has ended by itself: then it is of no use any more.
@@ -352,6 +389,8 @@ impl Plane {
 
     /// The flow of a change: gate, ledger, and the authority when the mesh was just created.
     pub async fn apply(&self, asked: Apply) -> Result<Applied, Problem> {
+        let (asked_at_ms, began) = (self.clock.now_ms(), Instant::now());
+        let change_count = asked.change_set.changes.len();
         let authority = self.authority();
         let own = authority.as_ref().map(|authority| authority.trust_domain().clone());
         let (gate, head) = (self.gate.clone(), self.ledger.head());
@@ -380,6 +419,15 @@ impl Plane {
         let last = appended.follower.snapshot().and_then(|snapshot| Entry::parse(&snapshot.last_entry).ok());
         let digest = last.map(|entry| entry.digest).unwrap_or_default();
         tracing::info!(revision = revision.0, digest = %digest.short(), actor = gate::LOCAL, "change applied");
+        // Nobody need listen.
+        let _ = self.changes.send(Changed {
+            revision,
+            digest: digest.to_string(),
+            actor: gate::LOCAL.into(),
+            change_count,
+            asked_at_ms,
+            took: began.elapsed(),
+        });
         Ok(Applied { revision, digest, protected: false })
     }
 

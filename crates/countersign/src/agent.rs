@@ -21,6 +21,7 @@ use crate::{
     mesh_directory,
     mesh_finder::{self, Place},
     serve, status,
+    telemetry::Telemetry,
     tell::Teller,
 };
 
@@ -51,7 +52,7 @@ pub struct AgentArguments {
 }
 
 /// Runs until it is told to stop.
-pub async fn agent(arguments: AgentArguments, global: &Global) -> Done {
+pub async fn agent(arguments: AgentArguments, global: &Global, telemetry: &Telemetry) -> Done {
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
         None => cli::place(global)?,
@@ -81,6 +82,7 @@ pub async fn agent(arguments: AgentArguments, global: &Global) -> Done {
         workers: directory.defaults.workers,
         executable: executable(),
         exit_with_workload: false,
+        telemetry: telemetry.of_agent(Some(&directory.trust_domain)),
     })
     .await?;
     let mut events = agent.events();

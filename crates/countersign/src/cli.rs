@@ -20,7 +20,9 @@ use crate::{
     mesh_finder::{self, Place},
     policy, render,
     render::{Output, Paint},
-    run, service, status, telemetry, up,
+    run, service, status,
+    telemetry::{self, Telemetry},
+    up,
 };
 
 /// A zero-trust service mesh: every request is judged while it lives.
@@ -242,10 +244,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     let output = global.output;
     let done = match command {
-        Command::Up(arguments) => serve(up::up(arguments, &global)),
-        Command::Run(arguments) => return serve(run::run(arguments, &global)),
-        Command::Control(arguments) => serve(control::control(arguments, &global)),
-        Command::Agent(arguments) => serve(agent::agent(arguments, &global)),
+        Command::Up(arguments) => serve(async |telemetry| up::up(arguments, &global, telemetry).await),
+        Command::Run(arguments) => return serve(async |telemetry| run::run(arguments, &global, telemetry).await),
+        Command::Control(arguments) => serve(async |telemetry| control::control(arguments, &global, telemetry).await),
+        Command::Agent(arguments) => serve(async |telemetry| agent::agent(arguments, &global, telemetry).await),
         Command::Plan(arguments) => ask(apply::plan(arguments, &global)),
         Command::Apply(arguments) => ask(apply::apply(arguments, &global)),
         Command::Policy(verb) => policy::policy(verb, &global),
@@ -287,14 +289,14 @@ pub fn ask<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failu
 }
 
 /// Runs a command that serves until it is told to stop: on all cores, with its events told.
-fn serve<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+fn serve<T>(work: impl AsyncFnOnce(&Telemetry) -> Result<T, Failure>) -> Result<T, Failure> {
     // Several crates bring a TLS library's hooks; only this provider is ever used. A second installation is harmless.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|e| Failure::new("could not start").because(&e))?;
     let result = runtime.block_on(async {
         let telemetry = telemetry::start()?;
-        let result = work.await;
+        let result = work(&telemetry).await;
         telemetry.stop().await;
         result
     });

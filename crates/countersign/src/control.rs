@@ -13,6 +13,7 @@ use crate::{
     error::{Done, Failure},
     mesh_finder::{self, Place},
     render, serve,
+    telemetry::Telemetry,
 };
 
 /// Where it keeps its state and where it listens.
@@ -36,7 +37,7 @@ pub struct ControlArguments {
 }
 
 /// Runs until it is told to stop.
-pub async fn control(arguments: ControlArguments, global: &Global) -> Done {
+pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &Telemetry) -> Done {
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
         None => cli::place(global)?,
@@ -54,9 +55,10 @@ pub async fn control(arguments: ControlArguments, global: &Global) -> Done {
         listen: arguments.listen,
         metrics_listen: arguments.metrics,
         key_file: arguments.key_file,
-        trust_domain,
+        trust_domain: trust_domain.clone(),
     };
     let control = start(config).await?;
+    telemetry.follow(&control, trust_domain.as_ref());
     let _running = serve::tell(&place, &run_file(&place, &control))?;
     render::print_error(&format!(
         "the control plane listens on {} for agents; `countersign host invite` lets one in\n",

@@ -10,7 +10,7 @@ use countersign_core::{identity::ServiceName, service::ServiceSpec};
 
 use crate::{
     agent, cli, cli::Global, client::Client, error::Failure, mesh_directory, mesh_finder::Place, serve, status,
-    tell::Teller,
+    telemetry::Telemetry, tell::Teller,
 };
 
 /// How long the token is good that this command gets for itself.
@@ -45,7 +45,7 @@ pub struct Run {
 }
 
 /// Runs the command and ends as it ends.
-pub async fn run(arguments: Run, global: &Global) -> Result<ExitCode, Failure> {
+pub async fn run(arguments: Run, global: &Global, telemetry: &Telemetry) -> Result<ExitCode, Failure> {
     let told = serve::until_told()?;
     let mut command = Vec::new();
     for part in arguments.command {
@@ -75,6 +75,7 @@ pub async fn run(arguments: Run, global: &Global) -> Result<ExitCode, Failure> {
         workers: 1,
         executable: agent::executable(),
         exit_with_workload: true,
+        telemetry: telemetry.of_agent(None),
     })
     .await;
     let code = match agent {

@@ -37,6 +37,7 @@ use crate::{
     render::Paint,
     serve::{self, Running},
     status,
+    telemetry::Telemetry,
     tell::Teller,
     watch::Watch,
 };
@@ -69,7 +70,7 @@ pub struct Up {
 }
 
 /// Runs the mesh until it is told to stop.
-pub async fn up(arguments: Up, global: &Global) -> Done {
+pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
     let started = Instant::now();
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
@@ -89,7 +90,9 @@ pub async fn up(arguments: Up, global: &Global) -> Done {
         trust_domain: Some(directory.trust_domain.clone()),
     })
     .await?;
+    telemetry.follow(&control, Some(&directory.trust_domain));
     let mesh = Mesh {
+        telemetry,
         place: &place,
         dir,
         control: &control,
@@ -118,6 +121,7 @@ pub async fn up(arguments: Up, global: &Global) -> Done {
 
 /// A mesh whose control plane runs.
 struct Mesh<'a> {
+    telemetry: &'a Telemetry,
     place: &'a Place,
     dir: &'a Path,
     control: &'a Control,
@@ -149,6 +153,7 @@ impl Mesh<'_> {
             workers: directory.defaults.workers,
             executable: agent::executable(),
             exit_with_workload: false,
+            telemetry: self.telemetry.of_agent(Some(&directory.trust_domain)),
         })
         .await?;
         Ok((agent, teller))

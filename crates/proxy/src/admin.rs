@@ -27,7 +27,7 @@ use tracing::debug;
 
 use crate::{record::Reader, shared::Shared};
 
-mod metrics;
+pub(crate) mod metrics;
 
 /// Connections served at the same time.
 const CONNECTIONS_MAX: usize = 16;

@@ -89,6 +89,10 @@ pub struct Counts {
     pub mesh_connections: Count,
     /// Connections opened to the workload.
     pub app_connections: Count,
+    /// Spans handed over to the agent.
+    pub spans: Count,
+    /// Spans lost for want of room.
+    pub spans_shed: Count,
     /// Nanoseconds spent judging.
     pub judge_ns: Count,
     /// Judgements, by the bucket of their duration.

@@ -22,7 +22,6 @@ use crate::{
     authenticate::authenticate,
     authorize::authorize,
     counts::{Counts, Direction},
-    decided::TraceId,
     flow::{Account, Flow, Watched},
     forward, hygiene,
     identify::Peer,
@@ -30,6 +29,7 @@ use crate::{
     pool::Outgoing,
     route::{Limited, Rule},
     shared::Door,
+    trace::{self, Trace},
     tunnel::{Sort, Wire},
     view::Compiled,
     workers::Worker,
@@ -70,16 +70,18 @@ pub(crate) struct Routed {
 pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Request<Flow>) -> Reply {
     let began = Instant::now();
     let kind = kind_of(request.headers());
-    let (view, routed, asked) =
-        match admit(worker, |counts| &counts.inbound, 0).and_then(|view| route_inbound(worker, peer, view, request)) {
-            Ok(routed) => routed,
-            Err(refusal) => {
-                worker.counts.inbound.started.add(1);
-                worker.counts.inbound.open.add(1);
-                worker.counts.inbound.end(refusal.row().status.as_u16(), 0, 0, 0);
-                return refused(worker, refusal, kind);
-            }
-        };
+    let trace = Trace::of(request.headers(), worker.sampling());
+    let admitted = admit(worker, |counts| &counts.inbound, 0);
+    let (view, routed, asked) = match admitted.and_then(|view| route_inbound(worker, peer, view, trace, request)) {
+        Ok(routed) => routed,
+        Err(refusal) => {
+            worker.counts.inbound.started.add(1);
+            worker.counts.inbound.open.add(1);
+            worker.counts.inbound.end(refusal.row().status.as_u16(), 0, 0, 0);
+            worker.tell_refused(&trace, kind, began, refusal.row().status.as_u16(), refusal.row().reason);
+            return refused(worker, refusal, kind);
+        }
+    };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
     let caller = authenticate(peer);
     let outcome = match authorize(caller, &exchange, &view).await {
@@ -93,6 +95,7 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
         }
         Err(refusal) => {
             exchange.status.set(refusal.row().status.as_u16());
+            exchange.refusal.set(refusal.row().reason);
             refused(worker, refusal, kind)
         }
     }
@@ -100,8 +103,9 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
 
 /// An exchange from our workload into the mesh.
 pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, request: Request<Flow>) -> Reply {
-    let outgoing = Outgoing::new(worker);
     let kind = kind_of(request.headers());
+    let trace = Trace::of(request.headers(), worker.sampling());
+    let outgoing = Outgoing::new(worker, trace, kind, request.method());
     let admitted = admit(worker, |counts| &counts.outbound, 1);
     let outcome = match admitted.and_then(|view| route_outbound(worker, &outgoing, &view, door, intent, request)) {
         Ok(sending) => forward::to_mesh(worker, &outgoing, sending).await,
@@ -114,6 +118,7 @@ pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, r
         }
         Err(refusal) => {
             outgoing.status.set(refusal.row().status.as_u16());
+            outgoing.refusal.set(refusal.row().reason);
             refused(worker, refusal, kind)
         }
     }
@@ -143,6 +148,7 @@ fn route_inbound(
     worker: &Worker,
     peer: &Peer,
     view: Arc<Compiled>,
+    trace: Trace,
     request: Request<Flow>,
 ) -> Result<(Arc<Compiled>, Routed, Asked), Refusal> {
     let (parts, body) = request.into_parts();
@@ -174,7 +180,7 @@ fn route_inbound(
     let mut headers = parts.headers;
     let size = size_of(&headers)?;
     hygiene::request(&mut headers);
-    let trace_id = hygiene::trace(&mut headers);
+    trace.write(&mut headers);
     // The handshake of a WebSocket is a GET (RFC 8441, section 5): that is what is judged.
     let method = if intent == Intent::WebSocket { Method::GET } else { parts.method };
     let kind = match protocol {
@@ -189,7 +195,7 @@ fn route_inbound(
         host: own_host,
         size,
         first_contact: worker.is_first_contact(peer.id(), &method),
-        trace_id: Some(trace_id),
+        trace,
     };
     let routed = Routed { intent, protocol, method, path_and_query, headers, body };
     Ok((view, routed, asked))
@@ -230,6 +236,7 @@ fn route_outbound(
             host.service().ok_or(Refusal::UnknownService)?
         }
     };
+    outgoing.describe(|span| span.service = named.to_string());
     let visible = view.visible(&named).ok_or(Refusal::UnknownService)?;
     if (intent == Intent::Tunnel) != (visible.protocol == Protocol::Tcp) {
         return Err(Refusal::WrongProtocol);
@@ -238,6 +245,7 @@ fn route_outbound(
         Some(raw) => normal(raw)?,
         None => ("/".into(), PathAndQuery::from_static("/")),
     };
+    outgoing.describe(|span| span.path = trace::shortened(&path));
     size_of(&parts.headers)?;
     // As at the callee: the handshake of a WebSocket is a GET, by whichever version of HTTP it came.
     let method = if intent == Intent::WebSocket { Method::GET } else { parts.method };
@@ -250,15 +258,20 @@ fn route_outbound(
         *outgoing.place.borrow_mut() = place;
     }
     let target = rule.and_then(|rule| rule.pick(fastrand::u32(..))).cloned().unwrap_or(named);
+    outgoing.describe(|span| span.service = target.to_string());
     let visible = view.visible(&target).ok_or(Refusal::UnknownService)?;
     if (intent == Intent::Tunnel) != (visible.protocol == Protocol::Tcp) {
         return Err(Refusal::WrongProtocol);
     }
     let kind = if visible.protocol == Protocol::Tcp { Kind::Tcp } else { kind_of(&parts.headers) };
+    outgoing.describe(|span| {
+        span.protocol = kind.as_str().into();
+        span.method = method.to_string();
+    });
     let mut headers = parts.headers;
     hygiene::request(&mut headers);
     headers.remove(header::HOST);
-    let TraceId(_) = hygiene::trace(&mut headers);
+    outgoing.trace.write(&mut headers);
     Ok(Sending { intent, kind, target, rule: rule.cloned(), method, path_and_query, headers, body })
 }
 

@@ -1,19 +1,13 @@
-//! What may cross from one connection to the next: hop-by-hop headers end here, nobody outside the mesh may speak of
-//! identity, and the trace goes on.
-
-use std::fmt::Write as _;
+//! What may cross from one connection to the next: hop-by-hop headers end here, and nobody outside the mesh may speak of
+//! identity.
 
 use http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{self, Entry},
 };
 
-use crate::decided::TraceId;
-
 /// Who the caller is, as the workload learns it.
 pub(crate) const CALLER: HeaderName = HeaderName::from_static("countersign-caller");
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 // RFC 9110, section 7.6.1: these concern one connection only, whether `Connection` names them or not. `TE` goes on for
 // gRPC, reduced to `trailers`; `Expect` was answered by whoever asks for the body.
@@ -121,35 +115,6 @@ fn claims(headers: &mut HeaderMap) {
     }
 }
 
-/// Continues the W3C trace of a request, or begins one: the trace id stays, this hop gets a span id of its own.
-pub(crate) fn trace(headers: &mut HeaderMap) -> TraceId {
-    let continued = headers.get(TRACEPARENT).and_then(|value| parse_traceparent(value.as_bytes()));
-    let (trace_id, flags) = continued.unwrap_or_else(|| {
-        headers.remove(TRACESTATE); // W3C Trace Context 3.3: without a valid parent it says nothing
-        (TraceId(fastrand::u128(1..)), 0)
-    });
-    let mut text = String::with_capacity(55);
-    let _ = write!(text, "00-{trace_id}-{:016x}-{flags:02x}", fastrand::u64(1..));
-    headers.insert(TRACEPARENT, text.try_into().expect("INVARIANT: hexadecimal digits and dashes"));
-    trace_id
-}
-
-// W3C Trace Context 3.2: version, 16 bytes of trace id, 8 of parent id, flags; later versions may add fields.
-fn parse_traceparent(value: &[u8]) -> Option<(TraceId, u8)> {
-    let text = std::str::from_utf8(value.get(..55)?).ok()?;
-    let lower_hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    let mut parts = text.split('-');
-    let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    let shape = (version.len(), trace.len(), parent.len(), flags.len()) == (2, 32, 16, 2) && parts.next().is_none();
-    let longer = value.len() > 55 && (version == "00" || value[55] != b'-');
-    if !shape || longer || version == "ff" || ![version, trace, parent, flags].iter().all(|part| lower_hex(part)) {
-        return None;
-    }
-    let trace = u128::from_str_radix(trace, 16).ok().filter(|id| *id != 0)?;
-    u64::from_str_radix(parent, 16).ok().filter(|id| *id != 0)?;
-    Some((TraceId(trace), u8::from_str_radix(flags, 16).ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,29 +157,5 @@ mod tests {
         ]);
         request(&mut given);
         assert_eq!(names(&given), ["content-type", "x-request-id"]);
-    }
-
-    #[test]
-    fn a_trace_goes_on_and_a_broken_one_begins_anew() {
-        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
-        for (given, continued) in [
-            (format!("00-{id}-00f067aa0ba902b7-01"), true),
-            (format!("01-{id}-00f067aa0ba902b7-01-more"), true),
-            (format!("00-{id}-00f067aa0ba902b7-01-more"), false),
-            (format!("ff-{id}-00f067aa0ba902b7-01"), false),
-            (format!("00-{}-00f067aa0ba902b7-01", "0".repeat(32)), false),
-            (format!("00-{id}-0000000000000000-01"), false),
-            (format!("00-{}-00f067aa0ba902b7-01", id.to_uppercase()), false),
-            ("".to_owned(), false),
-            ("é".repeat(40), false),
-        ] {
-            let mut map = HeaderMap::new();
-            map.insert(TRACEPARENT, HeaderValue::from_bytes(given.as_bytes()).unwrap());
-            map.insert(TRACESTATE, HeaderValue::from_static("a=b"));
-            assert_eq!(trace(&mut map).to_string() == id, continued, "{given}");
-            assert_eq!(map.contains_key(TRACESTATE), continued, "{given}");
-            let passed = map[TRACEPARENT].to_str().unwrap();
-            assert!(parse_traceparent(passed.as_bytes()).is_some() && passed != given, "{passed}");
-        }
     }
 }

@@ -19,6 +19,7 @@
 //! | `balance`, `pool` | which instance, and the connection to it |
 //! | `flow`, `tunnel`, `websocket` | bodies frame by frame; byte streams joined; where a WebSocket frame ends |
 //! | `hygiene` | what may cross from one connection to the next |
+//! | `trace` | the W3C trace goes on; the spans of those that are kept |
 //! | `live` | the live table: judged before it begins, judged again while it lives |
 //! | `answer` | outcome to status |
 //! | [`decided`], [`record`] | one decision; kept, reported, read back |
@@ -51,6 +52,7 @@ mod route;
 mod serve;
 pub mod shared;
 mod sidecar;
+mod trace;
 mod tunnel;
 pub mod view;
 mod websocket;
@@ -58,3 +60,4 @@ pub mod workers;
 
 pub use shared::{App, Door, Endpoint, Setup, Shared};
 pub use sidecar::sidecar_main;
+pub use trace::{Sampling, Tracing};

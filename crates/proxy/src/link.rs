@@ -8,18 +8,25 @@
 //! The agent's end closed means that the agent died: the sidecar ends at once, because nobody would tell it of a
 //! revocation any more; the agent's successor starts a new one.
 
-use std::{io, net::SocketAddr, os::unix::net::UnixStream, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    os::unix::net::UnixStream,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, SystemTime},
+};
 
 use countersign_api::{
     mesh::{InstanceRevision, RecordsAnswer, RecordsQuery, Report},
-    sidecar::{Drain, Endpoints, Identity, ProxyFrames, SidecarMessage, sidecar_message, sidecar_order},
+    sidecar::{Drain, Endpoints, Identity, Metrics, ProxyFrames, SidecarMessage, sidecar_message, sidecar_order},
     svid::{Bundle, SvidError, X509Svid},
 };
 use countersign_core::identity::{InstanceId, NameError, ServiceName};
 use futures_util::{SinkExt, StreamExt, stream::SplitSink};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, oneshot},
     task::spawn_blocking,
     time::timeout,
 };
@@ -27,11 +34,12 @@ use tokio_util::codec::Framed;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    admin::Admin,
+    admin::{self, Admin},
     decided::Recorder,
     record::{Reader, Sink, SinkConfig},
     shared::{Endpoint, Setup, Shared},
     sidecar::chain,
+    trace::{self, Tracing},
     workers,
 };
 
@@ -151,6 +159,7 @@ struct Sidecar {
     workers: Vec<JoinHandle<()>>,
     offered: Arc<Offered>,
     reader: Reader,
+    counted: Counted,
     queries: Arc<Semaphore>,
     say: mpsc::Sender<SidecarMessage>,
     drain: mpsc::Sender<Duration>,
@@ -163,10 +172,12 @@ impl Sidecar {
         let sockets = configuration.sockets()?;
         let listeners = Listeners::bind(&configuration, &sockets)?;
         let listening = listeners.listening();
+        let (tracing, spans) = configuration.sampling.map(Tracing::new).unzip();
         let shared = Arc::new(Shared::new(Setup {
             instance: configuration.instance.clone(),
             app: configuration.app(&sockets),
             worker_count: configuration.worker_count,
+            tracing,
         }));
         let (report, reports) = mpsc::channel(REPORTS_MAX);
         let config = SinkConfig {
@@ -188,6 +199,9 @@ impl Sidecar {
         let _ = say.try_send(message(sidecar_message::Message::Listening(listening)));
         let spoken = tokio::spawn(speak(unread, to_agent));
         let reported = tokio::spawn(pass_on_reports(reports, say.clone()));
+        let (end_spans, ending) = oneshot::channel();
+        let traced = spans.map(|spans| tokio::spawn(trace::pass_on(spans, say.downgrade(), ending)));
+        let counted = Counted { shared: shared.clone(), reader: reader.clone(), began: SystemTime::now() };
         let names = if configuration.transparent {
             let upstreams = listeners.upstreams().map_err(start("the names of services"))?;
             Some(Names::start(sockets, shared.clone(), upstreams).map_err(start("the names of services"))?)
@@ -200,11 +214,21 @@ impl Sidecar {
         }
         let admin = tokio::net::TcpListener::from_std(listeners.open(&shared)).map_err(start("the admin pages"))?;
         tokio::spawn(Admin::new(shared.clone(), reader.clone()).serve(admin));
-        let closing = Closing { shared: shared.clone(), sink, say: say.downgrade(), spoken, reported, end };
+        let traced = traced.map(|traced| (end_spans, traced));
+        let closing = Closing {
+            shared: shared.clone(),
+            sink,
+            say: say.downgrade(),
+            spoken,
+            reported,
+            traced,
+            counted: counted.clone(),
+            end,
+        };
         tokio::spawn(closing.run(drains));
         info!(instance.id = %shared.setup.instance, workers = workers.len(), "sidecar listens");
         let queries = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok((Self { shared, workers, offered, reader, queries, say, drain }, ended))
+        Ok((Self { shared, workers, offered, reader, counted, queries, say, drain }, ended))
     }
 
     fn obey(&self, order: Option<sidecar_order::Order>) -> Result<(), LinkError> {
@@ -233,6 +257,11 @@ impl Sidecar {
             }
             Some(Order::RecordsQuery(query)) => {
                 tokio::spawn(answer(query, self.reader.clone(), self.queries.clone(), self.say.clone()));
+                Ok(())
+            }
+            Some(Order::MetricsQuery(_)) => {
+                // An agent that reads nothing asks again later.
+                let _ = self.say.try_send(message(sidecar_message::Message::Metrics(self.counted.now())));
                 Ok(())
             }
             Some(Order::Drain(Drain { within_ms })) => {
@@ -297,6 +326,23 @@ impl Sidecar {
     }
 }
 
+/// What is counted, for an agent that asks.
+#[derive(Clone)]
+struct Counted {
+    shared: Arc<Shared>,
+    reader: Reader,
+    began: SystemTime,
+}
+
+impl Counted {
+    fn now(&self) -> Metrics {
+        let mut page = String::with_capacity(16 * 1024);
+        // Writing to a string does not fail.
+        let _ = admin::metrics::encode(&mut page, &self.shared, &self.reader.counts());
+        Metrics { page, began_ns: trace::nanoseconds(self.began), at_ns: trace::nanoseconds(SystemTime::now()) }
+    }
+}
+
 /// What must happen, in order, before a drained sidecar ends.
 struct Closing {
     shared: Arc<Shared>,
@@ -304,6 +350,8 @@ struct Closing {
     say: mpsc::WeakSender<SidecarMessage>,
     spoken: tokio::task::JoinHandle<()>,
     reported: tokio::task::JoinHandle<()>,
+    traced: Option<(oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
+    counted: Counted,
     end: mpsc::Sender<Ended>,
 }
 
@@ -313,7 +361,15 @@ impl Closing {
         self.shared.drain(within).await;
         let _ = spawn_blocking(move || drop(self.sink)).await; // the last records are written and reported
         let _ = self.reported.await;
+        let told = self.traced.is_some();
+        if let Some((end_spans, traced)) = self.traced {
+            let _ = end_spans.send(());
+            let _ = traced.await;
+        }
         if let Some(say) = self.say.upgrade() {
+            if told {
+                let _ = say.send(message(sidecar_message::Message::Metrics(self.counted.now()))).await;
+            }
             let _ = say.send(message(sidecar_message::Message::Drained(String::new()))).await;
             // The writer closes after `drained`; the agent may be gone by then.
             drop(say);
@@ -385,5 +441,6 @@ fn name(order: &sidecar_order::Order) -> &'static str {
         Order::Fresh(_) => "fresh",
         Order::RecordsQuery(_) => "records_query",
         Order::Drain(_) => "drain",
+        Order::MetricsQuery(_) => "metrics_query",
     }
 }

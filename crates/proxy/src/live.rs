@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use countersign_api::sidecar::{Span, SpanDecision};
 use countersign_core::{
     change::Revision,
     identity::SpiffeId,
@@ -26,9 +27,10 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::{
-    decided::{Decided, DecisionId, Shed, TraceId},
+    decided::{Decided, DecisionId, Shed},
     identify::Peer,
     pool::Stream,
+    trace::{self, Trace},
     view::Compiled,
     workers::Worker,
 };
@@ -57,7 +59,7 @@ pub(crate) struct Asked {
     pub(crate) host: Arc<str>, // without port, lower case
     pub(crate) size: Option<u64>,
     pub(crate) first_contact: bool,
-    pub(crate) trace_id: Option<TraceId>,
+    pub(crate) trace: Trace,
 }
 
 /// The action of an exchange but for its method.
@@ -80,6 +82,7 @@ pub(crate) struct Exchange {
     wakers: RefCell<SmallVec<[Waker; 2]>>,
     recorded: Cell<bool>, // the judgement in `judged` is in the record
     pub(crate) status: Cell<u16>,
+    pub(crate) refusal: Cell<&'static str>, // why the mesh answered; empty: it did not
     pub(crate) broke: Cell<bool>,
     pub(crate) bytes_in: Cell<u64>,
     pub(crate) bytes_out: Cell<u64>,
@@ -135,6 +138,7 @@ impl Live {
             wakers: RefCell::default(),
             recorded: Cell::new(false),
             status: Cell::new(0),
+            refusal: Cell::new(""),
             broke: Cell::new(false),
             bytes_in: Cell::new(0),
             bytes_out: Cell::new(0),
@@ -314,10 +318,42 @@ impl Exchange {
             decision: &judged.decision,
             judged: judged.which,
             query: self.query(&judged.view, judged.now),
-            trace_id: self.asked.trace_id,
+            trace_id: Some(self.asked.trace.id()),
             judge_ns: judged.judge_ns,
             ended,
         }
+    }
+
+    /// Tells of this exchange, which ends now, as a span.
+    #[cold]
+    fn tell(&self, how: End) {
+        let judged = self.judged.borrow();
+        let decision = judged.as_ref().map(|judged| SpanDecision {
+            id: judged.id.to_string(),
+            outcome: judged.decision.outcome.as_str().into(),
+            reason: judged.decision.reason.as_str().into(),
+            revision: judged.revision.0,
+            policies: judged.decision.policies.iter().map(ToString::to_string).collect(),
+            caller: self.peer.id().to_string(),
+        });
+        let end = match how {
+            End::Completed => "completed",
+            End::Cut => "cut",
+            End::Abandoned => "abandoned",
+        };
+        self.worker.tell(Span {
+            inbound: true,
+            protocol: self.asked.kind.as_str().into(),
+            method: self.asked.method.to_string(),
+            path: trace::shortened(&self.asked.path),
+            service: self.worker.shared.setup.instance.service().to_string(),
+            status: self.status.get().into(),
+            refusal: self.refusal.get().into(),
+            end: end.into(),
+            origin: self.peer.origin().to_string(),
+            decision,
+            ..self.asked.trace.span(self.began.elapsed())
+        });
     }
 
     fn show(&self) -> LiveExchange {
@@ -374,6 +410,9 @@ impl Drop for Exchange {
             (None, 0, _) | (None, _, true) => End::Abandoned,
             (None, ..) => End::Completed,
         };
+        if self.asked.trace.is_kept() {
+            self.tell(how);
+        }
         let ended = Ended { status, duration_us, bytes_in, bytes_out, how };
         match &*self.judged.borrow() {
             Some(judged) if self.recorded.get() => self.worker.recorder.amend(judged.id, &ended),

@@ -12,9 +12,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use countersign_api::svid::{PeerSide, server_name};
+use countersign_api::{
+    sidecar::Span,
+    svid::{PeerSide, server_name},
+};
 use h2::client::SendRequest;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use rustls::AlertDescription;
@@ -29,7 +32,9 @@ use crate::{
     balance::{Instance, Load},
     flow::Watched,
     identify::Proof,
+    live::Kind,
     route::Place,
+    trace::Trace,
     workers::Worker,
 };
 
@@ -318,6 +323,9 @@ pub(crate) struct Outgoing {
     pub(crate) worker: Rc<Worker>,
     pub(crate) began: Instant,
     pub(crate) status: Cell<u16>,
+    pub(crate) refusal: Cell<&'static str>, // why the mesh answered; empty: it did not, or not this end of it
+    pub(crate) trace: Trace,
+    span: RefCell<Option<Box<Span>>>, // what will be told of it, as far as it is known; of a trace that is kept
     pub(crate) bytes_in: Cell<u64>,
     pub(crate) bytes_out: Cell<u64>,
     pub(crate) stream: RefCell<Option<(Stream, Load)>>,
@@ -326,13 +334,19 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    pub(crate) fn new(worker: &Rc<Worker>) -> Rc<Self> {
+    pub(crate) fn new(worker: &Rc<Worker>, trace: Trace, kind: Kind, method: &Method) -> Rc<Self> {
         worker.counts.outbound.started.add(1);
         worker.counts.outbound.open.add(1);
         Rc::new(Self {
             worker: worker.clone(),
             began: Instant::now(),
             status: Cell::new(0),
+            refusal: Cell::new(""),
+            trace,
+            span: RefCell::new(trace.is_kept().then(|| {
+                let (protocol, method) = (kind.as_str().into(), method.to_string());
+                Box::new(Span { protocol, method, ..Span::default() })
+            })),
             bytes_in: Cell::new(0),
             bytes_out: Cell::new(0),
             stream: RefCell::default(),
@@ -340,11 +354,26 @@ impl Outgoing {
             instance: RefCell::default(),
         })
     }
+
+    /// Adds what has become known to the span, if there will be one.
+    pub(crate) fn describe(&self, add: impl FnOnce(&mut Span)) {
+        if let Some(span) = &mut *self.span.borrow_mut() {
+            add(span);
+        }
+    }
 }
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        let duration_us = self.began.elapsed().as_micros() as u64;
-        self.worker.counts.outbound.end(self.status.get(), duration_us, self.bytes_in.get(), self.bytes_out.get());
+        let took = self.began.elapsed();
+        let (status, bytes_in, bytes_out) = (self.status.get(), self.bytes_in.get(), self.bytes_out.get());
+        self.worker.counts.outbound.end(status, took.as_micros() as u64, bytes_in, bytes_out);
+        if let Some(known) = self.span.take() {
+            let Span { protocol, method, path, service, .. } = *known;
+            let (status, refusal) = (status.into(), self.refusal.get().into());
+            let end = if status == 0 { "abandoned" } else { "completed" }.into();
+            let at = self.trace.span(took);
+            self.worker.tell(Span { protocol, method, path, service, status, refusal, end, ..at });
+        }
     }
 }

@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashSet;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::{counts::Counts, live::LiveExchange, view::Compiled};
+use crate::{counts::Counts, live::LiveExchange, trace::Tracing, view::Compiled};
 
 /// What is fixed for the life of one sidecar.
 pub struct Setup {
@@ -37,6 +37,8 @@ pub struct Setup {
     pub app: Option<App>,
     /// Threads.
     pub worker_count: usize,
+    /// Which exchanges are told as spans, and to whom; `None` when nobody asked for any.
+    pub tracing: Option<Tracing>,
 }
 
 /// How to reach the workload.

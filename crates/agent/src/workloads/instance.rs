@@ -287,6 +287,7 @@ impl Instance {
             records_dir: records_dir.display().to_string(),
             records_bytes_max: RECORDS_BYTES_MAX,
             admin_listen: admin.unwrap_or_else(|| any(loopback)),
+            sampling: host.telemetry.as_ref().and_then(|telemetry| telemetry.sampling),
         })
     }
 

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, io, os::fd::OwnedFd, path::Path, process::Stdio
 
 use bytes::Bytes;
 use countersign_api::sidecar::{
-    AGENT_FD, AgentFrames, BROKER_FD, Configure, Drain, Fresh, Identity, SidecarMessage, SidecarOrder,
+    AGENT_FD, AgentFrames, BROKER_FD, Configure, Drain, Fresh, Identity, MetricsQuery, SidecarMessage, SidecarOrder,
     sidecar_message::Message, sidecar_order::Order,
 };
 use countersign_core::{change::Revision, view::View};
@@ -23,11 +23,11 @@ use tokio_util::codec::{FramedRead, FramedWrite};
 
 use super::instance::{Addresses, Instance, said};
 use crate::{
-    AgentEvent, TOLD,
-    discovery::Told,
+    AgentEvent, TOLD, discovery,
     host::{Contact, Host},
     join::Issued,
     launch,
+    telemetry::{self, Source, Telemetry},
     views::Published,
     workloads::output::Output,
 };
@@ -130,6 +130,7 @@ impl Talk<'_> {
             let mut bundle = self.host.bundle.subscribe();
             let mut discovery = self.host.discovery.subscribe();
             let mut tick = tokio::time::interval(FRESH_EVERY);
+            let mut metrics_due = metrics_due(self.host.telemetry.as_ref());
             let mut sent = Sent::default();
             let mut settled = Box::pin(identity_is_settled(self.host, self.instance, self.identity.clone()));
             let mut is_settled = false;
@@ -170,6 +171,7 @@ impl Talk<'_> {
                     }
                     Some(query) = queries.recv() => orders.say(Order::RecordsQuery(query)).await?,
                     _ = tick.tick() => orders.say_all(self.fresh()).await?,
+                    () = metrics_due.next() => orders.say(Order::MetricsQuery(MetricsQuery {})).await?,
                 }
             }
             let within = self.drain.borrow().unwrap_or_default();
@@ -240,7 +242,7 @@ struct Sent {
     content_at: Option<Revision>,
     revision: Option<Revision>,
     visible: BTreeSet<countersign_core::identity::ServiceName>,
-    endpoints: Told,
+    endpoints: discovery::Told,
 }
 
 struct Orders {
@@ -291,6 +293,8 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
             }
             Some(Message::Report(report)) => host.reports.relay(report),
             Some(Message::Records(answer)) => host.reports.answer(&instance.id, answer),
+            Some(Message::Metrics(metrics)) => heard(host, instance, telemetry::Told::Metrics(metrics)),
+            Some(Message::Spans(spans)) => heard(host, instance, telemetry::Told::Spans(spans.spans)),
             Some(Message::AppReady(ready)) => instance.app_ready(host, ready),
             Some(Message::Drained(_)) => return Ok(()),
             // A message of a newer proxy: the binary was replaced under a running agent.
@@ -298,6 +302,30 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
         }
     }
     Err("it closed its connection to the agent".into())
+}
+
+fn heard(host: &Host, instance: &Instance, told: telemetry::Told) {
+    if let Some(telemetry) = &host.telemetry {
+        let source = Source { trust_domain: &host.trust_domain, host: &host.name, instance: &instance.id };
+        (telemetry.hear)(source, told);
+    }
+}
+
+/// When a sidecar is asked next what it counted.
+struct MetricsDue(Option<tokio::time::Interval>);
+
+fn metrics_due(telemetry: Option<&Telemetry>) -> MetricsDue {
+    let every = telemetry.and_then(|telemetry| telemetry.metrics_every);
+    MetricsDue(every.map(|every| tokio::time::interval_at(tokio::time::Instant::now() + every, every)))
+}
+
+impl MetricsDue {
+    async fn next(&mut self) {
+        match &mut self.0 {
+            Some(due) => _ = due.tick().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// How the process ended, when it did.

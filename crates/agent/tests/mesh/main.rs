@@ -12,11 +12,14 @@ use std::{
 };
 
 use countersign_agent::{
-    Agent, AgentConfig, AgentEvent, Isolate, StartError, WorkloadSpec,
+    Agent, AgentConfig, AgentEvent, Isolate, Source, StartError, Telemetry, Told, WorkloadSpec,
     launch::{SUBCOMMAND, launch_main},
     start,
 };
-use countersign_api::mesh::{RecordsQuery, follow_event::Event, follow_request::Message};
+use countersign_api::{
+    mesh::{RecordsQuery, follow_event::Event, follow_request::Message},
+    sidecar::Sampling,
+};
 use countersign_core::{
     change::Change,
     identity::{InstanceId, ServiceName},
@@ -72,6 +75,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         what_did_not_change_keeps_running_when_workloads_are_set_anew
         endpoints_reach_the_proxies_that_see_them
         control_hears_the_records_of_every_proxy
+        proxies_are_asked_what_they_count_only_when_somebody_wants_it
         a_workload_that_ends_ends_the_run_with_its_code
         the_local_socket_shows_what_runs_to_its_owner
         a_workload_is_started_after_its_sidecar_serves_it
@@ -186,6 +190,7 @@ fn config(data_dir: PathBuf, control: SocketAddr, join: Option<String>, workload
         workers: 1,
         executable: std::env::current_exe().unwrap(),
         exit_with_workload: false,
+        telemetry: None,
     }
 }
 
@@ -619,6 +624,39 @@ async fn control_hears_the_records_of_every_proxy() {
     };
     until("an answer", || answer().is_some()).await;
     assert_eq!(answer().unwrap(), (9, 2, true, String::new()));
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn proxies_are_asked_what_they_count_only_when_somebody_wants_it() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.enforced("web", revision).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let asked = |line: &String| line.starts_with("metrics_query") || line.starts_with("sampling");
+    assert!(!ground.orders("web").iter().any(asked));
+    agent.stop(Duration::ZERO).await;
+
+    let heard: Arc<parking_lot::Mutex<Vec<String>>> = Arc::default();
+    let hears = heard.clone();
+    let hear = move |source: Source<'_>, told: Told| {
+        let told = match told {
+            Told::Metrics(metrics) => metrics.page,
+            Told::Spans(spans) => format!("span {}", spans[0].span_id),
+        };
+        hears.lock().push(format!("{} {} {} {told}", source.trust_domain, source.host, source.instance.service()));
+    };
+    let telemetry = Telemetry {
+        sampling: Some(Sampling { follow_parent: true, ratio: 0.25 }),
+        metrics_every: Some(Duration::from_millis(50)),
+        hear: Arc::new(hear),
+    };
+    let mut config = ground.config(None, vec![idle("web")]);
+    config.telemetry = Some(telemetry);
+    let agent = start(config).await.unwrap();
+    until("two rounds", || heard.lock().len() >= 4).await;
+    assert_eq!(heard.lock()[..2], ["shop.example h1 web page", "shop.example h1 web span 7"]);
+    assert_eq!(ground.words_of("web", "sampling"), ["true 0.25"]);
     agent.stop(Duration::ZERO).await;
 }
 

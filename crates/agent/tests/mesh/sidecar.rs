@@ -15,8 +15,8 @@ use std::{
 use bytes::BytesMut;
 use countersign_api::mesh::{InstanceRevision, RecordsAnswer};
 use countersign_api::sidecar::{
-    AGENT_FD, BROKER_FD, Configure, Listening, ProxyFrames, SidecarMessage, SidecarOrder, sidecar_message::Message,
-    sidecar_order::Order,
+    AGENT_FD, BROKER_FD, Configure, Listening, Metrics, ProxyFrames, SidecarMessage, SidecarOrder, Span, Spans,
+    sidecar_message::Message, sidecar_order::Order,
 };
 use countersign_core::{identity::ServiceName, view::View};
 use tokio_util::codec::{Decoder, Encoder};
@@ -93,6 +93,11 @@ impl Sidecar {
                 let answer = RecordsAnswer { query: query.query, records_json, last: true, error: String::new() };
                 say(&self.agent, Message::Records(answer));
             }
+            Order::MetricsQuery(_) => {
+                self.note("metrics_query".into());
+                say(&self.agent, Message::Metrics(Metrics { page: "page".into(), began_ns: 1, at_ns: 2 }));
+                say(&self.agent, Message::Spans(Spans { spans: vec![Span { span_id: 7, ..Span::default() }] }));
+            }
             Order::Drain(drain) => {
                 self.note(format!("drain {}", drain.within_ms));
                 say(&self.agent, Message::Drained("nothing was open".into()));
@@ -110,6 +115,9 @@ impl Sidecar {
         let file = Path::new(&configure.records_dir).join("orders");
         self.orders = Some(OpenOptions::new().create(true).append(true).open(file).unwrap());
         self.note(format!("pid {}", std::process::id()));
+        if let Some(sampling) = configure.sampling {
+            self.note(format!("sampling {} {}", sampling.follow_parent, sampling.ratio));
+        }
         if configure.isolated {
             let broker = std::fs::read_link(format!("/proc/self/fd/{BROKER_FD}")).is_ok();
             self.note(format!("isolated broker={broker}"));

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Writes every metric, counted over all workers.
-pub(super) fn encode(to: &mut String, shared: &Shared, records: &SinkCounts) -> fmt::Result {
+pub(crate) fn encode(to: &mut String, shared: &Shared, records: &SinkCounts) -> fmt::Result {
     let mut registry = Registry::with_prefix("countersign");
     registry.register_collector(Box::new(Scrape::of(shared, *records)));
     encode_text(to, &registry)
@@ -73,6 +73,8 @@ impl Scrape {
             ("ejections", "Endpoints ejected", sum(|c| &c.ejections)),
             ("mesh_connections", "Connections opened to other sidecars", sum(|c| &c.mesh_connections)),
             ("app_connections", "Connections opened to the workload", sum(|c| &c.app_connections)),
+            ("spans", "Spans handed to the agent", sum(|c| &c.spans)),
+            ("spans_shed", "Spans lost for want of room", sum(|c| &c.spans_shed)),
         ];
         totals.extend([
             ("records_kept", "Decision records written to this host", records.kept),
@@ -244,7 +246,7 @@ mod tests {
 
     fn shared() -> Shared {
         let instance = InstanceId::parse("catalog/1").unwrap();
-        Shared::new(Setup { instance, app: None, worker_count: 2 })
+        Shared::new(Setup { instance, app: None, worker_count: 2, tracing: None })
     }
 
     fn scraped(shared: &Shared) -> String {

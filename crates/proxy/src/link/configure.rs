@@ -15,6 +15,7 @@ use socket2::{Domain, Socket, Type};
 use crate::{
     listen::Sockets,
     shared::{App, Door, Shared},
+    trace::Sampling,
 };
 
 /// Most threads of one sidecar.
@@ -33,6 +34,7 @@ pub(super) struct Configuration {
     admin: SocketAddr,
     isolated: bool,
     pub transparent: bool,
+    pub sampling: Option<Sampling>,
 }
 
 /// Every listener, bound and not yet open.
@@ -103,6 +105,7 @@ impl Configuration {
             admin: address("admin_listen", &given.admin_listen)?,
             isolated: given.isolated,
             transparent: given.transparent,
+            sampling: given.sampling.map(|sampling| Sampling::new(sampling.follow_parent, sampling.ratio)),
         })
     }
 

@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn a_name_that_left_the_view_or_moved_is_not_listened_for_any_more() {
         let instance = InstanceId::parse("web/1").unwrap();
-        let shared = Arc::new(Shared::new(Setup { instance, app: None, worker_count: 1 }));
+        let shared = Arc::new(Shared::new(Setup { instance, app: None, worker_count: 1, tracing: None }));
         let (sockets, upstreams) = (Sockets::direct(), BTreeMap::new());
         let mut names = Names { sockets, shared, upstreams, open: BTreeMap::new() };
         let [port, other] = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());

@@ -236,7 +236,8 @@ impl Sidecar {
             address,
             socket: Box::new(|| socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)),
         });
-        let shared = Arc::new(Shared::new(Setup { instance: instance.clone(), app, worker_count: recorders.len() }));
+        let worker_count = recorders.len();
+        let shared = Arc::new(Shared::new(Setup { instance: instance.clone(), app, worker_count, tracing: None }));
         let threads = workers::start(&shared, recorders).unwrap();
         let open = |door| {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
