@@ -53,7 +53,7 @@ POLICIES = {
 class Mesh:
     """A running mesh and its directory."""
 
-    def __init__(self, directory, database):
+    def __init__(self, directory, database, environment=None):
         self.directory = directory
         self.database = database
         shutil.copytree(HERE / "services", directory / "services")
@@ -63,7 +63,11 @@ class Mesh:
             self.write_policy(name)
         self.log = open(directory / "up.log", "w")
         self.process = subprocess.Popen(
-            [BINARY, "up", directory], stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT
+            [BINARY, "up", directory],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
         )
         run_file = directory / ".countersign/run.json"
         end = time.monotonic() + 60
