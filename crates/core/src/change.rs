@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     canonical::Digest,
-    identity::{NameError, ServiceName, SpiffeId, TrustDomain},
+    identity::{FactorId, NameError, OperatorName, ServiceName, SpiffeId, TrustDomain},
+    operator::EnrolledFactor,
     route::Route,
     service::ServiceSpec,
 };
@@ -89,6 +90,76 @@ pub enum Change {
         /// Its name.
         name: RouteName,
     },
+    /// Names an operator. They can do nothing before they enrol a factor.
+    InviteOperator {
+        /// Their name.
+        name: OperatorName,
+        /// What the gate will know them as.
+        roles: BTreeSet<RoleName>,
+    },
+    /// The first factor of an invited operator. The first of all is the anchor: from it on the mesh is protected.
+    EnrollOperator {
+        /// Who.
+        name: OperatorName,
+        /// Their factor's id.
+        id: FactorId,
+        /// The factor.
+        factor: EnrolledFactor,
+    },
+    /// One more factor.
+    AddFactor {
+        /// Whose.
+        operator: OperatorName,
+        /// Its id.
+        id: FactorId,
+        /// The factor.
+        factor: EnrolledFactor,
+    },
+    /// Takes a factor away.
+    RemoveFactor {
+        /// Whose.
+        operator: OperatorName,
+        /// Its id.
+        id: FactorId,
+    },
+    /// Takes an operator away, with all their factors.
+    RemoveOperator {
+        /// Who.
+        name: OperatorName,
+    },
+    /// Replaces an operator's roles.
+    SetOperatorRoles {
+        /// Who.
+        name: OperatorName,
+        /// What the gate will know them as.
+        roles: BTreeSet<RoleName>,
+    },
+    /// Adds a policy of the change gate, or replaces its text.
+    SetGatePolicy {
+        /// Its `@id`.
+        id: PolicyId,
+        /// The file it stands in, below the mesh directory.
+        file: Arc<str>,
+        /// The digest of its Cedar text, which is a body.
+        body: Digest,
+    },
+    /// Removes a policy of the change gate.
+    RemoveGatePolicy {
+        /// Its `@id`.
+        id: PolicyId,
+    },
+    /// Seals the mesh, or changes what its seal asks for: agents refuse what too few operators signed.
+    SealSettings {
+        /// How many operators must sign every change, its author among them.
+        quorum: u32,
+    },
+    /// Says which executables or images may be instances of a service; any other stays quarantined.
+    Deploy {
+        /// The service.
+        service: ServiceName,
+        /// The SHA-256 of each.
+        artifacts: BTreeSet<Digest>,
+    },
 }
 
 /// Who can have a role: a service of the own trust domain by its name, or any workload by its full SPIFFE ID.
@@ -129,6 +200,16 @@ impl Change {
             Self::RemovePolicy { .. } => "remove_policy",
             Self::SetRoute { .. } => "set_route",
             Self::RemoveRoute { .. } => "remove_route",
+            Self::InviteOperator { .. } => "invite_operator",
+            Self::EnrollOperator { .. } => "enroll_operator",
+            Self::AddFactor { .. } => "add_factor",
+            Self::RemoveFactor { .. } => "remove_factor",
+            Self::RemoveOperator { .. } => "remove_operator",
+            Self::SetOperatorRoles { .. } => "set_operator_roles",
+            Self::SetGatePolicy { .. } => "set_gate_policy",
+            Self::RemoveGatePolicy { .. } => "remove_gate_policy",
+            Self::SealSettings { .. } => "seal_settings",
+            Self::Deploy { .. } => "deploy",
         }
     }
 
@@ -140,13 +221,24 @@ impl Change {
             Self::SetRole { name, .. } | Self::RemoveRole { name } => format!("role {name}"),
             Self::SetPolicy { id, .. } | Self::RemovePolicy { id } => format!("policy {id}"),
             Self::SetRoute { name, .. } | Self::RemoveRoute { name } => format!("route {name}"),
+            Self::InviteOperator { name, .. }
+            | Self::EnrollOperator { name, .. }
+            | Self::RemoveOperator { name }
+            | Self::SetOperatorRoles { name, .. } => format!("operator {name}"),
+            Self::AddFactor { operator, id, .. } | Self::RemoveFactor { operator, id } => {
+                let short: String = id.as_str().chars().take(12).collect();
+                format!("factor {short} of operator {operator}")
+            }
+            Self::SetGatePolicy { id, .. } | Self::RemoveGatePolicy { id } => format!("gate policy {id}"),
+            Self::SealSettings { .. } => "seal".to_owned(),
+            Self::Deploy { service, .. } => format!("deployment of service {service}"),
         }
     }
 
     /// The body it refers to.
     pub fn body(&self) -> Option<Digest> {
         match self {
-            Self::SetPolicy { body, .. } => Some(*body),
+            Self::SetPolicy { body, .. } | Self::SetGatePolicy { body, .. } => Some(*body),
             _ => None,
         }
     }

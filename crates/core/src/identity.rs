@@ -5,6 +5,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// Longest SPIFFE ID we read, in bytes (SPIFFE-ID 2.3: implementations must support 2048).
@@ -30,6 +31,15 @@ pub struct ServiceName(Arc<str>);
 /// One running process of a workload: `<service>/<suffix>`, unique in the mesh. Not a secret.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId(Arc<str>);
+
+/// The name of an operator: what their sign-in calls them, `[a-z0-9@._+-]`, at most 128 bytes. `local` is nobody's: it is who acts
+/// while there is no operator.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OperatorName(Arc<str>);
+
+/// One factor of an operator, unique in the mesh: the base64url of its credential id where it has one.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FactorId(Arc<str>);
 
 /// A name that does not have the shape its type demands.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -212,6 +222,61 @@ impl InstanceId {
     }
 }
 
+/// Who acts while a mesh has no operator: whoever owns the data directory.
+pub const LOCAL_OPERATOR: &str = "local";
+/// Longest factor id, in characters: a credential id has at most 1023 bytes.
+const FACTOR_ID_CHARS_MAX: usize = 1364;
+
+impl OperatorName {
+    /// Parses the name of an operator.
+    pub fn parse(given: &str) -> Result<Self, NameError> {
+        let no = |why| Err(refuse("operator name", given, why));
+        if given.is_empty() || given.len() > 128 {
+            return no("it must have 1 to 128 characters");
+        }
+        let allowed = |b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'@' | b'.' | b'_' | b'+' | b'-');
+        if !given.bytes().all(allowed) || !given.as_bytes()[0].is_ascii_alphanumeric() {
+            return no("only `a`-`z`, `0`-`9`, `@`, `.`, `_`, `+` and `-` are allowed, and a letter or digit first");
+        }
+        if given == LOCAL_OPERATOR || given == RESERVED_SEGMENT {
+            return no("`local` and `countersign` are the mesh's own");
+        }
+        Ok(Self(given.into()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FactorId {
+    /// Parses a factor id.
+    pub fn parse(given: &str) -> Result<Self, NameError> {
+        if (1..=FACTOR_ID_CHARS_MAX).contains(&given.len())
+            && given.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+        {
+            return Ok(Self(given.into()));
+        }
+        Err(refuse("factor id", given, "it must have 1 to 1364 letters, digits, `-` or `_`"))
+    }
+
+    /// The id of the factor with this WebAuthn credential id.
+    pub fn of_credential(id: &[u8]) -> Result<Self, NameError> {
+        Self::parse(&URL_SAFE_NO_PAD.encode(id))
+    }
+
+    /// The WebAuthn credential id that it stands for.
+    pub fn credential(&self) -> Option<Vec<u8>> {
+        URL_SAFE_NO_PAD.decode(&*self.0).ok()
+    }
+
+    /// The id.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 macro_rules! text {
     ($($name:ident)*) => {$(
         impl fmt::Display for $name {
@@ -248,7 +313,7 @@ macro_rules! text {
         }
     )*};
 }
-text!(TrustDomain SpiffeId ServiceName InstanceId);
+text!(TrustDomain SpiffeId ServiceName InstanceId OperatorName FactorId);
 
 #[cfg(test)]
 mod tests {
@@ -313,5 +378,28 @@ mod tests {
         }
         assert!(ServiceName::parse(&"a".repeat(64)).is_err());
         assert_eq!(ServiceName::parse("orders-db").unwrap().upstream_variable(), "COUNTERSIGN_UPSTREAM_ORDERS_DB");
+    }
+
+    #[test]
+    fn an_operator_is_named_in_one_way_and_never_like_the_mesh_itself() {
+        for (given, expected) in [
+            ("alice", true),
+            ("alice@shop.example", true),
+            ("a+b_c-d.e", true),
+            ("", false),
+            ("Alice", false),
+            ("-alice", false),
+            ("al ice", false),
+            ("ali\u{441}e", false),
+            ("local", false),
+            ("countersign", false),
+            (&"a".repeat(129), false),
+        ] {
+            assert_eq!(OperatorName::parse(given).is_ok(), expected, "{given}");
+        }
+        let id = FactorId::of_credential(&[0xff; 1023]).unwrap();
+        assert_eq!(id.credential(), Some(vec![0xff; 1023]));
+        assert!(FactorId::of_credential(&[]).is_err() && FactorId::of_credential(&[0; 1024]).is_err());
+        assert!(FactorId::parse("a=").is_err());
     }
 }

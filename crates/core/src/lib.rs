@@ -12,6 +12,7 @@
 //! | [`assurance`] | what an operator has proven: factors, challenges, WebAuthn assertions |
 //! | [`ledger`] | the Merkle log: entries, proofs, notes, checkpoints, tiles, witnesses |
 //! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
+//! | [`operator`] | operators as the ledger knows them: roles, factors, public keys, the seal |
 //! | [`policy`] | the schema, the compiled law, the decision and its explanation, lint and tests |
 //! | [`route`] | traffic rules as data |
 //! | [`path`] | the one normal form of a request path |
@@ -24,6 +25,7 @@ pub mod change;
 pub mod directory;
 pub mod identity;
 pub mod ledger;
+pub mod operator;
 pub mod path;
 pub mod policy;
 pub mod record;

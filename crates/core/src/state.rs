@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
-    identity::{ServiceName, TrustDomain},
+    identity::{FactorId, OperatorName, ServiceName, TrustDomain},
+    operator::{EnrolledFactor, FACTORS_MAX, Operator, QUORUM_MAX, Seal},
     route::Route,
     service::ServiceSpec,
 };
@@ -34,7 +35,22 @@ pub struct MeshState {
     pub routes: BTreeMap<RouteName, Route>,
     /// The slot the next new service gets.
     pub next_slot: u16,
+    /// Who may change the mesh. What is empty in a mesh without operators is not written, so the digests of older histories stay.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub operators: BTreeMap<OperatorName, Operator>,
+    /// The change gate.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gate: BTreeMap<PolicyId, PolicyRef>,
+    /// What a sealed mesh asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seal: Option<Seal>,
+    /// The executables and images that may be instances of a service, by their SHA-256; a service that is not here takes any.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub deployments: BTreeMap<ServiceName, BTreeSet<Digest>>,
 }
+
+/// Executables and images of one service at the same time: the old ones and the new ones of a rollout.
+pub const ARTIFACTS_MAX: usize = 16;
 
 /// A declared service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +83,31 @@ pub enum FoldError {
     /// It removes what is not there.
     #[error("{0} does not exist")]
     Unknown(String),
+    /// It adds what is there already.
+    #[error("{0} exists already")]
+    Known(String),
+    /// A first factor is enrolled, every other one added.
+    #[error("operator {0} has enrolled already; add a factor instead")]
+    Enrolled(OperatorName),
+    /// There would be no way to change the mesh any more, or a way around its gate.
+    #[error("no operator would be left who has enrolled: from the first enrolment on there is always one")]
+    NobodyLeft,
+    /// The seal would ask for more than can sign.
+    #[error(
+        "a seal asks for 1 to {QUORUM_MAX} operators and at most as many as can sign; it would be {quorum} of {signers}"
+    )]
+    Quorum {
+        /// How many it would ask for.
+        quorum: u32,
+        /// How many operators could sign.
+        signers: usize,
+    },
+    /// Too many factors.
+    #[error("an operator has at most {FACTORS_MAX} factors")]
+    TooManyFactors,
+    /// None, or too many, executables and images.
+    #[error("a deployment names 1 to {ARTIFACTS_MAX} executables or images")]
+    Artifacts,
     /// No loopback address is left.
     #[error("a mesh holds at most {SERVICES_MAX} services")]
     Full,
@@ -95,7 +136,10 @@ impl MeshState {
                     self.services.insert(name.clone(), Service { spec: spec.clone(), slot });
                 }
             },
-            Change::RemoveService { name } => known(self.services.remove(name).is_some())?,
+            Change::RemoveService { name } => {
+                known(self.services.remove(name).is_some())?;
+                self.deployments.remove(name);
+            }
             Change::SetRole { name, members } => {
                 self.roles.insert(name.clone(), members.clone());
             }
@@ -108,8 +152,84 @@ impl MeshState {
                 self.routes.insert(name.clone(), route.clone());
             }
             Change::RemoveRoute { name } => known(self.routes.remove(name).is_some())?,
+            Change::SetGatePolicy { id, file, body } => {
+                self.gate.insert(id.clone(), PolicyRef { file: file.clone(), body: *body });
+            }
+            Change::RemoveGatePolicy { id } => known(self.gate.remove(id).is_some())?,
+            Change::SealSettings { quorum } => {
+                self.seal = Some(self.seal_of(*quorum, &self.operators)?);
+            }
+            Change::Deploy { service, artifacts } => {
+                known(self.services.contains_key(service))?;
+                if artifacts.is_empty() || artifacts.len() > ARTIFACTS_MAX {
+                    return Err(FoldError::Artifacts);
+                }
+                self.deployments.insert(service.clone(), artifacts.clone());
+            }
+            Change::InviteOperator { .. }
+            | Change::EnrollOperator { .. }
+            | Change::AddFactor { .. }
+            | Change::RemoveFactor { .. }
+            | Change::RemoveOperator { .. }
+            | Change::SetOperatorRoles { .. } => self.operators = self.operators_after(change)?,
         }
         Ok(())
+    }
+
+    /// Whether an operator has enrolled. From then on there is no way back.
+    pub fn is_protected(&self) -> bool {
+        self.operators.values().any(|operator| !operator.factors.is_empty())
+    }
+
+    /// The operators after a change of them.
+    ///
+    /// INVARIANT (no-way-back): once an operator has enrolled, no change leaves a mesh in which none has, or whose seal asks for more
+    /// operators than can sign.
+    fn operators_after(&self, change: &Change) -> Result<BTreeMap<OperatorName, Operator>, FoldError> {
+        let mut operators = self.operators.clone();
+        let unknown = || FoldError::Unknown(change.subject());
+        match change {
+            Change::InviteOperator { name, roles } => {
+                let invited = Operator { roles: roles.clone(), factors: BTreeMap::new() };
+                if operators.insert(name.clone(), invited).is_some() {
+                    return Err(FoldError::Known(change.subject()));
+                }
+            }
+            Change::EnrollOperator { name, id, factor } => {
+                if !self.operators.get(name).ok_or_else(unknown)?.factors.is_empty() {
+                    return Err(FoldError::Enrolled(name.clone()));
+                }
+                add_factor(&mut operators, name, id, factor)?;
+            }
+            Change::AddFactor { operator, id, factor } => add_factor(&mut operators, operator, id, factor)?,
+            Change::RemoveFactor { operator, id } => {
+                let factors = &mut operators.get_mut(operator).ok_or_else(unknown)?.factors;
+                factors.remove(id).ok_or_else(unknown)?;
+            }
+            Change::RemoveOperator { name } => {
+                operators.remove(name).ok_or_else(unknown)?;
+            }
+            Change::SetOperatorRoles { name, roles } => {
+                operators.get_mut(name).ok_or_else(unknown)?.roles = roles.clone();
+            }
+            other => unreachable!("not a change of operators: {}", other.kind()),
+        }
+        if self.is_protected() && operators.values().all(|operator| operator.factors.is_empty()) {
+            return Err(FoldError::NobodyLeft);
+        }
+        if let Some(seal) = self.seal {
+            self.seal_of(seal.quorum, &operators)?;
+        }
+        Ok(operators)
+    }
+
+    fn seal_of(&self, quorum: u32, operators: &BTreeMap<OperatorName, Operator>) -> Result<Seal, FoldError> {
+        let signers = operators.values().filter(|operator| operator.can_sign()).count();
+        if (1..=QUORUM_MAX).contains(&quorum) && quorum as usize <= signers {
+            Ok(Seal { quorum })
+        } else {
+            Err(FoldError::Quorum { quorum, signers })
+        }
     }
 
     /// Folds a whole change-set, or none of it.
@@ -126,7 +246,7 @@ impl MeshState {
 
     /// The bodies that are in force.
     pub fn bodies(&self) -> impl Iterator<Item = Digest> + '_ {
-        self.policies.values().map(|policy| policy.body)
+        self.policies.values().chain(self.gate.values()).map(|policy| policy.body)
     }
 
     fn free_slot(&self) -> Option<u16> {
@@ -137,6 +257,27 @@ impl MeshState {
         let from = usize::from(self.next_slot);
         (from..from + SERVICES_MAX).map(|n| (n % SERVICES_MAX) as u16).find(|slot| !taken.contains(slot))
     }
+}
+
+/// "The credentialId is not yet registered for any user" (Web Authentication, 7.1): nor is any other factor's id.
+fn add_factor(
+    operators: &mut BTreeMap<OperatorName, Operator>,
+    name: &OperatorName,
+    id: &FactorId,
+    factor: &EnrolledFactor,
+) -> Result<(), FoldError> {
+    if operators.values().any(|operator| operator.factors.contains_key(id)) {
+        return Err(FoldError::Known(format!("factor {id}")));
+    }
+    let factors = match operators.get_mut(name) {
+        Some(operator) => &mut operator.factors,
+        None => return Err(FoldError::Unknown(format!("operator {name}"))),
+    };
+    if factors.len() >= FACTORS_MAX {
+        return Err(FoldError::TooManyFactors);
+    }
+    factors.insert(id.clone(), factor.clone());
+    Ok(())
 }
 
 /// The loopback address that stands for the service of `slot` inside every workload's namespace: 127.81.1.1 upwards,
@@ -210,5 +351,130 @@ mod tests {
         let all: BTreeSet<_> = (0..SERVICES_MAX as u16).map(loopback).collect();
         assert_eq!(all.len(), SERVICES_MAX);
         assert!(all.iter().all(|a| a.octets()[..2] == [127, 81] && !matches!(a.octets()[3], 0 | 255)));
+    }
+
+    fn operator(given: &str) -> OperatorName {
+        OperatorName::parse(given).unwrap()
+    }
+
+    fn invite(given: &str) -> Change {
+        Change::InviteOperator { name: operator(given), roles: ["owner".into()].into() }
+    }
+
+    fn factor(id: &str) -> (FactorId, EnrolledFactor) {
+        let cose = "a4010103272006215820d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+        let key = crate::assurance::webauthn::PublicKey::parse(&hex::decode(cose).unwrap()).unwrap();
+        let relying_party = crate::assurance::webauthn::RelyingParty {
+            id: "mesh.example".into(),
+            origins: vec!["https://mesh.example".into()],
+        };
+        let key = crate::operator::SigningKey { key, backup_eligible: false, relying_party };
+        (FactorId::parse(id).unwrap(), EnrolledFactor::Roaming(key))
+    }
+
+    fn enroll(given: &str, id: &str) -> Change {
+        let (id, factor) = factor(id);
+        Change::EnrollOperator { name: operator(given), id, factor }
+    }
+
+    fn add(given: &str, id: &str) -> Change {
+        let (id, factor) = factor(id);
+        Change::AddFactor { operator: operator(given), id, factor }
+    }
+
+    fn remove(given: &str, id: &str) -> Change {
+        Change::RemoveFactor { operator: operator(given), id: FactorId::parse(id).unwrap() }
+    }
+
+    fn folded(changes: &[Change]) -> Result<MeshState, FoldError> {
+        created().apply_all(&ChangeSet { base: Default::default(), changes: changes.to_vec() })
+    }
+
+    #[test]
+    fn the_encoding_of_a_state_without_operators_is_what_it_was_before_there_were_any() {
+        let mut state = created();
+        state.apply(&declare("a")).unwrap();
+        expect_test::expect![[r#"{"next_slot":1,"policies":{},"roles":{},"routes":{},"services":{"a":{"slot":0,"spec":{"exchanges_max":10000,"max_staleness_seconds":300,"port":80,"protocol":"http","recorded":"best_effort"}}},"trust_domain":"shop.example"}"#]]
+            .assert_eq(&String::from_utf8(crate::canonical::encode(&state)).unwrap());
+    }
+
+    #[test]
+    fn the_encoding_of_an_operator_never_changes() {
+        let state = folded(&[invite("alice"), enroll("alice", "AQ"), Change::SealSettings { quorum: 1 }]).unwrap();
+        assert!(state.is_protected());
+        let encoded = crate::canonical::encode(&(&state.operators, &state.seal));
+        expect_test::expect![[r#"[{"alice":{"factors":{"AQ":{"backup_eligible":false,"key":"pAEBAycgBiFYINdamAGCsQq31Uv-08lkBzoO4XLz2qYjJa8CGmj3B1Ea","kind":"roaming","relying_party":{"id":"mesh.example","origins":["https://mesh.example"]}}},"roles":["owner"]}},{"quorum":1}]"#]]
+            .assert_eq(&String::from_utf8(encoded).unwrap());
+    }
+
+    /// PROVES (no-way-back)
+    #[test]
+    fn changes_of_operators_that_do_not_follow_are_refused_and_nobody_is_locked_out_or_let_in() {
+        let totp = Change::AddFactor {
+            operator: operator("alice"),
+            id: FactorId::parse("totp").unwrap(),
+            factor: EnrolledFactor::Totp,
+        };
+        let alice = [invite("alice"), enroll("alice", "AQ")];
+        let gone = |given| Change::RemoveOperator { name: operator(given) };
+        let seal = |quorum| Change::SealSettings { quorum };
+        let unknown = |what: &str| Err(FoldError::Unknown(what.into()));
+        let full: Vec<_> = (0..FACTORS_MAX).map(|n| add("alice", &format!("f{n}"))).collect();
+        for (case, then, expected) in [
+            ("twice", &[invite("alice")][..], Err(FoldError::Known("operator alice".into()))),
+            ("enrolled twice", &[enroll("alice", "Ag")], Err(FoldError::Enrolled(operator("alice")))),
+            ("a stranger", &[enroll("bob", "Ag")], unknown("operator bob")),
+            ("a factor of a stranger", &[add("bob", "Ag")], unknown("operator bob")),
+            ("a factor twice", &[add("alice", "AQ")], Err(FoldError::Known("factor AQ".into()))),
+            ("the factor of another", &[invite("bob"), enroll("bob", "AQ")], Err(FoldError::Known("factor AQ".into()))),
+            ("too many factors", &full, Err(FoldError::TooManyFactors)),
+            ("a factor that is not there", &[remove("alice", "Ag")], unknown("factor Ag of operator alice")),
+            ("the last factor", &[remove("alice", "AQ")], Err(FoldError::NobodyLeft)),
+            ("the last operator", &[gone("alice")], Err(FoldError::NobodyLeft)),
+            ("the last, beside one who never enrolled", &[invite("bob"), gone("alice")], Err(FoldError::NobodyLeft)),
+            ("the last factor, after another", &[add("alice", "Ag"), remove("alice", "AQ")], Ok(())),
+            ("one of two", &[invite("bob"), enroll("bob", "Ag"), gone("alice")], Ok(())),
+            ("a seal of nobody", &[seal(0)], Err(FoldError::Quorum { quorum: 0, signers: 1 })),
+            ("a seal of more than there are", &[seal(2)], Err(FoldError::Quorum { quorum: 2, signers: 1 })),
+            (
+                "a seal, and the key gone",
+                &[seal(1), totp.clone(), remove("alice", "AQ")],
+                Err(FoldError::Quorum { quorum: 1, signers: 0 }),
+            ),
+            ("no seal, and the key gone", &[totp, remove("alice", "AQ")], Ok(())),
+            (
+                "roles",
+                &[Change::SetOperatorRoles { name: operator("alice"), roles: ["auditor".into()].into() }],
+                Ok(()),
+            ),
+        ] {
+            assert_eq!(folded(&[&alice[..], then].concat()).map(|_| ()), expected, "{case}");
+        }
+        assert!(!folded(&[invite("alice")]).unwrap().is_protected(), "invited is not enrolled");
+    }
+
+    #[test]
+    fn a_deployment_is_of_a_service_and_ends_with_it() {
+        let deploy = |artifacts: &[&[u8]]| Change::Deploy {
+            service: name("a"),
+            artifacts: artifacts.iter().map(|bytes| Digest::of(bytes)).collect(),
+        };
+        assert_eq!(folded(&[deploy(&[b"1"])]).unwrap_err(), FoldError::Unknown("deployment of service a".into()));
+        assert_eq!(folded(&[declare("a"), deploy(&[])]).unwrap_err(), FoldError::Artifacts);
+        let state = folded(&[declare("a"), deploy(&[b"1"]), deploy(&[b"1", b"2"])]).unwrap();
+        assert_eq!(state.deployments[&name("a")].len(), 2);
+        let state = folded(&[declare("a"), deploy(&[b"1"]), Change::RemoveService { name: name("a") }]).unwrap();
+        assert!(state.deployments.is_empty());
+    }
+
+    #[test]
+    fn the_texts_of_the_change_gate_are_in_force_like_those_of_the_request_gate() {
+        let body = Digest::of(b"text");
+        let set = Change::SetGatePolicy { id: "owners".into(), file: "gate/owners.cedar".into(), body };
+        let state = folded(std::slice::from_ref(&set)).unwrap();
+        assert_eq!(state.bodies().collect::<Vec<_>>(), [body]);
+        let gone = Change::RemoveGatePolicy { id: "owners".into() };
+        assert_eq!(folded(&[set, gone.clone()]).unwrap(), created());
+        assert_eq!(folded(&[gone]).unwrap_err(), FoldError::Unknown("gate policy owners".into()));
     }
 }

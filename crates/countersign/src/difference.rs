@@ -8,6 +8,7 @@ use countersign_api::local::Mesh;
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change},
+    operator::{EnrolledFactor, Operator},
 };
 
 use crate::{diff, render, render::Paint};
@@ -23,7 +24,9 @@ pub fn difference(changes: &[Change], bodies: &Bodies, before: Option<&Mesh>, pa
             (Some(_), Some(_)) => paint.warn("~"),
         };
         let file = match change {
-            Change::SetPolicy { file, .. } => paint.dim(&format!(" {}", render::tame(file))),
+            Change::SetPolicy { file, .. } | Change::SetGatePolicy { file, .. } => {
+                paint.dim(&format!(" {}", render::tame(file)))
+            }
             _ => String::new(),
         };
         let _ = writeln!(text, "{sign} {}{file}", paint.strong(&render::tame(&change.subject())));
@@ -37,7 +40,8 @@ pub fn difference(changes: &[Change], bodies: &Bodies, before: Option<&Mesh>, pa
 fn text_before(change: &Change, mesh: &Mesh) -> Option<String> {
     let state = &mesh.state;
     match change {
-        Change::CreateMesh { .. } => None,
+        // An enrolment brings a factor and replaces nothing.
+        Change::CreateMesh { .. } | Change::EnrollOperator { .. } => None,
         Change::DeclareService { name, .. } | Change::RemoveService { name } => {
             state.services.get(name).map(|service| toml(&service.spec))
         }
@@ -46,6 +50,17 @@ fn text_before(change: &Change, mesh: &Mesh) -> Option<String> {
             state.policies.get(id).map(|policy| body(&policy.body, &mesh.bodies))
         }
         Change::SetRoute { name, .. } | Change::RemoveRoute { name } => state.routes.get(name).map(toml),
+        Change::InviteOperator { name, .. }
+        | Change::RemoveOperator { name }
+        | Change::SetOperatorRoles { name, .. } => state.operators.get(name).map(operator),
+        Change::AddFactor { operator, id, .. } | Change::RemoveFactor { operator, id } => {
+            state.operators.get(operator).and_then(|operator| operator.factors.get(id)).map(factor)
+        }
+        Change::SetGatePolicy { id, .. } | Change::RemoveGatePolicy { id } => {
+            state.gate.get(id).map(|policy| body(&policy.body, &mesh.bodies))
+        }
+        Change::SealSettings { .. } => state.seal.map(|seal| sealed(seal.quorum)),
+        Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
     }
 }
 
@@ -56,10 +71,20 @@ fn text_after(change: &Change, bodies: &Bodies) -> Option<String> {
         Change::SetRole { members, .. } => Some(lines(members)),
         Change::SetPolicy { body: digest, .. } => Some(body(digest, bodies)),
         Change::SetRoute { route, .. } => Some(toml(route)),
+        Change::InviteOperator { roles, .. } | Change::SetOperatorRoles { roles, .. } => Some(lines(roles)),
+        Change::EnrollOperator { factor: enrolled, .. } | Change::AddFactor { factor: enrolled, .. } => {
+            Some(factor(enrolled))
+        }
+        Change::SetGatePolicy { body: digest, .. } => Some(body(digest, bodies)),
+        Change::SealSettings { quorum } => Some(sealed(*quorum)),
+        Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
         Change::RemoveService { .. }
         | Change::RemoveRole { .. }
         | Change::RemovePolicy { .. }
-        | Change::RemoveRoute { .. } => None,
+        | Change::RemoveRoute { .. }
+        | Change::RemoveFactor { .. }
+        | Change::RemoveOperator { .. }
+        | Change::RemoveGatePolicy { .. } => None,
     }
 }
 
@@ -69,6 +94,27 @@ fn toml<T: Serialize>(value: &T) -> String {
 
 fn lines<'a, T: ToString + 'a>(members: impl IntoIterator<Item = &'a T>) -> String {
     members.into_iter().map(|member| member.to_string() + "\n").collect()
+}
+
+fn operator(operator: &Operator) -> String {
+    lines(&operator.roles)
+}
+
+fn factor(factor: &EnrolledFactor) -> String {
+    match factor.signing_key() {
+        None => format!("{}\n", factor.kind().as_str()),
+        Some(key) => format!(
+            "{}, {} key {}\nfor {}\n",
+            factor.kind().as_str(),
+            key.key.algorithm(),
+            Digest::of(key.key.cose()).short(),
+            key.relying_party.origins.join(", "),
+        ),
+    }
+}
+
+fn sealed(quorum: u32) -> String {
+    format!("every change is signed by {quorum} of the operators\n")
 }
 
 fn body(digest: &Digest, bodies: &Bodies) -> String {
