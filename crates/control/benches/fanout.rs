@@ -8,6 +8,7 @@
 mod support;
 
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,12 +27,18 @@ use countersign_core::{
 };
 use serde_json::json;
 use support::{Plane, Stream, declare, name, permit, trust_domain};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
+
+/// As the real binary has.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Services whose agents do all the work.
 const WORKING_SERVICES: usize = 8;
 const INSTANCES: usize = 2;
 const CHANGES: u64 = 100;
+/// How many of those that come and go are there at a time.
+const COME_AND_GO_AT_ONCE: usize = 20;
 
 /// A proxy enforces a revision since.
 struct Enforces {
@@ -117,6 +124,39 @@ async fn follow(mut stream: Stream, service: usize, instance: String, tell: mpsc
     }
 }
 
+/// A host whose instances come and go, ten a second each way; they enforce what they are told as the others do.
+async fn come_and_go(plane: Arc<Plane>, services: usize) {
+    let mut agent = plane.agent("churn").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    let mut revision = stream.welcome().await.entries.map_or(0, |entries| entries.size);
+    let mut there = VecDeque::<String>::new();
+    let mut every = tokio::time::interval(Duration::from_millis(50));
+    for number in 0.. {
+        loop {
+            tokio::select! {
+                _ = every.tick() => break,
+                event = stream.next() => {
+                    if let Event::Entries(entries) = event.unwrap() {
+                        revision = entries.size;
+                        for instance in &there {
+                            stream.acknowledge(instance, revision).await;
+                        }
+                    }
+                }
+            }
+        }
+        if number % 2 == 0 {
+            let instance = format!("s{}/{}", number / 2 % services, INSTANCES + number / 2 / services);
+            stream.up(&instance, "127.0.0.1:2").await;
+            stream.acknowledge(&instance, revision).await;
+            there.push_back(instance);
+        } else if there.len() > COME_AND_GO_AT_ONCE {
+            let instance = there.pop_front().unwrap();
+            stream.say(Said::Down(mesh::InstanceDown { instance, reason: "it left".into() })).await;
+        }
+    }
+}
+
 fn service_name(number: usize) -> ServiceName {
     name(&format!("s{number}"))
 }
@@ -148,11 +188,12 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
     let mut revision = plane.apply_with(0, changes, bodies).await.unwrap().revision.0;
 
     let (tell, mut told) = mpsc::unbounded_channel();
+    let mut simulated = JoinSet::new();
     for number in 0..agents {
         let mut agent = plane.agent(&format!("h{number}")).await;
         let stream = agent.follow(0, Digest::default()).await.unwrap();
         let instance = format!("s{}/{}", number % services, number / services);
-        tokio::spawn({
+        simulated.spawn({
             let tell = tell.clone();
             async move {
                 let _agent = agent;
@@ -163,30 +204,9 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
     while plane.status().await.services.iter().map(|service| service.instances.len()).sum::<usize>() < agents {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let churn = churning.then(|| {
-        let plane = plane.clone();
-        tokio::spawn(async move {
-            let mut agent = plane.agent("churn").await;
-            let mut stream = agent.follow(0, Digest::default()).await.unwrap();
-            stream.welcome().await;
-            let mut every = tokio::time::interval(Duration::from_millis(50)); // 10 services of 2 instances a second
-            for number in 0.. {
-                tokio::select! {
-                    _ = every.tick() => {}
-                    event = stream.next() => {
-                        event.unwrap();
-                        continue;
-                    }
-                }
-                let instance = format!("s{}/c{}", number / 2 % services, number % 2);
-                if number / (2 * 10) % 2 == 0 {
-                    stream.up(&instance, "127.0.0.1:2").await;
-                } else {
-                    stream.say(Said::Down(mesh::InstanceDown { instance, reason: "it left".into() })).await;
-                }
-            }
-        })
-    });
+    if churning {
+        simulated.spawn(come_and_go(plane.clone(), services));
+    }
 
     let (mut last_affected_ms, mut everyone_ms) = (Vec::new(), Vec::new());
     let cpu_before = cpu();
@@ -213,9 +233,8 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let busy = (cpu() - cpu_before) / began.elapsed().as_secs_f64();
-    if let Some(churn) = churn {
-        churn.abort();
-    }
+    simulated.shutdown().await;
+    Arc::into_inner(plane).expect("nobody simulated is left").control.stop().await;
     last_affected_ms.sort_by(f64::total_cmp);
     everyone_ms.sort_by(f64::total_cmp);
     json!({

@@ -281,17 +281,18 @@ impl Publisher {
     /// are connected.
     pub async fn enforced(&self, revision: Revision, deadline: tokio::time::Instant) -> (Vec<ProxyRevision>, usize) {
         let mut moved = self.moved.subscribe();
+        let mut late = false;
         loop {
             moved.mark_unchanged();
-            let proxies = self.proxies();
-            let connected = proxies.len();
-            let missing: Vec<_> = proxies.into_iter().filter(|proxy| proxy.revision < revision).collect();
-            if missing.is_empty() && self.inner.lock().head.follower.revision() >= revision {
-                return (missing, connected);
+            {
+                let inner = self.inner.lock();
+                let there = inner.head.follower.revision() >= revision && inner.registry.all_enforce(revision);
+                if there || late {
+                    let connected = inner.registry.proxies().count();
+                    return (inner.registry.proxies().filter(|proxy| proxy.revision < revision).collect(), connected);
+                }
             }
-            if tokio::time::timeout_at(deadline, moved.changed()).await.is_err() {
-                return (missing, connected);
-            }
+            late = tokio::time::timeout_at(deadline, moved.changed()).await.is_err();
         }
     }
 

@@ -211,6 +211,12 @@ impl Registry {
         })
     }
 
+    /// Whether each of these proxies enforces `revision` or a later one.
+    pub fn all_enforce(&self, revision: Revision) -> bool {
+        let connected = |instance: &Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
+        self.instances.values().all(|i| i.revision >= revision || i.endpoint.is_none() || !connected(i))
+    }
+
     /// Every host, for people.
     pub fn hosts(&self) -> Vec<HostView> {
         let view = |host: &Host| HostView {
