@@ -5,7 +5,7 @@
 //! slows nobody down. No event is ever left out of a stream: a stream with a gap ends.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -20,8 +20,9 @@ use countersign_api::{
     mesh::{self, follow_event::Event},
 };
 use countersign_core::{
-    change::Revision,
+    change::{Change, ChangeSet, PolicyId, Revision},
     identity::{InstanceId, ServiceName},
+    policy::ParsedPolicy,
 };
 
 use crate::{
@@ -34,6 +35,8 @@ use crate::{
 pub const QUEUE_EVENTS_MAX: usize = 1_024;
 /// Answers that wait for one question at most.
 const ANSWERS_MAX: usize = 256;
+/// Changes of a change-set that is looked through for whom to tell first; a larger one is about nearly everyone.
+const ABOUT_CHANGES_MAX: usize = 16;
 
 /// Tells agents, and hears what they say.
 pub struct Publisher {
@@ -125,11 +128,14 @@ impl Publisher {
         inner.tell(Event::Bundle(bundle));
     }
 
-    /// The ledger grew.
+    /// The ledger grew. Everyone is told the same; hosts of the services it is about hear it first.
     pub fn entries(&self, head: &Arc<Head>, entries: mesh::Entries) {
         let mut inner = self.inner.lock();
+        let about: BTreeSet<ServiceName> =
+            entries.change_sets.iter().flat_map(|change_set| about(change_set, &inner.head, head)).collect();
+        let first = inner.registry.hosts_of(&about);
         inner.head = head.clone();
-        inner.tell(Event::Entries(entries));
+        inner.tell_first(&first, Event::Entries(entries));
         drop(inner);
         self.bump();
     }
@@ -307,11 +313,12 @@ impl Inner {
     }
 
     /// INVARIANT (same-bytes-to-all): an event is encoded here, once, and every open stream gets those bytes or ends.
-    fn tell(&mut self, event: Event) {
+    fn tell_first(&mut self, first: &HashSet<ServiceName>, event: Event) {
         let bytes = Bytes::from(mesh::FollowEvent { event: Some(event) }.encode_to_vec());
-        let behind: Vec<ServiceName> = self
-            .streams
-            .iter()
+        let (before, after): (Vec<_>, Vec<_>) = self.streams.iter().partition(|(host, _)| first.contains(*host));
+        let behind: Vec<ServiceName> = before
+            .into_iter()
+            .chain(after)
             .filter(|(_, stream)| stream.queue.try_send(bytes.clone()).is_err())
             .map(|(host, _)| host.clone())
             .collect();
@@ -320,6 +327,10 @@ impl Inner {
             self.dropped += 1;
             self.streams.remove(&host);
         }
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.tell_first(&HashSet::new(), event);
     }
 
     fn discover(&mut self, moved: Moved) {
@@ -361,8 +372,43 @@ impl Inner {
     }
 }
 
+/// The services that the changes of a small change-set name, through policies too. What it leaves out is told no less,
+/// only not first.
+fn about(change_set: &[u8], before: &Head, after: &Head) -> Vec<ServiceName> {
+    let Ok(ChangeSet { changes, .. }) = serde_json::from_slice(change_set) else { return Vec::new() };
+    if changes.len() > ABOUT_CHANGES_MAX {
+        return Vec::new();
+    }
+    let judged_by = |head: &Head, id: &PolicyId| {
+        let state = head.follower.state();
+        let text = state.policies.get(id).and_then(|policy| head.follower.bodies().get(&policy.body));
+        let policy = text.and_then(|text| ParsedPolicy::parse(text).ok());
+        let services = state.services.iter();
+        services
+            .filter(|(name, service)| policy.as_ref().is_some_and(|policy| policy.concerns(name, &service.spec)))
+            .map(|(name, _)| name.clone())
+            .collect::<Vec<_>>()
+    };
+    changes
+        .iter()
+        .flat_map(|change| match change {
+            Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => {
+                [judged_by(before, id), judged_by(after, id)].concat()
+            }
+            Change::DeclareService { name, .. } | Change::RemoveService { name } => vec![name.clone()],
+            _ => Vec::new(),
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use countersign_core::{
+        change::Bodies,
+        identity::TrustDomain,
+        service::{Protocol, ServiceSpec},
+    };
+
     use super::*;
 
     fn name(given: &str) -> ServiceName {
@@ -445,6 +491,43 @@ mod tests {
         assert_eq!((next.sequence, next.full), (second.discovery.sequence + 1, false));
         assert_eq!(first.events.len(), 2);
         first.events.close();
+    }
+
+    #[test]
+    fn a_small_change_is_about_the_services_its_policies_judged_and_now_judge() {
+        let services = ["web", "catalog", "payments"];
+        let policy = |to: &str| {
+            let text = format!("@id(\"p\")\npermit (principal, action, resource in Service::\"{to}\");\n");
+            let mut bodies = Bodies::default();
+            let body = bodies.insert(text);
+            (Change::SetPolicy { id: "p".into(), file: "policies/p.cedar".into(), body }, bodies)
+        };
+        let mut changes = vec![Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() }];
+        let declare = |service: &str| {
+            let spec = ServiceSpec::new(Protocol::Http);
+            Change::DeclareService { name: name(service), spec }
+        };
+        changes.extend(services.map(declare));
+        let (set, bodies) = policy("catalog");
+        changes.push(set);
+        let grown = |head: &Head, changes: Vec<Change>, bodies: &Bodies| {
+            let change_set = ChangeSet { base: head.follower.revision(), changes };
+            let draft = head.follower.draft(0, "local", &change_set, bodies).unwrap();
+            (Head { follower: draft.next, newest_at_ms: 0 }, draft.change_set)
+        };
+        let (before, _) = grown(&Head::default(), changes, &bodies);
+
+        let (moved, bodies) = policy("payments");
+        for (what, change, expected) in [
+            ("a policy that moves to another service", moved, vec!["catalog", "payments"]),
+            ("a policy that goes", Change::RemovePolicy { id: "p".into() }, vec!["catalog"]),
+            ("a service", declare("web"), vec!["web"]),
+            ("roles, which may be anyone's", Change::SetRole { name: "r".into(), members: [].into() }, vec![]),
+        ] {
+            let (after, change_set) = grown(&before, vec![change], &bodies);
+            let expected: Vec<_> = expected.into_iter().map(name).collect();
+            assert_eq!(about(&change_set, &before, &after), expected, "{what}");
+        }
     }
 
     #[tokio::test]

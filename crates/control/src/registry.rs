@@ -3,7 +3,10 @@
 //!
 //! No clock, no socket, no lock: each function takes what happened and returns what agents must be told.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    net::SocketAddr,
+};
 
 use countersign_api::{
     local::{HostView, InstanceView, ProxyRevision},
@@ -215,6 +218,15 @@ impl Registry {
     pub fn all_enforce(&self, revision: Revision) -> bool {
         let connected = |instance: &Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
         self.instances.values().all(|i| i.revision >= revision || i.endpoint.is_none() || !connected(i))
+    }
+
+    /// Where instances of any of `services` run.
+    pub fn hosts_of(&self, services: &BTreeSet<ServiceName>) -> HashSet<ServiceName> {
+        if services.is_empty() {
+            return HashSet::new();
+        }
+        let runs = |id: &InstanceId| services.contains(&id.service());
+        self.instances.iter().filter(|(id, _)| runs(id)).map(|(_, instance)| instance.host.clone()).collect()
     }
 
     /// Every host, for people.
