@@ -16,6 +16,7 @@ use crate::{
     decided::DecisionId,
     flow::Watched,
     live::{Cut, Kind},
+    route::Limited,
     workers::Worker,
 };
 
@@ -197,6 +198,14 @@ impl Refusal {
         let place = ALL.iter().position(|one| discriminant(one) == discriminant(&self));
         debug_assert!(place.is_some(), "{self:?} is not counted");
         place.unwrap_or_default()
+    }
+
+    /// Which limit was full.
+    pub(crate) fn of_limit(limited: Limited) -> Self {
+        match limited {
+            Limited::Rate => Self::RateLimited,
+            Limited::Concurrency => Self::ConcurrencyLimited,
+        }
     }
 
     /// Why it ended, when the head of the answer was not yet sent.

@@ -25,9 +25,9 @@ use crate::{
     flow::{Account, Flow, Watched},
     forward, hygiene,
     identify::Peer,
-    live::{Asked, Kind},
+    live::{Asked, Exchange, Kind},
     pool::Outgoing,
-    route::{Limited, Rule},
+    route::Rule,
     shared::Door,
     trace::{self, Trace},
     tunnel::{Sort, Wire},
@@ -85,7 +85,10 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
     let caller = authenticate(peer);
     let outcome = match authorize(caller, &exchange, &view).await {
-        Ok(permit) => forward::to_app(worker, permit, routed).await,
+        Ok(permit) => match limit(worker, peer, &exchange, &view, &routed.headers) {
+            Ok(()) => forward::to_app(worker, permit, routed).await,
+            Err(refusal) => Err(refusal),
+        },
         Err(refusal) => Err(refusal),
     };
     match outcome {
@@ -122,6 +125,22 @@ pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, r
             refused(worker, refusal, kind)
         }
     }
+}
+
+/// Holds a caller to the limits of the rule that its request matches here. A denied request takes nothing of them.
+fn limit(
+    worker: &Worker,
+    peer: &Peer,
+    exchange: &Exchange,
+    view: &Compiled,
+    headers: &HeaderMap,
+) -> Result<(), Refusal> {
+    let asked = &exchange.asked;
+    let routes = view.routes.get(&view.view.service);
+    if let Some(rule) = routes.and_then(|routes| routes.find(&asked.method, &asked.path, headers)) {
+        *exchange.place.borrow_mut() = rule.enter_as(peer.id(), worker.steady_ns()).map_err(Refusal::of_limit)?;
+    }
+    Ok(())
 }
 
 fn refused(worker: &Worker, refusal: Refusal, kind: Kind) -> Reply {
@@ -251,11 +270,7 @@ fn route_outbound(
     let method = if intent == Intent::WebSocket { Method::GET } else { parts.method };
     let rule = view.routes.get(&named).and_then(|routes| routes.find(&method, &path, &parts.headers));
     if let Some(rule) = rule {
-        let place = rule.enter(worker.steady_ns()).map_err(|limited| match limited {
-            Limited::Rate => Refusal::RateLimited,
-            Limited::Concurrency => Refusal::ConcurrencyLimited,
-        })?;
-        *outgoing.place.borrow_mut() = place;
+        *outgoing.place.borrow_mut() = rule.enter(worker.steady_ns()).map_err(Refusal::of_limit)?;
     }
     let target = rule.and_then(|rule| rule.pick(fastrand::u32(..))).cloned().unwrap_or(named);
     outgoing.describe(|span| span.service = target.to_string());

@@ -30,6 +30,7 @@ use crate::{
     decided::{Decided, DecisionId, Shed},
     identify::Peer,
     pool::Stream,
+    route::Place,
     trace::{self, Trace},
     view::Compiled,
     workers::Worker,
@@ -86,7 +87,8 @@ pub(crate) struct Exchange {
     pub(crate) broke: Cell<bool>,
     pub(crate) bytes_in: Cell<u64>,
     pub(crate) bytes_out: Cell<u64>,
-    stream: RefCell<Option<Stream>>, // its stream to the workload, when that speaks HTTP/2
+    pub(crate) place: RefCell<Option<Place>>, // under the limits of its caller
+    stream: RefCell<Option<Stream>>,          // its stream to the workload, when that speaks HTTP/2
 }
 
 /// The last judgement of an exchange.
@@ -142,6 +144,7 @@ impl Live {
             broke: Cell::new(false),
             bytes_in: Cell::new(0),
             bytes_out: Cell::new(0),
+            place: RefCell::default(),
             stream: RefCell::default(),
         });
         worker.counts.inbound.started.add(1);

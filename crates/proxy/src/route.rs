@@ -1,7 +1,9 @@
 //! Which way a request takes: the first traffic rule that matches it, and the service that the rule's weights pick. The
 //! service picked here is the one whose sidecar judges.
 //!
-//! Limits hold for one caller's instance: this is that caller's own sidecar. Their counters are shared by the workers.
+//! Limits are held twice. The caller's own sidecar holds its instance to them, before anything is sent. The callee's sidecar
+//! holds a caller to them, by the SPIFFE ID that it proved: all its instances together, whatever their sidecars let through.
+//! The counters of both are shared by the workers.
 
 use std::{
     sync::{
@@ -13,11 +15,18 @@ use std::{
 
 use countersign_core::{
     change::RouteName,
-    identity::ServiceName,
+    identity::{ServiceName, SpiffeId},
     route::{Limit, Retry, Route},
     view::ViewRoute,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
+
+/// Callers that one rule tells apart where they arrive.
+const CALLERS_MAX: usize = 4096;
+/// Requests that their sidecar let through one after the other may arrive at once: so much time may lie between the two.
+const BUNCHED_NS: u64 = 100_000_000;
 
 /// The rules of one service, by ascending rank.
 pub(crate) struct Routes(Vec<Arc<Rule>>);
@@ -39,7 +48,13 @@ pub(crate) struct Rule {
 /// What one caller may take of a rule.
 pub(crate) struct Limits {
     of: Limit,
-    meter: Arc<Meter>, // outlives a change of the rule
+    counted: Arc<Counted>, // outlives a change of the rule
+}
+
+#[derive(Default)]
+struct Counted {
+    own: Arc<Meter>,                                   // of our workload, where it calls
+    by_caller: Mutex<FxHashMap<SpiffeId, Arc<Meter>>>, // where it is called; held for a look-up
 }
 
 #[derive(Default)]
@@ -115,40 +130,73 @@ impl Rule {
         })
     }
 
-    /// Takes a place under the limits, or says which one is full. `now_ns` is on any steady clock.
+    /// Takes a place under the limits for our own workload, or says which one is full. `now_ns` is on any steady clock.
     pub(crate) fn enter(&self, now_ns: u64) -> Result<Option<Place>, Limited> {
         let Some(limits) = &self.limits else { return Ok(None) };
-        let place = match limits.of.concurrent_max {
+        limits.enter(&limits.counted.own, 0, now_ns)
+    }
+
+    /// As [`Self::enter`], for a `caller` of our workload.
+    pub(crate) fn enter_as(&self, caller: &SpiffeId, now_ns: u64) -> Result<Option<Place>, Limited> {
+        let Some(limits) = &self.limits else { return Ok(None) };
+        let meter = limits.counted.of_caller(caller, now_ns).ok_or(Limited::Rate)?;
+        limits.enter(&meter, BUNCHED_NS, now_ns)
+    }
+}
+
+impl Limits {
+    fn new(of: &Limit, before: Option<&Self>) -> Self {
+        Self { of: of.clone(), counted: before.map(|b| b.counted.clone()).unwrap_or_default() }
+    }
+
+    fn enter(&self, meter: &Arc<Meter>, slack_ns: u64, now_ns: u64) -> Result<Option<Place>, Limited> {
+        let place = match self.of.concurrent_max {
             Some(most) => {
-                let place = Place::new(&limits.meter);
-                if limits.meter.open.load(Relaxed) > most {
+                let place = Place::new(meter);
+                if meter.open.load(Relaxed) > most {
                     return Err(Limited::Concurrency);
                 }
                 Some(place)
             }
             None => None,
         };
-        if limits.take(now_ns) { Ok(place) } else { Err(Limited::Rate) }
-    }
-}
-
-impl Limits {
-    fn new(of: &Limit, before: Option<&Self>) -> Self {
-        Self { of: of.clone(), meter: before.map(|b| b.meter.clone()).unwrap_or_default() }
+        if self.take(meter, slack_ns, now_ns) { Ok(place) } else { Err(Limited::Rate) }
     }
 
     // The generic cell rate algorithm: one number says how far ahead of the sustained rate the caller is.
-    fn take(&self, now_ns: u64) -> bool {
+    fn take(&self, meter: &Meter, slack_ns: u64, now_ns: u64) -> bool {
         let Some(rate) = self.of.rate_per_second else { return true };
         let interval = 1_000_000_000 / u64::from(rate.max(1));
-        let tolerance = interval * u64::from(self.of.burst.unwrap_or(0));
-        self.meter
+        let tolerance = interval * u64::from(self.of.burst.unwrap_or(0)) + slack_ns;
+        meter
             .emptied_at_ns
             .fetch_update(Relaxed, Relaxed, |at| {
                 let at = at.max(now_ns);
                 (at - now_ns <= tolerance).then_some(at + interval)
             })
             .is_ok()
+    }
+}
+
+impl Counted {
+    /// `None`: more callers are counted than there can be, and all of them are busy.
+    fn of_caller(&self, caller: &SpiffeId, now_ns: u64) -> Option<Arc<Meter>> {
+        let mut by_caller = self.by_caller.lock();
+        if let Some(meter) = by_caller.get(caller) {
+            return Some(meter.clone());
+        }
+        if by_caller.len() >= CALLERS_MAX {
+            by_caller.retain(|_, meter| !meter.is_at_rest(now_ns));
+        }
+        let room = by_caller.len() < CALLERS_MAX;
+        room.then(|| by_caller.entry(caller.clone()).or_default().clone())
+    }
+}
+
+impl Meter {
+    /// Whether a new one would say the same.
+    fn is_at_rest(&self, now_ns: u64) -> bool {
+        self.open.load(Relaxed) == 0 && self.emptied_at_ns.load(Relaxed) <= now_ns
     }
 }
 
@@ -240,6 +288,20 @@ mod tests {
         assert_eq!(passed(0), 5, "one of the rate and four of the burst");
         assert_eq!(passed(100_000_000), 1);
         assert_eq!(passed(10_000_000_000), 5, "rest does not add up beyond the burst");
+    }
+
+    #[test]
+    fn a_caller_is_counted_by_its_identity_and_what_is_at_rest_makes_room() {
+        let rule = rule(Route {
+            limit: Some(Limit { rate_per_second: Some(1), burst: None, concurrent_max: None }),
+            ..route()
+        });
+        let caller = |n: usize| SpiffeId::parse(&format!("spiffe://shop.example/s{n}")).unwrap();
+        let passed = |n, now_ns| rule.enter_as(&caller(n), now_ns).is_ok();
+        assert_eq!([passed(0, 1), passed(0, 1), passed(1, 1)], [true, false, true]);
+        assert!((2..CALLERS_MAX).all(|n| passed(n, 1)));
+        assert!(!passed(CALLERS_MAX, 1), "all that are counted are busy");
+        assert!(passed(CALLERS_MAX, 2_000_000_000), "those at rest made room");
     }
 
     #[test]

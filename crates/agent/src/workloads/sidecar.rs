@@ -34,6 +34,10 @@ use crate::{
 
 /// The hidden subcommand that is the proxy.
 const SUBCOMMAND: &str = "sidecar";
+/// How the proxy's allocator behaves: a thread of its own gives back what a burst took after a second, where otherwise an idle
+/// proxy would keep it. By the environment, because the launcher is the same binary and must not have a second thread.
+const ALLOCATOR_VARIABLE: &str = "_RJEM_MALLOC_CONF";
+const ALLOCATOR: &str = "background_thread:true,max_background_threads:1,dirty_decay_ms:1000,muzzy_decay_ms:0";
 /// How often a proxy hears how fresh its agent is.
 const FRESH_EVERY: Duration = Duration::from_secs(1);
 /// How long a proxy that said it is drained may take to exit.
@@ -59,7 +63,12 @@ pub(super) fn spawn(executable: &Path, broker: Option<OwnedFd>, output: &Output)
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let mut command = std::process::Command::new(executable);
-    command.arg(SUBCOMMAND).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .arg(SUBCOMMAND)
+        .env(ALLOCATOR_VARIABLE, ALLOCATOR)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let descriptors = [(theirs.into(), AGENT_FD)].into_iter().chain(broker.map(|broker| (broker, BROKER_FD)));
     launch::inherit(&mut command, descriptors.collect())?;
     let mut command = Command::from(command);

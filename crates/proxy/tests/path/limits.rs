@@ -178,6 +178,43 @@ async fn limits_of_a_rule_hold_for_each_caller_by_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_callee_holds_all_instances_of_a_caller_to_one_limit() {
+    let app = Workload::http().await;
+    let limited = |path: &str, limit| Route {
+        service: name("catalog"),
+        rank: 0,
+        matches: RouteMatch { path: Some(path.into()), ..RouteMatch::default() },
+        split: Default::default(),
+        timeout_ms: None,
+        retry: None,
+        limit: Some(limit),
+    };
+    let routes = vec![
+        limited("/events", Limit { rate_per_second: None, burst: None, concurrent_max: Some(1) }),
+        limited("/rated", Limit { rate_per_second: Some(1), burst: Some(1), concurrent_max: None }),
+    ];
+    let plan = Plan { routes, ..Plan::new(SERVICES, EVERYONE) };
+    let (one, catalog, authority) = pair(&plan, "catalog", app.address).await;
+    let (two, batch) = (Sidecar::start("web", "2", None), Sidecar::start("batch", "1", None));
+    two.ready(&authority, &plan, &[&catalog]).await;
+    batch.ready(&authority, &plan, &[&catalog]).await;
+    let held = events(&one).await;
+    assert_eq!(two.get("http://catalog.mesh/events").await.seen(), (429, Some("concurrency-limited")));
+    assert_eq!(events(&batch).await.status(), 200, "another caller has a limit of its own");
+    drop(held);
+    let until = Instant::now() + SOON;
+    while events(&two).await.status() != 200 {
+        assert!(Instant::now() < until, "the place does not come back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut seen = Vec::new();
+    for of in [&one, &two, &one, &two, &batch] {
+        seen.push(of.get("http://catalog.mesh/rated").await.status);
+    }
+    assert_eq!(seen, [200, 200, 429, 429, 200], "the burst is the caller's, not an instance's");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_instance_that_keeps_failing_is_left_out() {
     let (app, broken) = (Workload::http().await, Workload::raw(b"").await);
     let plan = Plan::new(SERVICES, EVERYONE);
