@@ -168,7 +168,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
     let mesh = mesh::read(mesh_source);
     let roles = roles::read(sources.get(ROLES_FILE).unwrap_or(&no_roles), &mesh);
     let routes = routes::read(sources.get(ROUTES_FILE).unwrap_or(&no_routes), &mesh);
-    let policies = read_policies(&sources, &mesh, &roles);
+    let policies = read_policies(&sources, &mesh, roles.as_ref());
     let tests = sources
         .values()
         .filter(|source| is_test_file(&source.file))
@@ -183,7 +183,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             trust_domain,
             defaults: mesh.defaults,
             services: mesh.services,
-            roles,
+            roles: roles.unwrap_or_default(),
             policies,
             routes,
             tests,
@@ -195,25 +195,20 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
 fn read_policies(
     sources: &BTreeMap<&str, Source>,
     mesh: &mesh::Mesh,
-    roles: &BTreeMap<RoleName, BTreeSet<Member>>,
+    roles: Option<&BTreeMap<RoleName, BTreeSet<Member>>>,
 ) -> BTreeMap<PolicyId, PolicyText> {
     let mut policies: BTreeMap<PolicyId, PolicyText> = BTreeMap::new();
     let services: BTreeSet<ServiceName> = mesh.services.keys().cloned().collect();
+    // What a file that is no TOML would have declared is not looked up; the rest is.
+    let is_known = mesh.is_readable && sources.contains_key(MESH_FILE);
+    let known =
+        policy::Known { trust_domain: mesh.trust_domain.as_ref(), services: is_known.then_some(&services), roles };
     for source in sources.values().filter(|source| is_policy_file(&source.file)) {
-        let parsed = match policy::parse_file(&source.file, &source.text) {
-            Ok(parsed) => parsed,
-            Err(mistakes) => {
-                mistakes.into_iter().for_each(|mistake| source.take(mistake));
-                continue;
-            }
-        };
+        let (parsed, mistakes) = policy::read_file(&source.file, &source.text);
+        mistakes.into_iter().for_each(|mistake| source.take(mistake));
         for found in parsed {
-            // Names can be looked up only where `mesh.toml` could be read.
-            if let (Some(trust_domain), true) = (&mesh.trust_domain, mesh.is_readable) {
-                let known = policy::Known { trust_domain, services: &services, roles };
-                if let Err(mistakes) = policy::validate(&found, &known) {
-                    mistakes.into_iter().for_each(|mistake| source.take(mistake));
-                }
+            if let Err(mistakes) = policy::validate(&found, &known) {
+                mistakes.into_iter().for_each(|mistake| source.take(mistake));
             }
             if found.text.len() > BODY_BYTES_MAX {
                 source.mistake(found.span.clone(), format!("a policy has at most {BODY_BYTES_MAX} bytes"), "split it");
@@ -583,6 +578,7 @@ service = \"catalog\"
             mesh.toml:2:14 unclosed table, expected `]`
             mesh.toml:4:11 unquoted keys cannot be empty, expected letters, numbers, `-`, `_`
             policies/a.cedar:1:36 unexpected end of input (expected `!=`, `)`, `,`, `:`, `<`, `<=`, `==`, `>`, `>=`, `in`, or `is`)
+            policies/b.cedar:1:31 the role `nobody` does not exist (known are the [roles.*] of roles.toml)
             roles.toml:1:8 role `front` has no `members` (say who has it: members = ["web"]; an empty array is nobody)
             roles.toml:2:1 unknown key `member` (did you mean `members`?)
         "#]]
@@ -591,6 +587,33 @@ service = \"catalog\"
             told(&Files::new()),
             "mesh.toml:1:1 there is no `mesh.toml` in this directory (`countersign init DIR` makes one; `-C DIR` names another directory)\n"
         );
+    }
+
+    #[test]
+    fn a_policy_with_a_mistake_hides_no_unknown_name_of_another_in_its_file() {
+        let policies = "\
+@id(\"broken\") permit (principal, action resource);
+@id(\"names\") permit (principal in Role::\"frnt\", action, resource in Service::\"catalgo\");
+permit (principal == Workload::\"wbe\", action == Action::\"http:GTE\", resource);
+@id(\"path\") permit (principal, action, resource == Operation::\"catalog\");
+";
+        let roles = "[roles.front]\nmembers = []\n";
+        for (mesh, services_are_known) in [(SMALL, true), ("trust_domain = \n", false)] {
+            let given = files(&[("mesh.toml", mesh), ("roles.toml", roles), ("policies/a.cedar", policies)]);
+            let told = told(&given);
+            for (what, is_told) in [
+                ("policies/a.cedar:1:", true),
+                ("the role `frnt` does not exist (did you mean Role::\"front\"?)", true),
+                ("the service `catalgo` does not exist", services_are_known),
+                ("http:GTE", true),
+                ("`catalog` is not an operation", true),
+            ] {
+                assert_eq!(told.contains(what), is_told, "{what} in\n{told}");
+            }
+        }
+        // A roles.toml that is no TOML makes no role unknown.
+        let given = files(&[("mesh.toml", SMALL), ("roles.toml", "[roles"), ("policies/a.cedar", policies)]);
+        assert!(!told(&given).contains("the role"), "{}", told(&given));
     }
 
     #[test]

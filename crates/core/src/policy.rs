@@ -31,7 +31,7 @@ use std::{net::IpAddr, ops::Range, sync::Arc};
 pub use cases::{Case, CaseResult, parse_cases, run_cases};
 pub use explain::{CameTo, Considered, Explanation};
 pub(crate) use file::nearest;
-pub use file::{FilePolicy, Known, mistakes_of_state, parse_file, validate};
+pub use file::{FilePolicy, Known, mistakes_of_state, parse_file, read_file, validate};
 pub use law::Law;
 pub use library::{Library, ParsedPolicy};
 pub use lint::{Finding, Flaw, lint};

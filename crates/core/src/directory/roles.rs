@@ -12,9 +12,10 @@ use crate::{
     identity::ServiceName,
 };
 
-pub(super) fn read(source: &Source, mesh: &Mesh) -> BTreeMap<RoleName, BTreeSet<Member>> {
+/// `None` when the file is no TOML: then nobody knows which roles there are.
+pub(super) fn read(source: &Source, mesh: &Mesh) -> Option<BTreeMap<RoleName, BTreeSet<Member>>> {
     let mut roles = BTreeMap::new();
-    let Some(document) = source.document() else { return roles };
+    let document = source.document()?;
     let top = Table::new(source, document.get_ref(), 0..0, reference::ROLES);
     for (name, value) in top.members("roles").unwrap_or_default() {
         if !is_plain_name(name.value) {
@@ -39,7 +40,7 @@ pub(super) fn read(source: &Source, mesh: &Mesh) -> BTreeMap<RoleName, BTreeSet<
         }
         roles.insert(name.value.into(), members);
     }
-    roles
+    Some(roles)
 }
 
 fn read_member(table: &Table<'_>, given: &At<&str>, mesh: &Mesh) -> Option<Member> {

@@ -39,20 +39,26 @@ pub struct FilePolicy {
     pub span: Range<usize>,
 }
 
-/// What the policies of a mesh can name.
+/// What the policies of a mesh can name. What is absent could not be read, and is not looked up.
 #[derive(Debug, Clone, Copy)]
 pub struct Known<'a> {
     /// The own trust domain.
-    pub trust_domain: &'a TrustDomain,
+    pub trust_domain: Option<&'a TrustDomain>,
     /// Every declared service.
-    pub services: &'a BTreeSet<ServiceName>,
+    pub services: Option<&'a BTreeSet<ServiceName>>,
     /// Every role.
-    pub roles: &'a BTreeMap<RoleName, BTreeSet<Member>>,
+    pub roles: Option<&'a BTreeMap<RoleName, BTreeSet<Member>>>,
 }
 
-/// Splits `text`, the content of the file `file`, into its policies. Each has parsed, passed the strict validator and
-/// carries an `@id` of its own; otherwise every mistake of the file is returned, in the order of the text.
+/// As [`read_file`]; the policies only when there is no mistake.
 pub fn parse_file(file: &str, text: &str) -> Result<Vec<FilePolicy>, Vec<Mistake>> {
+    let (policies, mistakes) = read_file(file, text);
+    if mistakes.is_empty() { Ok(policies) } else { Err(mistakes) }
+}
+
+/// Splits `text`, the content of the file `file`, into its policies. Each that is returned has parsed, passed the strict
+/// validator and carries an `@id` of its own; with them come all mistakes of the others, in the order of the text.
+pub fn read_file(file: &str, text: &str) -> (Vec<FilePolicy>, Vec<Mistake>) {
     let mut policies: Vec<FilePolicy> = Vec::new();
     let mut mistakes = Vec::new();
     for span in statements(text) {
@@ -76,7 +82,7 @@ pub fn parse_file(file: &str, text: &str) -> Result<Vec<FilePolicy>, Vec<Mistake
             }
         }
     }
-    if mistakes.is_empty() { Ok(policies) } else { Err(mistakes) }
+    (policies, mistakes)
 }
 
 /// Checks that a policy of [`parse_file`] names only what exists, and returns it parsed. Spans are those of the file.
@@ -94,7 +100,7 @@ pub fn validate(policy: &FilePolicy, known: &Known<'_>) -> Result<Arc<ParsedPoli
 pub fn mistakes_of_state(state: &MeshState, library: &Library) -> Vec<PolicyError> {
     let Some(trust_domain) = &state.trust_domain else { return Vec::new() };
     let services = state.services.keys().cloned().collect();
-    let known = Known { trust_domain, services: &services, roles: &state.roles };
+    let known = Known { trust_domain: Some(trust_domain), services: Some(&services), roles: Some(&state.roles) };
     let mut errors = Vec::new();
     for (id, reference) in &state.policies {
         let mut refuse = |what: String| errors.push(PolicyError { id: id.clone(), file: reference.file.clone(), what });
@@ -205,10 +211,12 @@ fn unknown_names(parsed: &ParsedPolicy, known: &Known<'_>) -> Vec<Mistake> {
     for uid in literals(&parsed.policy) {
         let eid: &str = uid.eid().as_ref();
         let found = match uid.entity_type().to_string().as_str() {
-            "Role" if !known.roles.contains_key(eid) => Some((
-                format!("the role `{eid}` does not exist"),
-                suggest(eid, known.roles.keys().map(|name| &**name), "Role", "[roles.*] of roles.toml"),
-            )),
+            "Role" => known.roles.filter(|roles| !roles.contains_key(eid)).map(|roles| {
+                (
+                    format!("the role `{eid}` does not exist"),
+                    suggest(eid, roles.keys().map(|name| &**name), "Role", "[roles.*] of roles.toml"),
+                )
+            }),
             "Service" => unknown_service(eid, eid, known, "Service"),
             "Operation" => {
                 let (service, path) = eid.find('/').map_or((eid, None), |at| (&eid[..at], Some(&eid[at..])));
@@ -242,10 +250,8 @@ fn unknown_names(parsed: &ParsedPolicy, known: &Known<'_>) -> Vec<Mistake> {
 }
 
 fn unknown_service(service: &str, eid: &str, known: &Known<'_>, kind: &str) -> Option<(String, String)> {
-    if known.services.iter().any(|name| name.as_str() == service) {
-        return None;
-    }
-    let help = match nearest(service, known.services.iter().map(ServiceName::as_str)) {
+    let services = known.services.filter(|services| !services.iter().any(|name| name.as_str() == service))?;
+    let help = match nearest(service, services.iter().map(ServiceName::as_str)) {
         Some(meant) => format!("did you mean {kind}::\"{meant}{}\"?", &eid[service.len()..]),
         None => "services are declared in mesh.toml".to_owned(),
     };
@@ -268,9 +274,9 @@ fn abnormal_path(service: &str, path: &str) -> Option<(String, String)> {
 
 fn unknown_workload(eid: &str, known: &Known<'_>) -> Option<(String, String)> {
     if !eid.contains("://") {
-        let exists = known.services.iter().any(|name| name.as_str() == eid);
-        return (!exists).then(|| {
-            let names = known.services.iter().map(ServiceName::as_str);
+        let unknown = known.services.filter(|services| !services.iter().any(|name| name.as_str() == eid));
+        return unknown.map(|services| {
+            let names = services.iter().map(ServiceName::as_str);
             (
                 format!("the workload `{eid}` does not exist"),
                 suggest(eid, names, "Workload", "services of mesh.toml; a foreign one is named by its full SPIFFE ID"),
@@ -282,9 +288,11 @@ fn unknown_workload(eid: &str, known: &Known<'_>) -> Option<(String, String)> {
         Ok(id) if id.as_str() != eid => {
             Some((format!("`{eid}` is never a caller's id"), format!("write Workload::\"{id}\"")))
         }
-        Ok(id) if id.trust_domain() == known.trust_domain.as_str() => id.service().map(|service| {
-            (format!("`{eid}` is a service of the own trust domain"), format!("write Workload::\"{service}\""))
-        }),
+        Ok(id) if known.trust_domain.is_some_and(|own| id.trust_domain() == own.as_str()) => {
+            id.service().map(|service| {
+                (format!("`{eid}` is a service of the own trust domain"), format!("write Workload::\"{service}\""))
+            })
+        }
         Ok(_) => None,
     }
 }
@@ -578,7 +586,7 @@ permit (principal == Workload::"web", action, resource);
         let trust_domain = TrustDomain::parse("shop.example").unwrap();
         let services = ["web", "catalog"].into_iter().map(|name| ServiceName::parse(name).unwrap()).collect();
         let roles = BTreeMap::from([("reader".into(), BTreeSet::new())]);
-        let known = Known { trust_domain: &trust_domain, services: &services, roles: &roles };
+        let known = Known { trust_domain: Some(&trust_domain), services: Some(&services), roles: Some(&roles) };
         let mut found = String::new();
         for policy in parse_file("policies/a.cedar", text).unwrap() {
             found += &told(text, &validate(&policy, &known).err().unwrap_or_default());
