@@ -12,13 +12,14 @@
 //! | `GET /v1/decisions?…` | query string of [`RecordFilter`] | `[`core DecisionRecord`]`, newest first; asks the hosts |
 //! | `GET /v1/decisions/{id}` | | [`DecisionDetail`] |
 //! | `GET /v1/decisions/tail?…` | query string of [`RecordFilter`] | newline-delimited [`TailEvent`]s, until the client leaves |
+//! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `GET /v1/ledger` | | newline-delimited [`LedgerLine`]s, all entries in order |
 //! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +85,12 @@ pub struct HostView {
     pub isolation_note: String,
     /// When it was last heard, in milliseconds since 1970.
     pub heard_at_ms: u64,
+    /// The services it may run, as it was invited; absent: every declared one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub services: Option<BTreeSet<ServiceName>>,
+    /// Why it does not follow this ledger, when it holds another history.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// A declared service with its running instances.
@@ -257,6 +264,21 @@ pub enum TailEvent {
     Shed(u64),
 }
 
+/// Who called a service, and how: permitted calls of one edge since it was first seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// Who called.
+    pub principal: SpiffeId,
+    /// How: `http:GET`.
+    pub action: String,
+    /// Permitted calls.
+    pub permits: u64,
+    /// The revision of the last one.
+    pub revision: Revision,
+    /// When they were last reported, in milliseconds since 1970.
+    pub seen_at_ms: u64,
+}
+
 /// The keys of the trust domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuthorityView {
@@ -311,6 +333,9 @@ pub struct Invite {
     /// The only host name it is good for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<ServiceName>,
+    /// The only services that the host may run; every declared one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub services: Option<BTreeSet<ServiceName>>,
 }
 
 /// A join token. Shown once; only its hash is kept.
@@ -320,8 +345,11 @@ pub struct Invitation {
     pub token: String,
     /// When it expires, in milliseconds since 1970.
     pub expires_at_ms: u64,
-    /// Where to use it: `https://ip:port`.
+    /// Where to use it: `https://host:port`.
     pub control: String,
+    /// Why that may not be where another host finds it, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// One workload that an agent runs.

@@ -212,7 +212,9 @@ impl Agents {
             )));
         }
         let plane = self.0.clone();
-        same_history(&plane, &hello)?;
+        same_history(&plane, &hello).inspect_err(|refused| {
+            plane.publisher.registry(|registry| registry.refuse(&host, refused.message()));
+        })?;
         let joined = plane.publisher.join(&hello, &host, plane.clock.now_ms());
         let number = joined.number;
         let leaving = Leaving { plane: plane.clone(), host: host.clone(), number };

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 
 use countersign_api::{
-    local::{Invitation, Problem},
+    local::{Invitation, Invite, Problem},
     mesh,
 };
 use countersign_core::{canonical::Digest, identity::ServiceName};
@@ -15,21 +15,30 @@ use crate::{
     Plane,
     authority::SigningRequest,
     local_api::problem,
-    store::{Spent, StoreError},
+    store::{NewInvitation, Spent, StoreError},
 };
 
 /// Longest time a join token can be good for.
 pub const INVITATION_LIFETIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Services that a host can be bound to at most.
+pub const SERVICES_MAX: usize = 1_000;
 const SECRET_BYTES: usize = 32;
 const PREFIX: &str = "csj1";
 /// Longest token we read, in bytes.
 const TOKEN_BYTES_MAX: usize = 256;
 
 /// Makes a join token.
-pub async fn invite(plane: &Plane, ttl: Duration, host: Option<ServiceName>) -> Result<Invitation, Problem> {
+pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem> {
+    let Invite { ttl_seconds, host, services } = asked;
+    let ttl = Duration::from_secs(ttl_seconds);
     if ttl.is_zero() || ttl > INVITATION_LIFETIME_MAX {
         let help = "give a time between one second and a day, for example `--ttl 10m`";
         return Err(problem(422, "a join token is good for a day at most", None, Some(help)));
+    }
+    if services.as_ref().is_some_and(|services| services.is_empty() || services.len() > SERVICES_MAX) {
+        let help =
+            "name the services that the host runs, or leave `--services` out: then it may run every declared one";
+        return Err(problem(422, format!("a host is bound to 1 to {SERVICES_MAX} services"), None, Some(help)));
     }
     let authority = plane.authority().ok_or_else(|| {
         let help = "apply a mesh directory first: `countersign apply DIR`";
@@ -42,7 +51,9 @@ pub async fn invite(plane: &Plane, ttl: Duration, host: Option<ServiceName>) -> 
     let expires_at_ms = now_ms + ttl.as_millis() as u64;
     let kept = plane
         .storage
-        .run("put_invitation", move |store| store.put_invitation(&hash, expires_at_ms, host.as_ref(), now_ms))
+        .run("put_invitation", move |store| {
+            store.put_invitation(&hash, &NewInvitation { expires_at_ms, host, services }, now_ms)
+        })
         .await
         .map_err(|error| crate::local_api::store_problem(&error))?;
     if !kept {
@@ -51,7 +62,7 @@ pub async fn invite(plane: &Plane, ttl: Duration, host: Option<ServiceName>) -> 
     }
     let token =
         format!("{PREFIX}.{}.{}", URL_SAFE_NO_PAD.encode(*secret), URL_SAFE_NO_PAD.encode(authority.root_sha256().0));
-    Ok(Invitation { token, expires_at_ms, control: format!("https://{}", plane.listen) })
+    Ok(Invitation { token, expires_at_ms, control: plane.advertised.url.clone(), note: plane.advertised.note.clone() })
 }
 
 /// The hash of the secret of a well-formed token for our root.
@@ -100,7 +111,8 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
         .await
         .map_err(unavailable)?;
     match spent {
-        Spent::Admitted => {}
+        // Before the SVID: no agent of this host is ever let do more than its invitation says.
+        Spent::Admitted(services) => plane.publisher.registry(|registry| registry.entitle(&host, services)),
         Spent::Unknown => return Err(unknown()),
         Spent::Used => {
             tracing::warn!(%host, "a join token was shown a second time: whoever used it first may not be who was invited");

@@ -10,6 +10,8 @@
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
 //! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
 //! | [`agents`] | the mutual TLS listener of agents | trusts what an SVID does not say |
+//! | [`advertise`] | says where other hosts find it | resolves a name |
+//! | [`mark`] | notices a store that was restored from an older copy | repairs it |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
 //! | [`metrics`] | what Prometheus reads | |
@@ -34,7 +36,7 @@ use tokio::{
 };
 
 use countersign_api::{
-    local::{Applied, Apply, Invitation, Problem},
+    local::{Applied, Apply, Invitation, Invite, Problem},
     run_file::CONTROL_SOCKET,
     svid::TlsIdentity,
 };
@@ -44,6 +46,7 @@ use countersign_core::{
     ledger::Entry,
 };
 
+pub mod advertise;
 pub mod agents;
 pub mod authority;
 pub mod clock;
@@ -52,11 +55,13 @@ pub mod enrol;
 pub mod gate;
 pub mod ledger;
 pub mod local_api;
+pub mod mark;
 pub mod metrics;
 pub mod publish;
 pub mod registry;
 pub mod store;
 
+use advertise::{Advertise, Advertised, Own};
 use authority::{
     Authority, AuthorityError, SVID_LIFETIME,
     seal::{KeyFileError, Sealer},
@@ -65,6 +70,7 @@ use clock::Clock;
 use decisions::Decisions;
 use gate::Gate;
 use ledger::{Ledger, OpenError};
+use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
 use publish::Publisher;
 use registry::Registry;
@@ -91,6 +97,8 @@ pub struct ControlConfig {
     pub data_dir: PathBuf,
     /// Where agents connect; port 0 picks one.
     pub listen: SocketAddr,
+    /// Where other hosts find it, as invitations name it; the listener's address, or this machine's, unless given.
+    pub advertise: Option<Advertise>,
     /// Where Prometheus reads `/metrics`; not served unless given.
     pub metrics_listen: Option<SocketAddr>,
     /// The key-encryption key; `keys/kek` below the data directory unless given.
@@ -98,6 +106,9 @@ pub struct ControlConfig {
     /// The trust domain of a mesh that is not created yet, so that agents can join before the first change. One that
     /// exists must be this one.
     pub trust_domain: Option<TrustDomain>,
+    /// Starts on a ledger that is older than the one that was last written here. Agents that hold the later one have to join
+    /// again.
+    pub accept_rollback: bool,
 }
 
 /// A running control plane.
@@ -169,6 +180,18 @@ pub enum StartError {
     /// The authority's keys cannot be used.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
+    /// The store is an older copy.
+    #[error("the store in `{data_dir}` is not the one that this control plane last wrote")]
+    RolledBack {
+        /// The data directory.
+        data_dir: PathBuf,
+        /// In what.
+        #[source]
+        source: RolledBack,
+    },
+    /// Whether it is cannot be found out.
+    #[error(transparent)]
+    Mark(#[from] MarkError),
     /// The mesh in the ledger is another one.
     #[error("the ledger in `{data_dir}` is of mesh `{found}`, not of `{wanted}`")]
     OtherMesh {
@@ -185,6 +208,9 @@ impl StartError {
     /// What to do about it.
     pub fn help(&self) -> Option<String> {
         Some(match self {
+            Self::Io { path, source } if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                format!("{} is on a read-only file system: mount it for writing, or use another --data-dir", path.display())
+            }
             Self::Io { path, .. } => format!("check that {} exists and belongs to this user", path.display()),
             Self::SocketPath(_) => {
                 format!("use a --data-dir of at most {} bytes", SOCKET_PATH_BYTES_MAX - CONTROL_SOCKET.len() - 1)
@@ -208,6 +234,12 @@ impl StartError {
                 "use the key file that the keys were sealed with (`keys/kek` in a copy of the data directory)".into()
             }
             Self::Authority(_) => "restore the data directory from a copy".into(),
+            Self::RolledBack { .. } => {
+                "restore a later copy; or, if what came after is lost, start once with `--accept-rollback`: agents that hold \
+                 the later history refuse this one until they join again"
+                    .into()
+            }
+            Self::Mark(error) => format!("make {} readable, or remove it to start without it", error.path.display()),
             Self::OtherMesh { .. } => {
                 "a trust domain is for life: correct `trust_domain` in mesh.toml, or use another --data-dir".into()
             }
@@ -236,6 +268,9 @@ pub struct Plane {
     /// Where agents connect.
     pub listen: SocketAddr,
     changes: broadcast::Sender<Changed>,
+    /// Where other hosts find it.
+    pub advertised: Advertised,
+    high_water: Arc<HighWater>,
     sealer: Arc<Sealer>,
     authority: RwLock<Option<Arc<Authority>>>,
     identity: watch::Sender<Option<Arc<TlsIdentity>>>,
@@ -249,7 +284,7 @@ pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
 
 /// As [`start`], with the time told by `clock`.
 pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
-    let ControlConfig { data_dir, listen, metrics_listen, key_file, trust_domain } = config;
+    let ControlConfig { data_dir, listen, advertise, metrics_listen, key_file, trust_domain, accept_rollback } = config;
     let socket = data_dir.join(CONTROL_SOCKET);
     if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(StartError::SocketPath(socket));
@@ -263,8 +298,11 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     let storage = Storage::start(Box::new(store), metrics.store.clone()).map_err(|source| in_dir(&data_dir, source))?;
 
     let now_ms = clock.now_ms();
-    let (hosts, instances) = storage.run("restore", |store| Ok((store.hosts()?, store.instances()?))).await?;
-    let publisher = Arc::new(Publisher::new(Registry::restore(hosts, instances, now_ms)));
+    let restored = storage.run("restore", |store| Ok((store.hosts()?, store.instances()?, store.entitlements()?)));
+    let (hosts, instances, entitlements) = restored.await?;
+    let mut registry = Registry::restore(hosts, instances, now_ms);
+    entitlements.into_iter().for_each(|(host, services)| registry.entitle(&host, Some(services)));
+    let publisher = Arc::new(Publisher::new(registry));
     let sealed = storage.run("authority_keys", |store| Ok(store.has_keys()? || store.head()?.is_some())).await?;
     let key_file = key_file.unwrap_or_else(|| data_dir.join(KEY_FILE));
     let sealer = Arc::new(Sealer::open(&key_file, !sealed)?);
@@ -275,6 +313,12 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     })
     .await?;
     let ledger = Arc::new(ledger);
+    let high_water = Arc::new(HighWater::beside(&key_file));
+    let rolled_back = match high_water.compare(&ledger)? {
+        Ok(()) => None,
+        Err(why) if accept_rollback => Some(why),
+        Err(source) => return Err(StartError::RolledBack { data_dir, source }),
+    };
     publisher.begin(ledger.head());
     let created = ledger.head().follower.state().trust_domain.clone();
     if let (Some(found), Some(wanted)) = (&created, &trust_domain)
@@ -305,11 +349,17 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         started_at_ms: now_ms,
         listen,
         changes: broadcast::Sender::new(CHANGES_KEPT),
+        advertised: advertise::advertised(advertise.as_ref(), listen, Own::look),
+        high_water,
         sealer,
         authority: RwLock::new(None),
         identity: watch::Sender::new(None),
         warnings: RwLock::default(),
     });
+    if let Some(why) = rolled_back {
+        tracing::warn!(%why, "the ledger is older than the one that was written, and accepted as it is");
+    }
+    plane.mark().await;
     if let Some(wanted) = created.or(trust_domain) {
         plane.begin_authority(&wanted).await?;
     }
@@ -334,7 +384,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
 impl Control {
     /// Makes a join token that is good once, for `ttl`, for `host` only when given.
     pub async fn invite(&self, ttl: Duration, host: Option<ServiceName>) -> Result<Invitation, Problem> {
-        enrol::invite(&self.plane, ttl, host).await
+        enrol::invite(&self.plane, Invite { ttl_seconds: ttl.as_secs(), host, services: None }).await
     }
 
     /// Change-sets that become ledger entries from now on. A slow listener misses some.
@@ -407,6 +457,7 @@ impl Plane {
             }
         };
         self.note("store", None);
+        self.mark().await;
         self.metrics.applied.inc();
         let (revision, state) = (appended.follower.revision(), appended.follower.state());
         if let (None, Some(trust_domain)) = (authority, &state.trust_domain)
@@ -462,6 +513,21 @@ impl Plane {
             }
             shown.changed().await.expect("INVARIANT: the sender lives in `self`");
         }
+    }
+
+    /// Writes down where the ledger ends. One that cannot be written is said, and the change stands: the store has it.
+    async fn mark(&self) {
+        let (high_water, ledger) = (self.high_water.clone(), self.ledger.clone());
+        let risen = tokio::task::spawn_blocking(move || high_water.rise(&ledger)).await;
+        let warning = match risen {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(format!(
+                "{}: a store that is restored from an older copy will not be noticed here",
+                error_chain(&error)
+            )),
+            Err(error) => Some(format!("the ledger's high-water mark could not be written: {error}")),
+        };
+        self.note("mark", warning);
     }
 
     fn note(&self, what: &'static str, warning: Option<String>) {

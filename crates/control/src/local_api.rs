@@ -19,11 +19,12 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, AuthorityView, ChangeDetail, ChangeSummary, DecisionDetail, Invitation, Invite, LedgerLine, Mesh,
-    Problem, ProxyRevision, RecordFilter, ServiceView, Status, TailEvent, Waited,
+    Applied, Apply, AuthorityView, Caller, ChangeDetail, ChangeSummary, DecisionDetail, Invitation, Invite, LedgerLine,
+    Mesh, Problem, ProxyRevision, RecordFilter, ServiceView, Status, TailEvent, Waited,
 };
 use countersign_core::{
     change::{Bodies, ChangeSet, Revision},
+    identity::ServiceName,
     ledger::Entry,
 };
 
@@ -39,6 +40,8 @@ const BODY_BYTES_MAX: usize = 64 * 1024 * 1024;
 const WAIT_MAX: Duration = Duration::from_secs(10 * 60);
 /// Revisions of one list at most.
 const CHANGES_MAX: u32 = 1_000;
+/// Callers of a service that are told at most, the most permitted.
+const CALLERS_MAX: u32 = 1_000;
 
 type Answer<T> = Result<Json<T>, Refusal>;
 
@@ -93,6 +96,7 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/decisions", get(list_decisions))
         .route("/v1/decisions/tail", get(tail))
         .route("/v1/decisions/{id}", get(decision))
+        .route("/v1/services/{service}/callers", get(callers))
         .route("/v1/authority", get(authority))
         .route("/v1/ledger", get(ledger))
         .route("/v1/hosts/invitations", post(invite))
@@ -348,6 +352,13 @@ async fn tail(State(plane): State<Arc<Plane>>, Query(filter): Query<RecordFilter
     lines(shown.map(Ok))
 }
 
+async fn callers(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<Vec<Caller>> {
+    let help = "`countersign service list` shows those that are there";
+    let service = ServiceName::parse(&given).map_err(|e| problem(400, e.to_string(), None, Some(help)))?;
+    let callers = plane.storage.run("callers", move |store| store.callers(&service, CALLERS_MAX)).await;
+    Ok(Json(callers.map_err(stored)?))
+}
+
 async fn authority(State(plane): State<Arc<Plane>>) -> Answer<AuthorityView> {
     let help = "apply a mesh directory first: `countersign apply DIR`";
     let authority = plane.authority().ok_or_else(|| not_found("there is no mesh yet".into(), help))?;
@@ -395,9 +406,6 @@ fn lines<T: serde::Serialize>(items: impl Stream<Item = io::Result<T>> + Send + 
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(encoded)).into_response()
 }
 
-async fn invite(
-    State(plane): State<Arc<Plane>>,
-    Json(Invite { ttl_seconds, host }): Json<Invite>,
-) -> Answer<Invitation> {
-    Ok(Json(enrol::invite(&plane, Duration::from_secs(ttl_seconds), host).await?))
+async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<Invite>) -> Answer<Invitation> {
+    Ok(Json(enrol::invite(&plane, asked).await?))
 }

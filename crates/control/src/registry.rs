@@ -27,12 +27,18 @@ pub const RESTART_GRACE_MS: u64 = 20_000;
 pub const INSTANCES_PER_HOST_MAX: usize = 10_000;
 /// Longest text that an agent may have kept here: a version, an address, a reason; in bytes.
 const TEXT_BYTES_MAX: usize = 512;
+/// Hosts whose refusal is remembered at most.
+const REFUSED_MAX: usize = 1_000;
 
 /// Hosts and instances.
 #[derive(Debug, Default)]
 pub struct Registry {
     hosts: BTreeMap<ServiceName, Host>,
     instances: BTreeMap<InstanceId, Instance>,
+    /// The services of each host that may run some only.
+    entitlements: BTreeMap<ServiceName, BTreeSet<ServiceName>>,
+    /// Why a host does not follow this ledger.
+    refused: BTreeMap<ServiceName, String>,
 }
 
 #[derive(Debug)]
@@ -82,6 +88,16 @@ pub enum Refused {
     /// It runs elsewhere.
     #[error("instance `{0}` runs on another host")]
     OtherHost(InstanceId),
+    /// It was not invited for that.
+    #[error("host `{host}` was invited to run {}, not `{service}`; a new invitation for it can name that", list(.services))]
+    NotEntitled {
+        /// The host.
+        host: ServiceName,
+        /// What it asked for.
+        service: ServiceName,
+        /// What it may run.
+        services: BTreeSet<ServiceName>,
+    },
     /// Too many.
     #[error("a host runs at most {INSTANCES_PER_HOST_MAX} instances")]
     TooMany,
@@ -107,6 +123,33 @@ impl Registry {
         registry
     }
 
+    /// A host joined: it may run `services`, or every declared one.
+    ///
+    /// INVARIANT (entitled-services): what a host may run is what its last invitation says. Its instances of other services
+    /// leave at the next sweep.
+    pub fn entitle(&mut self, host: &ServiceName, services: Option<BTreeSet<ServiceName>>) {
+        match services {
+            None => drop(self.entitlements.remove(host)),
+            Some(services) => {
+                for (_, instance) in self
+                    .instances
+                    .iter_mut()
+                    .filter(|(id, instance)| instance.host == *host && !services.contains(&id.service()))
+                {
+                    instance.leaves_at_ms = Some(0);
+                }
+                self.entitlements.insert(host.clone(), services);
+            }
+        }
+    }
+
+    /// A host holds another history than this ledger's, and is not let follow.
+    pub fn refuse(&mut self, host: &ServiceName, why: &str) {
+        if self.refused.len() < REFUSED_MAX || self.refused.contains_key(host) {
+            self.refused.insert(host.clone(), short(why));
+        }
+    }
+
     /// An agent's stream opened. It will speak of each of its instances; those it does not speak of leave.
     pub fn connect(&mut self, hello: &mesh::FollowHello, host: &ServiceName, now_ms: u64) -> StoredHost {
         let joined_at_ms = self.hosts.get(host).map_or(now_ms, |known| known.stored.joined_at_ms);
@@ -119,6 +162,7 @@ impl Registry {
             isolation_note: short(&hello.isolation_note),
         };
         self.hosts.insert(host.clone(), Host { stored: stored.clone(), connected: true });
+        self.refused.remove(host);
         self.expect_again(host, now_ms);
         stored
     }
@@ -238,8 +282,22 @@ impl Registry {
             isolation: host.stored.isolation.clone(),
             isolation_note: host.stored.isolation_note.clone(),
             heard_at_ms: host.stored.heard_at_ms,
+            services: self.entitlements.get(&host.stored.host).cloned(),
+            refused: self.refused.get(&host.stored.host).cloned(),
         };
-        self.hosts.values().map(view).collect()
+        let unheard = |(host, why): (&ServiceName, &String)| HostView {
+            host: host.clone(),
+            connected: false,
+            version: String::new(),
+            isolation: String::new(),
+            isolation_note: String::new(),
+            heard_at_ms: 0,
+            services: self.entitlements.get(host).cloned(),
+            refused: Some(why.clone()),
+        };
+        // A ledger that was rolled back may have forgotten the very host that remembers.
+        let unknown = self.refused.iter().filter(|(host, _)| !self.hosts.contains_key(*host));
+        self.hosts.values().map(view).chain(unknown.map(unheard)).collect()
     }
 
     /// The instances of `service`, for people.
@@ -286,6 +344,10 @@ impl Registry {
     }
 
     fn of_host(&mut self, host: &ServiceName, id: &InstanceId) -> Result<&mut Instance, Refused> {
+        let service = id.service();
+        if let Some(services) = self.entitlements.get(host).filter(|services| !services.contains(&service)) {
+            return Err(Refused::NotEntitled { host: host.clone(), service, services: services.clone() });
+        }
         match self.instances.get(id) {
             Some(instance) if instance.host != *host => return Err(Refused::OtherHost(id.clone())),
             Some(_) => {}
@@ -308,6 +370,10 @@ impl Endpoint {
     fn message(&self, id: &InstanceId) -> mesh::Endpoint {
         mesh::Endpoint { instance: id.to_string(), address: self.address.to_string(), ready: self.ready }
     }
+}
+
+fn list(services: &BTreeSet<ServiceName>) -> String {
+    services.iter().map(|service| format!("`{service}`")).collect::<Vec<_>>().join(", ")
 }
 
 fn short(text: &str) -> String {
@@ -421,6 +487,45 @@ mod tests {
         assert_eq!((proxy.revision, proxy.error.as_deref()), (Revision(4), Some("a text is missing")));
         registry.acknowledge(&h1, &acknowledgement("web/1", 5, "")).unwrap();
         assert_eq!(registry.proxies().next().unwrap().error, None);
+    }
+
+    /// PROVES (entitled-services)
+    #[test]
+    fn a_host_is_held_to_the_services_it_was_invited_for() {
+        let mut registry = with_host();
+        let (h1, catalog) = (name("h1"), InstanceId::parse("catalog/1").unwrap());
+        for instance in ["web/1", "catalog/1"] {
+            registry.up(&h1, &up(instance, "127.0.0.1:1", true)).unwrap();
+        }
+        registry.entitle(&h1, Some([name("web"), name("job")].into()));
+        assert_eq!(registry.sweep(1).down, std::slice::from_ref(&catalog), "what it may run no more leaves discovery");
+        let refused = "host `h1` was invited to run `job`, `web`, not `catalog`; a new invitation for it can name that";
+        assert_eq!(registry.issuing(&h1, &catalog).unwrap_err().to_string(), refused);
+        assert_eq!(registry.up(&h1, &up("catalog/1", "127.0.0.1:1", true)).unwrap_err().to_string(), refused);
+        assert!(registry.acknowledge(&h1, &acknowledgement("catalog/1", 1, "")).is_err());
+        assert!(registry.issuing(&h1, &InstanceId::parse("web/2").unwrap()).is_ok());
+        assert!(registry.issuing(&name("h2"), &catalog).is_ok(), "and nobody else is");
+        assert_eq!(registry.hosts()[0].services, Some([name("web"), name("job")].into()));
+        registry.entitle(&h1, None);
+        assert!(registry.issuing(&h1, &InstanceId::parse("catalog/2").unwrap()).is_ok());
+    }
+
+    #[test]
+    fn a_host_that_holds_another_history_is_shown_until_it_follows_again() {
+        let mut registry = with_host();
+        registry.refuse(&name("h1"), "it holds revision 9");
+        registry.refuse(&name("forgotten"), "it holds revision 8");
+        let shown = |registry: &Registry| -> Vec<(String, Option<String>)> {
+            registry.hosts().into_iter().map(|host| (host.host.to_string(), host.refused)).collect()
+        };
+        let expected = [("h1", "it holds revision 9"), ("forgotten", "it holds revision 8")];
+        assert_eq!(shown(&registry), expected.map(|(host, why)| (host.to_owned(), Some(why.to_owned()))));
+        registry.connect(&mesh::FollowHello::default(), &name("h1"), 0);
+        assert_eq!(shown(&registry)[0], ("h1".to_owned(), None));
+        for n in 0..2 * REFUSED_MAX {
+            registry.refuse(&name(&format!("h-{n}")), "no");
+        }
+        assert!(registry.refused.len() <= REFUSED_MAX);
     }
 
     #[test]

@@ -4,11 +4,11 @@
 //! The runtime never waits for a disk: a [`Storage`] owns a [`Store`] on a thread of its own and runs one job after the
 //! other. No rule is decided here, and no secret is ever stored unsealed.
 
-use std::{sync::Arc, time::Instant};
+use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use countersign_api::local::RecordFilter;
+use countersign_api::local::{Caller, RecordFilter};
 use countersign_core::{
     canonical::Digest,
     identity::{InstanceId, ServiceName, SpiffeId},
@@ -123,11 +123,22 @@ pub struct IssuedSerial {
     pub expires_at_ms: u64,
 }
 
+/// An invitation as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewInvitation {
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// The only host it is good for.
+    pub host: Option<ServiceName>,
+    /// The only services that the host may run.
+    pub services: Option<BTreeSet<ServiceName>>,
+}
+
 /// What became of the attempt to use a join token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Spent {
-    /// It was good and is used up now.
-    Admitted,
+    /// It was good and is used up now. The host may run these services; every declared one when absent.
+    Admitted(Option<BTreeSet<ServiceName>>),
     /// No such token was ever given out (or it was long ago).
     Unknown,
     /// It was used before.
@@ -212,15 +223,12 @@ pub trait Store: Send {
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError>;
 
     /// Keeps an invitation by the hash of its secret; false when too many are open.
-    fn put_invitation(
-        &mut self,
-        hash: &Digest,
-        expires_at_ms: u64,
-        host: Option<&ServiceName>,
-        now_ms: u64,
-    ) -> Result<bool, StoreError>;
-    /// Uses an invitation up, if it is good for `host` now.
+    fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError>;
+    /// Uses an invitation up, if it is good for `host` now, and notes in the same step what the host may run.
     fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError>;
+
+    /// The hosts that may run some services only, with those.
+    fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError>;
 
     /// Every host that enrolled.
     fn hosts(&mut self) -> Result<Vec<StoredHost>, StoreError>;
@@ -239,8 +247,8 @@ pub trait Store: Send {
     fn put_report(&mut self, records: &[DecisionRecord], edges: &[EdgeCount], now_ms: u64) -> Result<(), StoreError>;
     /// Kept records that `filter` asks for, newest first.
     fn records(&mut self, filter: &RecordFilter) -> Result<Vec<DecisionRecord>, StoreError>;
-    /// Every counted edge.
-    fn edges(&mut self) -> Result<Vec<EdgeCount>, StoreError>;
+    /// Who called `service`, most permitted first, at most `limit`.
+    fn callers(&mut self, service: &ServiceName, limit: u32) -> Result<Vec<Caller>, StoreError>;
 }
 
 type Job = Box<dyn FnOnce(&mut dyn Store) + Send>;

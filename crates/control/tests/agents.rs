@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use countersign_api::{
-    local::{DecisionDetail, RecordFilter, Waited},
+    local::{Caller, DecisionDetail, Invitation, Invite, RecordFilter, TailEvent, Waited},
     mesh::{self, follow_event::Event, follow_request::Message as Said},
     svid::{PeerSide, verify_peer},
 };
@@ -17,7 +17,7 @@ use countersign_core::{
     record::DecisionRecord,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
-use support::{Plane, csr, declare, identity, permit, trust_domain};
+use support::{Plane, csr, declare, identity, name, permit, trust_domain};
 use tonic::Code;
 
 fn follower(snapshot: mesh::Snapshot) -> Follower {
@@ -361,4 +361,149 @@ async fn a_restart_ends_the_streams_and_forgets_no_instance_while_agents_come_ba
     let mut stream = agent.follow(1, root).await.unwrap();
     let discovery = stream.welcome().await.discovery.unwrap();
     assert_eq!(discovery.up.iter().map(|up| up.instance.as_str()).collect::<Vec<_>>(), ["web/1"]);
+}
+
+/// PROVES (entitled-services)
+#[tokio::test]
+async fn a_host_gets_svids_of_the_services_it_was_invited_for_and_of_no_other() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let invite = |services: &[&str]| Invite {
+        ttl_seconds: 60,
+        host: Some(name("h1")),
+        services: Some(services.iter().map(|service| name(service)).collect()),
+    };
+    let refused = plane.post::<Invitation>("/v1/hosts/invitations", &invite(&[])).await.unwrap_err();
+    assert_eq!(refused.status, 422, "{refused:?}");
+    let invitation: Invitation = plane.post("/v1/hosts/invitations", &invite(&["web"])).await.unwrap();
+    let mut agent = plane.join(&invitation.token, "h1").await.unwrap();
+    agent.issue("web/1").await.unwrap();
+    let refused = agent.issue("catalog/1").await.unwrap_err();
+    let why = "host `h1` was invited to run `web`, not `catalog`; a new invitation for it can name that";
+    assert_eq!((refused.code(), refused.message()), (Code::PermissionDenied, why));
+
+    // It can announce no instance of it either, and a restart of the control plane forgets nothing of this.
+    let plane = plane.restart().await.unwrap();
+    let channel = plane.channel(agent.identity.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
+    agent.client = mesh::mesh_client::MeshClient::new(channel);
+    assert_eq!(agent.issue("catalog/1").await.unwrap_err().message(), why);
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    stream.up("catalog/1", "127.0.0.1:9001").await;
+    stream.up("web/1", "127.0.0.1:9002").await;
+    let Event::Discovery(discovery) = stream.news().await else { panic!("discovery moved") };
+    assert_eq!(discovery.up.iter().map(|up| up.instance.as_str()).collect::<Vec<_>>(), ["web/1"]);
+    assert_eq!(plane.status().await.hosts[0].services, Some([name("web")].into()));
+
+    let invitation: Invitation = plane.post("/v1/hosts/invitations", &invite(&["catalog", "web"])).await.unwrap();
+    plane.join(&invitation.token, "h1").await.unwrap().issue("catalog/2").await.unwrap();
+}
+
+#[tokio::test]
+async fn an_agent_renews_its_own_identity_and_nobody_elses() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let mut agent = plane.agent("h1").await;
+    let (key, csr_der) = csr();
+    let renewed = agent.client.renew_agent(mesh::RenewAgentRequest { csr_der }).await.unwrap().into_inner();
+    let renewed = identity(renewed, &key);
+    assert_eq!(renewed.svid().id().as_str(), "spiffe://shop.example/countersign/agent/h1");
+    assert_ne!(renewed.svid().chain()[0], agent.identity.svid().chain()[0]);
+    // The new one opens what the old one did.
+    let channel = plane.channel(renewed.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
+    let mut again = mesh::mesh_client::MeshClient::new(channel);
+    again.renew_agent(mesh::RenewAgentRequest { csr_der: csr().1 }).await.unwrap();
+    let refused = again.renew_agent(mesh::RenewAgentRequest { csr_der: Bytes::from_static(b"no request") }).await;
+    assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument);
+    // A stranger and a workload have none to renew.
+    let mut stranger = mesh::mesh_client::MeshClient::new(plane.stranger().await);
+    let refused = stranger.renew_agent(mesh::RenewAgentRequest { csr_der: csr().1 }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    let (key, csr_der) = csr();
+    let request = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der };
+    let workload = identity(agent.client.issue_x509_svid(request).await.unwrap().into_inner(), &key);
+    let channel = plane.channel(workload.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
+    let mut workload = mesh::mesh_client::MeshClient::new(channel);
+    let refused = workload.renew_agent(mesh::RenewAgentRequest { csr_der: csr().1 }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+/// PROVES (fresh-by-asking)
+#[tokio::test]
+async fn what_control_holds_is_told_to_agents_that_ask() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let mut agent = plane.agent("h1").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    let welcomed = stream.welcome().await.head.unwrap();
+    let mut ask = agent.client.clone();
+    let mut head = async || ask.read_head(mesh::ReadHeadRequest {}).await.unwrap().into_inner();
+    assert_eq!(head().await, welcomed);
+    plane.apply(1, vec![declare("catalog")]).await.unwrap();
+    stream.up("web/1", "127.0.0.1:9001").await;
+    while !matches!(stream.news().await, Event::Discovery(_)) {}
+    let discovery_sequence = welcomed.discovery_sequence + 1;
+    assert_eq!(head().await, mesh::Head { size: 2, discovery_sequence });
+    let mut stranger = mesh::mesh_client::MeshClient::new(plane.stranger().await);
+    let refused = stranger.read_head(mesh::ReadHeadRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn permits_are_counted_by_caller_and_told_with_their_service() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let mut agent = plane.agent("h1").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let edge = |permits: u64| -> Bytes {
+        let principal = "spiffe://shop.example/web";
+        let edge = serde_json::json!({ "principal": principal, "service": "catalog", "action": "http:GET",
+            "permits": permits, "revision": 1 });
+        edge.to_string().into()
+    };
+    for permits in [2, 40] {
+        stream.say(Said::Report(mesh::Report { edges_json: vec![edge(permits)], ..Default::default() })).await;
+    }
+    let deadline = tokio::time::Instant::now() + support::WITHIN;
+    loop {
+        let callers: Vec<Caller> = plane.get("/v1/services/catalog/callers").await;
+        if let [caller] = &callers[..]
+            && caller.permits == 42
+        {
+            assert_eq!((caller.principal.as_str(), caller.action.as_str()), ("spiffe://shop.example/web", "http:GET"));
+            assert!(caller.seen_at_ms > 0);
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{callers:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(plane.get::<Vec<Caller>>("/v1/services/web/callers").await, []);
+    assert_eq!(plane.send("GET", "/v1/services/NO/callers", Vec::new()).await.0, 400);
+}
+
+#[tokio::test]
+async fn a_tail_tells_what_is_reported_while_it_is_open_and_what_was_asked_for_only() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let mut agent = plane.agent("h1").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let report =
+        |id: &str| Said::Report(mesh::Report { records_json: vec![record(id, "deny").0], ..Default::default() });
+    stream.say(report("0a")).await;
+    let mut all = plane.tail("/v1/decisions/tail").await;
+    let mut other = plane.tail("/v1/decisions/tail?service=other").await;
+    stream.say(report("0b")).await;
+    stream.say(report("0c")).await;
+    let mut told = Vec::new();
+    while told.last().map(String::as_str) != Some("0c") {
+        match all.next().await {
+            TailEvent::Record(record) => told.push(record.id.to_string()),
+            event => panic!("{event:?}"),
+        }
+    }
+    // The first may still have been on its way when the tail was opened.
+    assert!(told.ends_with(&["0b".into(), "0c".into()]) && told.len() <= 3, "{told:?}");
+    assert!(tokio::time::timeout(Duration::from_millis(200), other.next()).await.is_err(), "of another service");
 }

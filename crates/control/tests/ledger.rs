@@ -388,3 +388,123 @@ async fn without_a_trust_domain_agents_wait_until_the_mesh_is_created() {
     agent.issue("web/1").await.unwrap();
     assert_eq!(plane.bundle().await.trust_domain(), &trust_domain());
 }
+
+#[tokio::test]
+async fn a_store_restored_from_an_older_copy_is_noticed_and_accepted_only_when_told_to() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let copy = rusqlite::Connection::open(plane.dir.path().join("control.db")).unwrap();
+    copy.execute("VACUUM INTO ?1", [dir.path().join("control.db").to_str().unwrap()]).unwrap();
+    drop(copy);
+    plane.apply(1, vec![declare("catalog")]).await.unwrap();
+    let mut agent = plane.agent("h1").await;
+    let root = plane.status().await.root;
+    let keys = plane.dir.path().join("keys");
+    plane.control.stop().await;
+    // Only the store is the old one.
+    std::fs::rename(keys, dir.path().join("keys")).unwrap();
+
+    let refused = start(config(dir.path().into())).await.err().unwrap();
+    let why = std::error::Error::source(&refused).unwrap().to_string();
+    assert_eq!(why, "the ledger ends at revision 1, and it was at 2 before: the store is an older copy");
+    assert!(refused.help().unwrap().contains("--accept-rollback"), "{refused}");
+
+    let mut accepting = config(dir.path().into());
+    accepting.accept_rollback = true;
+    let plane = Plane { control: start(accepting).await.unwrap(), dir };
+    // Who holds the later history does not follow, and `status` shows who and why, though the store has forgotten the host.
+    let channel =
+        plane.channel(agent.identity.client_config(support::trust_domain().control(), &[b"h2"])).await.unwrap();
+    agent.client = countersign_api::mesh::mesh_client::MeshClient::new(channel);
+    assert!(agent.follow(2, root).await.is_err());
+    let hosts = plane.status().await.hosts;
+    assert_eq!(hosts.len(), 1);
+    assert!(
+        hosts[0].refused.as_ref().unwrap().contains("the agent holds revision 2, this ledger ends at 1"),
+        "{hosts:?}"
+    );
+
+    // What was accepted once is the mark from then on.
+    let plane = plane.restart().await.unwrap();
+    plane.apply(1, vec![declare("other")]).await.unwrap();
+    let Plane { control, dir } = plane;
+    control.stop().await;
+    let mark = std::fs::read_dir(dir.path().join("keys")).unwrap().flatten();
+    let mark = mark.map(|file| file.path()).find(|path| path.extension().is_some_and(|kind| kind == "mark")).unwrap();
+    let text = std::fs::read_to_string(&mark).unwrap();
+    let at = text.find("\"root\":\"").unwrap() + 8;
+    let other = if &text[at..=at] == "0" { "1" } else { "0" };
+    std::fs::write(&mark, format!("{}{other}{}", &text[..at], &text[at + 1..])).unwrap();
+    let refused = start(config(dir.path().into())).await.err().unwrap();
+    let why = std::error::Error::source(&refused).unwrap().to_string();
+    assert!(why.starts_with("the ledger holds another revision 2"), "{why}");
+}
+
+/// The mode of the sockets keeps others away already; here it does not.
+#[tokio::test]
+async fn another_user_is_not_served_even_where_the_mode_of_the_socket_would_let_it_in() {
+    use std::{io::Read as _, os::unix::fs::PermissionsExt as _};
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT TESTED: only root can be another user; run the tests as root to see this one");
+        return;
+    }
+    let plane = Plane::start().await;
+    let socket = plane.dir.path().join("control.sock");
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    std::fs::set_permissions(plane.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).unwrap();
+    let asked = tokio::task::spawn_blocking(move || {
+        let asks = std::thread::spawn(move || {
+            // This thread alone becomes `nobody`, for good.
+            let nobody = rustix::process::Uid::from_raw(65534);
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+            let _ = std::io::Write::write_all(
+                &mut stream,
+                b"GET /v1/status HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+            );
+            let mut answer = String::new();
+            let _ = stream.read_to_string(&mut answer);
+            answer
+        });
+        asks.join().unwrap()
+    });
+    assert_eq!(asked.await.unwrap(), "");
+    plane.status().await;
+}
+
+/// Runs itself again where the data directory is mounted read-only: to root, the mode of a directory means nothing.
+#[tokio::test]
+async fn a_data_directory_that_cannot_be_written_is_named_with_what_to_do() {
+    const NAME: &str = "a_data_directory_that_cannot_be_written_is_named_with_what_to_do";
+    if let Some(dir) = std::env::var_os("COUNTERSIGN_TEST_READ_ONLY_DIR") {
+        let error = start(config(dir.clone().into())).await.err().expect("nothing can be written there");
+        let said = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+        assert!(said.contains(dir.to_str().unwrap()) && said.contains("Read-only file system"), "{said}");
+        assert!(error.help().unwrap().contains("read-only"), "{:?}", error.help());
+        return;
+    }
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let Plane { control, dir } = plane;
+    control.stop().await;
+    let script = r#"mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$0" --exact "$2" --nocapture"#;
+    let again = std::process::Command::new("unshare")
+        .args(["-rm", "sh", "-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .arg(dir.path())
+        .arg(NAME)
+        .env("COUNTERSIGN_TEST_READ_ONLY_DIR", dir.path())
+        .output();
+    match again {
+        Ok(output) if output.status.success() => {
+            assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "it was run");
+        }
+        Ok(output) if String::from_utf8_lossy(&output.stderr).starts_with("unshare:") => {
+            eprintln!("NOT TESTED: the kernel refuses a mount namespace: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        other => panic!("{other:?}"),
+    }
+    start(config(dir.path().into())).await.unwrap().stop().await;
+}

@@ -121,7 +121,12 @@ pub enum HostVerb {
         /// The only host name it is good for
         #[arg(long)]
         host: Option<ServiceName>,
+        /// The only services that the host may run [default: every declared one]
+        #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+        services: Option<Vec<ServiceName>>,
     },
+    /// List them, and the services that each may run
+    List,
 }
 
 /// Where to write a new mesh directory.
@@ -253,7 +258,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Policy(verb) => policy::policy(verb, &global),
         Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
-        Command::Host(HostVerb::Invite { ttl, host }) => ask(host::invite(&place(&global)?, ttl, host, output)),
+        Command::Host(HostVerb::Invite { ttl, host, services }) => {
+            let services = services.map(|services| services.into_iter().collect());
+            ask(host::invite(&place(&global)?, ttl, host, services, output))
+        }
+        Command::Host(HostVerb::List) => ask(host::list(&place(&global)?, output)),
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 
 use countersign_api::run_file::{CONTROL_SOCKET, RunFile};
-use countersign_control::{Control, ControlConfig};
+use countersign_control::{Control, ControlConfig, advertise::Advertise};
 use countersign_core::identity::TrustDomain;
 
 use crate::{
@@ -25,6 +25,9 @@ pub struct ControlArguments {
     /// Where agents connect
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7443")]
     pub listen: SocketAddr,
+    /// Where other hosts find it, as `host invite` names it [default: the address it listens on, or this machine's]
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub advertise: Option<Advertise>,
     /// Where `/metrics` is served
     #[arg(long, value_name = "IP:PORT")]
     pub metrics: Option<SocketAddr>,
@@ -34,6 +37,9 @@ pub struct ControlArguments {
     /// The trust domain of a new mesh [default: that of DIR/mesh.toml]
     #[arg(long, value_name = "NAME")]
     pub trust_domain: Option<TrustDomain>,
+    /// Start on a store that was restored from an older copy; agents that know the later one have to join again
+    #[arg(long)]
+    pub accept_rollback: bool,
 }
 
 /// Runs until it is told to stop.
@@ -53,6 +59,8 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
     let config = ControlConfig {
         data_dir: place.data_dir.clone(),
         listen: arguments.listen,
+        advertise: arguments.advertise,
+        accept_rollback: arguments.accept_rollback,
         metrics_listen: arguments.metrics,
         key_file: arguments.key_file,
         trust_domain: trust_domain.clone(),

@@ -1,8 +1,8 @@
-//! `host invite`: a join token for one more host.
+//! `host invite`: a join token for one more host. `host list`: those that are there, and what each may run.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
-use countersign_api::local::{Invitation, Invite};
+use countersign_api::local::{Invitation, Invite, Status};
 use countersign_core::identity::ServiceName;
 
 use crate::{
@@ -10,19 +10,38 @@ use crate::{
     error::Done,
     mesh_finder::Place,
     render::{self, Output},
+    status,
 };
 
 /// Asks for a token and prints the command that uses it. The token is a secret and is shown this once.
-pub async fn invite(place: &Place, ttl: Duration, host: Option<ServiceName>, output: Output) -> Done {
-    let invite = Invite { ttl_seconds: ttl.as_secs().max(1), host };
+pub async fn invite(
+    place: &Place,
+    ttl: Duration,
+    host: Option<ServiceName>,
+    services: Option<BTreeSet<ServiceName>>,
+    output: Output,
+) -> Done {
+    let invite = Invite { ttl_seconds: ttl.as_secs().max(1), host: host.clone(), services: services.clone() };
     let invitation: Invitation = Client::control(place).post("/v1/hosts/invitations", &invite).await?;
     render::answer(output, &invitation, |invitation, paint| {
+        let host = host.map(|host| format!(" --host {host}")).unwrap_or_default();
+        let services = services.map(|services| services.iter().map(ServiceName::as_str).collect::<Vec<_>>().join(","));
+        let service = services.map(|services| format!(" --service {services}")).unwrap_or_default();
+        let note = invitation.note.as_deref().map(|note| format!("{} {}\n", paint.warn("note:"), render::tame(note)));
         format!(
-            "{} it is good for one host until {} and is not shown again\n\ncountersign agent --control {} --join {} DIR\n",
+            "{} it is good for one host until {} and is not shown again\n{}\ncountersign agent --control {} --join {}{host}{service} DIR\n",
             paint.note("on the new host, run this:"),
             render::moment_full(invitation.expires_at_ms),
+            note.unwrap_or_default(),
             invitation.control,
             invitation.token,
         )
     })
+}
+
+/// Lists every host that the control plane knows.
+pub async fn list(place: &Place, output: Output) -> Done {
+    let status: Status = Client::control(place).get("/v1/status").await?;
+    let now_ms = render::now_ms();
+    render::answer(output, &status.hosts, |hosts, paint| status::hosts(hosts, now_ms, paint))
 }

@@ -130,7 +130,8 @@ async fn here(global: &Global, service: &ServiceName, host: ServiceName) -> Resu
     if !mesh.state.services.contains_key(service) {
         return Err(undeclared(service, &mesh.state.services.keys().collect::<Vec<_>>()));
     }
-    let invite = Invite { ttl_seconds: INVITATION.as_secs(), host: Some(host) };
+    let services = Some([service.clone()].into());
+    let invite = Invite { ttl_seconds: INVITATION.as_secs(), host: Some(host), services };
     let invitation: Invitation = client.post("/v1/hosts/invitations", &invite).await?;
     let isolate = match &place.dir {
         Some(dir) => agent::isolate(&mesh_directory::load(dir)?),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use countersign_api::local::{ServiceView, Status};
+use countersign_api::local::{Caller, ServiceView, Status};
 use countersign_core::identity::ServiceName;
 
 use crate::{
@@ -20,12 +20,22 @@ pub async fn list(place: &Place, output: Output) -> Done {
     render::answer(output, &status.services, |services, paint| status::services(services, revision, paint))
 }
 
-/// Shows one service with its instances.
+/// One service, with who calls it.
+#[derive(serde::Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    service: &'a ServiceView,
+    callers: Vec<Caller>,
+}
+
+/// Shows one service with its instances and its callers.
 pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
     let status: Status = Client::control(place).get("/v1/status").await?;
     let service = find(&status.services, name)?;
+    let callers: Vec<Caller> = Client::control(place).get(&format!("/v1/services/{name}/callers")).await?;
     let now_ms = render::now_ms();
-    render::answer(output, service, |service, paint| {
+    let shown = Shown { service, callers };
+    render::answer(output, &shown, |Shown { service, callers }, paint| {
         let mut text = format!("{} {}\n", paint.strong(service.name.as_str()), paint.dim(service.id.as_str()));
         for (label, value) in [
             ("state", service.state.clone()),
@@ -53,8 +63,17 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
         });
         let headings = ["INSTANCE", "HOST", "ADDRESS", "STATE", "ENFORCES", "SVID EXPIRES", "ISOLATION", "ADMIN"];
         let _ = write!(text, "\n{}", render::table(&headings, rows, paint));
+        let _ = write!(text, "\n{}", table_of_callers(callers, now_ms, paint));
         text
     })
+}
+
+fn table_of_callers(callers: &[Caller], now_ms: u64, paint: render::Paint) -> String {
+    let rows = callers.iter().map(|caller| {
+        let by = caller.principal.service().map_or_else(|| caller.principal.to_string(), |service| service.to_string());
+        vec![cell(by), cell(&caller.action), cell(caller.permits), cell(render::distance(caller.seen_at_ms, now_ms))]
+    });
+    render::table(&["CALLED BY", "ACTION", "PERMITTED", "LAST SEEN"], rows, paint)
 }
 
 fn find<'a>(services: &'a [ServiceView], name: &ServiceName) -> Result<&'a ServiceView, Failure> {

@@ -53,6 +53,10 @@ pub fn warnings(status: &Status) -> Vec<String> {
     for host in status.hosts.iter().filter(|host| host.connected && host.isolation != "namespace") {
         warnings.push(format!("{NOT_SEPARATED} on host {}: {}", host.host, host.isolation_note));
     }
+    for host in &status.hosts {
+        let refused = host.refused.iter().map(|why| format!("host {} does not follow this ledger: {why}", host.host));
+        warnings.extend(refused);
+    }
     warnings.extend(status.warnings.iter().cloned());
     warnings
 }
@@ -79,17 +83,22 @@ pub fn services(services: &[ServiceView], revision: u64, paint: Paint) -> String
     render::table(&["SERVICE", "STATE", "PROTOCOL", "READY", "ENFORCES", "POLICIES", "UPSTREAMS"], rows, paint)
 }
 
-fn hosts(hosts: &[HostView], now_ms: u64, paint: Paint) -> String {
+/// The table of `status` and `host list`.
+pub fn hosts(hosts: &[HostView], now_ms: u64, paint: Paint) -> String {
     let rows = hosts.iter().map(|host| {
         vec![
             cell(&host.host),
-            verdict(if host.connected { "connected" } else { "away" }, host.connected),
+            match (&host.refused, host.connected) {
+                (Some(_), _) => verdict("refused", false),
+                (None, connected) => verdict(if connected { "connected" } else { "away" }, connected),
+            },
             cell(&host.version),
             verdict(&host.isolation, host.isolation == "namespace"),
-            cell(render::distance(host.heard_at_ms, now_ms)),
+            cell(host.services.as_ref().map_or_else(|| "any".to_owned(), |may| join(&may.iter().collect::<Vec<_>>()))),
+            cell(if host.heard_at_ms == 0 { "never".to_owned() } else { render::distance(host.heard_at_ms, now_ms) }),
         ]
     });
-    render::table(&["HOST", "STATE", "VERSION", "ISOLATION", "HEARD"], rows, paint)
+    render::table(&["HOST", "STATE", "VERSION", "ISOLATION", "MAY RUN", "HEARD"], rows, paint)
 }
 
 /// Names beside each other; `-` when there is none.
@@ -121,6 +130,8 @@ mod tests {
                 isolation: "none".into(),
                 isolation_note: "user namespaces are off".into(),
                 heard_at_ms: 9_000,
+                services: Some([ServiceName::parse("web").unwrap(), ServiceName::parse("job").unwrap()].into()),
+                refused: Some("the agent holds revision 9, this ledger ends at 4".into()),
             }],
             services: vec![],
             warnings: vec!["the disk is nearly full".into()],
@@ -129,12 +140,13 @@ mod tests {
             shop.example revision 4 root 000000000000, version 0.1.0, started 10s ago
             warning: unprotected: whoever owns the data directory can change everything; no owner is enrolled
             warning: workloads of one uid are not separated from each other on host h1: user namespaces are off
+            warning: host h1 does not follow this ledger: the agent holds revision 9, this ledger ends at 4
             warning: the disk is nearly full
 
             SERVICE  STATE  PROTOCOL  READY  ENFORCES  POLICIES  UPSTREAMS
 
-            HOST  STATE      VERSION  ISOLATION  HEARD
-            h1    connected  0.1.0    none       1s ago
+            HOST  STATE    VERSION  ISOLATION  MAY RUN   HEARD
+            h1    refused  0.1.0    none       job, web  1s ago
         "]]
         .assert_eq(&text(&status, 10_000, Paint::plain()));
     }

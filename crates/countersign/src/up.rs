@@ -17,7 +17,7 @@ use countersign_api::{
     local::{Status, TailEvent},
     run_file::RunFile,
 };
-use countersign_control::{Control, ControlConfig};
+use countersign_control::{Control, ControlConfig, advertise::Advertise};
 use countersign_core::{
     change::Revision,
     directory::{Directory, Files},
@@ -58,6 +58,12 @@ pub struct Up {
     /// Where agents of other hosts connect; port 0 picks one
     #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub listen: SocketAddr,
+    /// Where other hosts find the control plane, as `host invite` names it [default: the address of --listen]
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub advertise: Option<Advertise>,
+    /// Start on a store that was restored from an older copy; agents that know the later one have to join again
+    #[arg(long)]
+    pub accept_rollback: bool,
     /// Where other hosts reach the sidecars of this one [default: the address of --listen]
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
@@ -85,6 +91,8 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
     let control = control::start(ControlConfig {
         data_dir: place.data_dir.clone(),
         listen: arguments.listen,
+        advertise: arguments.advertise,
+        accept_rollback: arguments.accept_rollback,
         metrics_listen: Some(arguments.metrics),
         key_file: None,
         trust_domain: Some(directory.trust_domain.clone()),

@@ -2,6 +2,7 @@
 //! fsynced. The schema is versioned; a file of a later version is refused, an earlier one is brought up to date.
 
 use std::{
+    collections::BTreeSet,
     fs::{OpenOptions, Permissions},
     io,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
@@ -12,7 +13,7 @@ use std::{
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, ToSql, TransactionBehavior, params};
 
-use countersign_api::local::RecordFilter;
+use countersign_api::local::{Caller, RecordFilter};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
@@ -21,12 +22,13 @@ use countersign_core::{
 };
 
 use super::{
-    EDGES_MAX, IssuedSerial, NewEntry, RECORDS_MAX, Spent, Store, StoreError, StoredEntry, StoredHead, StoredHost,
-    StoredInstance,
+    EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, RECORDS_MAX, Spent, Store, StoreError, StoredEntry, StoredHead,
+    StoredHost, StoredInstance,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
-const SCHEMA: &[&str] = &["
+const SCHEMA: &[&str] = &[
+    "
     CREATE TABLE entries (
         idx    INTEGER PRIMARY KEY CHECK (idx >= 0),
         entry  BLOB NOT NULL,
@@ -96,7 +98,18 @@ const SCHEMA: &[&str] = &["
         PRIMARY KEY (principal, service, action)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX edges_seen ON edges (seen_at_ms);
-"];
+",
+    "
+    -- JSON arrays of names; NULL: every declared service.
+    ALTER TABLE invitations ADD COLUMN services TEXT;
+    -- Hosts that may run some services only.
+    CREATE TABLE entitlements (
+        host     TEXT PRIMARY KEY,
+        services TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX edges_service ON edges (service, permits);
+",
+];
 
 /// Join tokens that may be open at the same time.
 const INVITATIONS_MAX: u32 = 1_000;
@@ -247,13 +260,8 @@ impl Store for SqliteStore {
         })
     }
 
-    fn put_invitation(
-        &mut self,
-        hash: &Digest,
-        expires_at_ms: u64,
-        host: Option<&ServiceName>,
-        now_ms: u64,
-    ) -> Result<bool, StoreError> {
+    fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError> {
+        let services = invitation.services.as_ref().map(names_to_text).transpose()?;
         self.write(|t| {
             // Kept for a day after their end, so that a late holder learns why it is refused.
             t.execute("DELETE FROM invitations WHERE expires_at_ms < ?1", [signed(now_ms.saturating_sub(DAY_MS))])?;
@@ -266,8 +274,13 @@ impl Store for SqliteStore {
                 return Ok(false);
             }
             t.execute(
-                "INSERT INTO invitations VALUES (?1, ?2, ?3, NULL)",
-                params![hash.0, signed(expires_at_ms), host.map(ServiceName::as_str)],
+                "INSERT INTO invitations (hash, expires_at_ms, host, services) VALUES (?1, ?2, ?3, ?4)",
+                params![
+                    hash.0,
+                    signed(invitation.expires_at_ms),
+                    invitation.host.as_ref().map(ServiceName::as_str),
+                    services
+                ],
             )?;
             Ok(true)
         })
@@ -276,11 +289,18 @@ impl Store for SqliteStore {
     fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError> {
         self.write(|t| {
             let found = t
-                .query_row("SELECT expires_at_ms, host, used_at_ms FROM invitations WHERE hash = ?1", [hash.0], |row| {
-                    Ok((unsigned(row, 0)?, row.get::<_, Option<String>>(1)?, row.get::<_, Option<i64>>(2)?))
-                })
+                .query_row(
+                    "SELECT expires_at_ms, host, used_at_ms, services FROM invitations WHERE hash = ?1",
+                    [hash.0],
+                    |row| {
+                        let services = row.get::<_, Option<String>>(3)?;
+                        let services = services.map(|text| names_of_text(3, &text).map(|names| (text, names)));
+                        let (host, used) = (row.get::<_, Option<String>>(1)?, row.get::<_, Option<i64>>(2)?);
+                        Ok((unsigned(row, 0)?, host, used, services.transpose()?))
+                    },
+                )
                 .optional()?;
-            let Some((expires_at_ms, only_host, used)) = found else { return Ok(Spent::Unknown) };
+            let Some((expires_at_ms, only_host, used, services)) = found else { return Ok(Spent::Unknown) };
             if used.is_some() {
                 return Ok(Spent::Used);
             }
@@ -291,7 +311,17 @@ impl Store for SqliteStore {
                 return Ok(Spent::OtherHost);
             }
             t.execute("UPDATE invitations SET used_at_ms = ?2 WHERE hash = ?1", params![hash.0, signed(now_ms)])?;
-            Ok(Spent::Admitted)
+            t.execute("DELETE FROM entitlements WHERE host = ?1", [host.as_str()])?;
+            if let Some((text, _)) = &services {
+                t.execute("INSERT INTO entitlements VALUES (?1, ?2)", params![host.as_str(), text])?;
+            }
+            Ok(Spent::Admitted(services.map(|(_, names)| names)))
+        })
+    }
+
+    fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
+        self.rows("SELECT host, services FROM entitlements ORDER BY host", &[], |row| {
+            Ok((name(row, 0, ServiceName::parse)?, names_of_text(1, &row.get::<_, String>(1)?)?))
         })
     }
 
@@ -433,15 +463,16 @@ impl Store for SqliteStore {
         read.map_err(|e| sort(e, &self.path))
     }
 
-    fn edges(&mut self) -> Result<Vec<EdgeCount>, StoreError> {
-        let sql = "SELECT principal, service, action, permits, revision FROM edges ORDER BY 1, 2, 3";
-        self.rows(sql, &[], |row| {
-            Ok(EdgeCount {
+    fn callers(&mut self, service: &ServiceName, limit: u32) -> Result<Vec<Caller>, StoreError> {
+        let sql = "SELECT principal, action, permits, revision, seen_at_ms FROM edges WHERE service = ?1
+                   ORDER BY permits DESC, principal, action LIMIT ?2";
+        self.rows(sql, &[&service.as_str(), &limit], |row| {
+            Ok(Caller {
                 principal: name(row, 0, countersign_core::identity::SpiffeId::parse)?,
-                service: name(row, 1, ServiceName::parse)?,
-                action: row.get::<_, String>(2)?.into(),
-                permits: unsigned(row, 3)?,
-                revision: Revision(unsigned(row, 4)?),
+                action: row.get(1)?,
+                permits: unsigned(row, 2)?,
+                revision: Revision(unsigned(row, 3)?),
+                seen_at_ms: unsigned(row, 4)?,
             })
         })
     }
@@ -505,6 +536,15 @@ fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     u64::try_from(n).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(column, n))
 }
 
+fn names_to_text(names: &BTreeSet<ServiceName>) -> Result<String, StoreError> {
+    serde_json::to_string(names).map_err(|e| StoreError::Failed(e.to_string()))
+}
+
+fn names_of_text(column: usize, text: &str) -> rusqlite::Result<BTreeSet<ServiceName>> {
+    serde_json::from_str(text)
+        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e)))
+}
+
 fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
     row.get(column).map(Digest)
 }
@@ -528,34 +568,87 @@ mod tests {
         ServiceName::parse(given).unwrap()
     }
 
+    fn until(expires_at_ms: u64, only: Option<&str>, services: Option<&[&str]>) -> NewInvitation {
+        let services = services.map(|names| names.iter().map(|name| host(name)).collect());
+        NewInvitation { expires_at_ms, host: only.map(host), services }
+    }
+
     #[test]
     fn a_join_token_is_spent_once_in_time_and_by_whom_it_is_for() {
         let (mut store, _dir) = open();
         let [bound, free] = [Digest::of(b"bound"), Digest::of(b"free")];
-        assert!(store.put_invitation(&bound, 1_000, Some(&host("h1")), 0).unwrap());
-        assert!(store.put_invitation(&free, 1_000, None, 0).unwrap());
+        assert!(store.put_invitation(&bound, &until(1_000, Some("h1"), Some(&["web"])), 0).unwrap());
+        assert!(store.put_invitation(&free, &until(1_000, None, None), 0).unwrap());
+        let web = || Some(BTreeSet::from([host("web")]));
         for (hash, by, at_ms, expected) in [
             (Digest::of(b"other"), "h1", 0, Spent::Unknown),
             (bound, "h2", 0, Spent::OtherHost),
             (bound, "h1", 1_001, Spent::Expired),
-            (bound, "h1", 1_000, Spent::Admitted),
+            (bound, "h1", 1_000, Spent::Admitted(web())),
             (bound, "h1", 1_000, Spent::Used),
             (bound, "h2", 2_000, Spent::Used),
-            (free, "h9", 1, Spent::Admitted),
+            (free, "h9", 1, Spent::Admitted(None)),
             (free, "h9", 1, Spent::Used),
         ] {
             assert_eq!(store.spend_invitation(&hash, &host(by), at_ms).unwrap(), expected, "{by} at {at_ms}");
         }
+        assert_eq!(store.entitlements().unwrap(), [(host("h1"), web().unwrap())]);
+    }
+
+    #[test]
+    fn a_host_may_run_what_its_last_invitation_says() {
+        let (mut store, _dir) = open();
+        for (services, expected) in [(Some(&["a", "b"][..]), 1), (None, 0), (Some(&["a"]), 1)] {
+            let hash = Digest::of(&fastrand::u128(..).to_be_bytes());
+            store.put_invitation(&hash, &until(1_000, None, services), 0).unwrap();
+            store.spend_invitation(&hash, &host("h1"), 0).unwrap();
+            assert_eq!(store.entitlements().unwrap().len(), expected, "{services:?}");
+        }
+        assert_eq!(store.entitlements().unwrap()[0].1, BTreeSet::from([host("a")]));
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_is_brought_up_to_date_with_what_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.db");
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(SCHEMA[0]).unwrap();
+        old.pragma_update(None, "user_version", 1).unwrap();
+        let hash = Digest::of(b"given out before");
+        old.execute("INSERT INTO invitations VALUES (?1, 1000, NULL, NULL)", [hash.0]).unwrap();
+        drop(old);
+        let mut store = SqliteStore::open(&path).unwrap();
+        assert_eq!(store.spend_invitation(&hash, &host("h1"), 0).unwrap(), Spent::Admitted(None));
+    }
+
+    #[test]
+    fn callers_of_a_service_are_told_most_permitted_first() {
+        let (mut store, _dir) = open();
+        let edge = |from: &str, to: &str, permits| EdgeCount {
+            principal: format!("spiffe://shop.example/{from}").parse().unwrap(),
+            service: host(to),
+            action: "http:GET".into(),
+            permits,
+            revision: Revision(3),
+        };
+        store
+            .put_report(&[], &[edge("web", "catalog", 2), edge("job", "catalog", 5), edge("web", "other", 9)], 1)
+            .unwrap();
+        store.put_report(&[], &[edge("web", "catalog", 4)], 7).unwrap();
+        let told: Vec<_> = store.callers(&host("catalog"), 10).unwrap();
+        let told: Vec<_> = told.iter().map(|c| (c.principal.as_str(), c.permits, c.seen_at_ms)).collect();
+        assert_eq!(told, [("spiffe://shop.example/web", 6, 7), ("spiffe://shop.example/job", 5, 1)]);
+        assert_eq!(store.callers(&host("catalog"), 1).unwrap().len(), 1);
     }
 
     #[test]
     fn open_join_tokens_are_bounded_and_those_that_ended_make_room() {
         let (mut store, _dir) = open();
         for n in 0..INVITATIONS_MAX {
-            assert!(store.put_invitation(&Digest::of(&n.to_be_bytes()), 1_000, None, 0).unwrap());
+            assert!(store.put_invitation(&Digest::of(&n.to_be_bytes()), &until(1_000, None, None), 0).unwrap());
         }
-        assert!(!store.put_invitation(&Digest::of(b"one more"), 1_000, None, 0).unwrap());
-        assert!(store.put_invitation(&Digest::of(b"later"), 5_000, None, 1_001).unwrap());
+        assert!(!store.put_invitation(&Digest::of(b"one more"), &until(1_000, None, None), 0).unwrap());
+        assert!(store.put_invitation(&Digest::of(b"later"), &until(5_000, None, None), 1_001).unwrap());
     }
 
     #[test]

@@ -95,17 +95,14 @@ impl Store for Faulty {
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError> {
         self.inner.put_keys(keys)
     }
-    fn put_invitation(
-        &mut self,
-        hash: &Digest,
-        expires_at_ms: u64,
-        host: Option<&ServiceName>,
-        now_ms: u64,
-    ) -> Result<bool, StoreError> {
-        self.inner.put_invitation(hash, expires_at_ms, host, now_ms)
+    fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError> {
+        self.inner.put_invitation(hash, invitation, now_ms)
     }
     fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError> {
         self.inner.spend_invitation(hash, host, now_ms)
+    }
+    fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
+        self.inner.entitlements()
     }
     fn hosts(&mut self) -> Result<Vec<StoredHost>, StoreError> {
         self.inner.hosts()
@@ -128,7 +125,7 @@ impl Store for Faulty {
     fn records(&mut self, filter: &RecordFilter) -> Result<Vec<DecisionRecord>, StoreError> {
         self.inner.records(filter)
     }
-    fn edges(&mut self) -> Result<Vec<EdgeCount>, StoreError> {
-        self.inner.edges()
+    fn callers(&mut self, service: &ServiceName, limit: u32) -> Result<Vec<Caller>, StoreError> {
+        self.inner.callers(service, limit)
     }
 }

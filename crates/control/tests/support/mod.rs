@@ -21,7 +21,7 @@ use tokio::{
 use tonic::transport::{Channel, Endpoint};
 
 use countersign_api::{
-    local::{Applied, Apply, Invitation, Problem, Status},
+    local::{Applied, Apply, Invitation, Problem, Status, TailEvent},
     mesh::{
         self, enrolment_client::EnrolmentClient, follow_event::Event, follow_request::Message as Said,
         mesh_client::MeshClient,
@@ -48,6 +48,8 @@ pub fn trust_domain() -> TrustDomain {
 
 pub fn config(data_dir: PathBuf) -> ControlConfig {
     ControlConfig {
+        advertise: None,
+        accept_rollback: false,
         data_dir,
         listen: "127.0.0.1:0".parse().unwrap(),
         metrics_listen: Some("127.0.0.1:0".parse().unwrap()),
@@ -89,6 +91,17 @@ impl Plane {
         let response = sender.send_request(request).await.unwrap();
         let status = response.status().as_u16();
         (status, response.into_body().collect().await.unwrap().to_bytes())
+    }
+
+    /// Opens a stream of lines; returns when the answer has begun.
+    pub async fn tail(&self, path: &str) -> Tail {
+        let stream = UnixStream::connect(self.dir.path().join("control.sock")).await.unwrap();
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::get(path).header("host", "control").body(Full::new(Bytes::new())).unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        assert_eq!(response.status(), 200);
+        Tail { body: response.into_body(), unread: Vec::new() }
     }
 
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> T {
@@ -209,6 +222,25 @@ pub struct Agent {
     pub host: String,
     pub client: MeshClient<Channel>,
     pub identity: Arc<TlsIdentity>,
+}
+
+/// Newline-delimited JSON as it comes.
+pub struct Tail {
+    body: hyper::body::Incoming,
+    unread: Vec<u8>,
+}
+
+impl Tail {
+    pub async fn next(&mut self) -> TailEvent {
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=end).collect();
+                return serde_json::from_slice(&line).unwrap();
+            }
+            let frame = tokio::time::timeout(WITHIN, self.body.frame()).await.expect("a line comes in time");
+            self.unread.extend_from_slice(&frame.expect("the tail goes on").unwrap().into_data().unwrap());
+        }
+    }
 }
 
 /// Both halves of its stream.
