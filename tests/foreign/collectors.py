@@ -1,5 +1,7 @@
-"""Two OpenTelemetry collectors, made of the published protocol alone: OTLP over gRPC, and over HTTP with protobuf."""
+"""Two OpenTelemetry collectors, made of the published protocol alone: OTLP over gRPC, and over HTTP with protobuf. With
+`tls`, the files of a key and its certificate, over TLS."""
 
+import ssl
 import threading
 import time
 from concurrent import futures
@@ -85,12 +87,17 @@ class Collector:
 class OverGrpc(Collector, traces_grpc.TraceServiceServicer, metrics_grpc.MetricsServiceServicer):
     protocol = "grpc"
 
-    def __init__(self):
+    def __init__(self, tls=None):
         super().__init__()
         self.server = grpc.server(futures.ThreadPoolExecutor(4))
         traces_grpc.add_TraceServiceServicer_to_server(_Traces(self), self.server)
         metrics_grpc.add_MetricsServiceServicer_to_server(_Metrics(self), self.server)
-        self.endpoint = f"http://127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        if tls:
+            key, certificate = (path.read_bytes() for path in tls)
+            credentials = grpc.ssl_server_credentials([(key, certificate)])
+            self.endpoint = f"https://127.0.0.1:{self.server.add_secure_port('127.0.0.1:0', credentials)}"
+        else:
+            self.endpoint = f"http://127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         self.server.start()
 
     def stop(self):
@@ -118,7 +125,7 @@ class _Metrics(metrics_grpc.MetricsServiceServicer):
 class OverHttp(Collector):
     protocol = "http/protobuf"
 
-    def __init__(self):
+    def __init__(self, tls=None):
         super().__init__()
         collector = self
 
@@ -143,7 +150,11 @@ class OverHttp(Collector):
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls[1], tls[0])
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def stop(self):

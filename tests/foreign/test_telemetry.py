@@ -4,13 +4,14 @@ import json
 import re
 import secrets
 import socket
+import subprocess
 import time
 import urllib.request
 
 import pytest
 
 from collectors import OverGrpc, OverHttp, samples
-from conftest import Mesh
+from conftest import BINARY, Mesh
 
 HASTE = {"OTEL_METRIC_EXPORT_INTERVAL": "1000", "OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_TIMEOUT": "1000"}
 
@@ -195,6 +196,49 @@ def test_the_collector_is_shown_the_headers_that_were_given_and_a_workload_is_no
         assert b"of-the-mesh" not in environ.read()
 
 
+def self_signed(directory, name):
+    key, certificate = directory / f"{name}.key", directory / f"{name}.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE",
+         "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    return key, certificate
+
+
+@pytest.mark.parametrize("kind", [OverGrpc, OverHttp])
+def test_a_collector_over_tls_must_be_one_that_was_named(tmp_path, kind):
+    key, certificate = self_signed(tmp_path, "collector")
+    _, other = self_signed(tmp_path, "other")
+    collector = kind(tls=(key, certificate))
+    for name, trusted, arrives in (("refused", other, False), ("named", certificate, True)):
+        environment = {
+            **HASTE,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": collector.protocol,
+            "OTEL_EXPORTER_OTLP_CERTIFICATE": str(trusted),
+        }
+        directory = tmp_path / name
+        directory.mkdir()
+        mesh = Mesh(directory, None, environment)
+        try:
+            trace = secrets.token_hex(16)
+            status, _ = call(mesh, "client", "http://web.mesh/", f"00-{trace}-{secrets.token_hex(8)}-01")
+            assert status == 200
+            if arrives:
+                assert len(collector.of_trace(trace, 2)) == 2
+            else:
+                time.sleep(2)
+        finally:
+            mesh.stop()
+        log = (directory / "up.log").read_text()
+        assert ("telemetry does not arrive" not in log) == arrives, log
+        assert bool(collector.spans) == arrives
+    collector.stop()
+
+
 @pytest.mark.parametrize("collector", ["absent", "silent"])
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_a_collector_that_does_not_answer_is_a_warning_and_no_more(tmp_path, collector, protocol):
@@ -225,10 +269,6 @@ def test_a_collector_that_does_not_answer_is_a_warning_and_no_more(tmp_path, col
 
 
 def test_settings_that_cannot_be_meant_are_refused_at_the_start(tmp_path, monkeypatch):
-    import subprocess
-
-    from conftest import BINARY
-
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "sometimes")
     (tmp_path / "mesh.toml").write_text('trust_domain = "foreign.example"\n')

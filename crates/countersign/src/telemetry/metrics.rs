@@ -65,6 +65,8 @@ impl Kind {
     }
 }
 
+type Labels = Vec<(String, String)>;
+
 /// The samples under one `# TYPE`.
 #[derive(Default)]
 struct Family {
@@ -72,11 +74,11 @@ struct Family {
     help: String,
     kind: Kind,
     numbers: Vec<NumberDataPoint>,
-    histograms: Vec<(Vec<(String, String)>, HistogramDataPoint)>,
+    histograms: Vec<(Labels, HistogramDataPoint)>,
 }
 
 impl Family {
-    fn add(&mut self, name: &str, labels: Vec<(String, String)>, value: &str, counted: &Metrics) {
+    fn add(&mut self, name: &str, labels: Labels, value: &str, counted: &Metrics) {
         let start_time_unix_nano = counted.began_ns;
         if self.kind == Kind::Histogram {
             self.add_to_histogram(name, labels, value, counted);
@@ -96,7 +98,7 @@ impl Family {
         });
     }
 
-    fn add_to_histogram(&mut self, name: &str, labels: Vec<(String, String)>, value: &str, counted: &Metrics) {
+    fn add_to_histogram(&mut self, name: &str, labels: Labels, value: &str, counted: &Metrics) {
         let (bounds, labels): (Vec<_>, Vec<_>) = labels.into_iter().partition(|(key, _)| key == "le");
         let place = self.histograms.iter().position(|(of, _)| *of == labels).unwrap_or_else(|| {
             let point = HistogramDataPoint {
@@ -150,12 +152,12 @@ impl Family {
     }
 }
 
-fn attributes(labels: Vec<(String, String)>) -> Vec<KeyValue> {
+fn attributes(labels: Labels) -> Vec<KeyValue> {
     labels.into_iter().map(|(key, value)| text(&key, value)).collect()
 }
 
 /// `name{key="value",…} number`.
-fn sample(line: &str) -> Option<(&str, Vec<(String, String)>, &str)> {
+fn sample(line: &str) -> Option<(&str, Labels, &str)> {
     let end = line.find(['{', ' '])?;
     let (name, mut rest) = line.split_at(end);
     let mut labels = Vec::new();

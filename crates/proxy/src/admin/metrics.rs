@@ -303,7 +303,7 @@ mod tests {
         let mut documented = String::from(
             "The metrics of a sidecar, at /metrics of its admin address: name, type, what is counted, labels.\n\
              Written by a test from the page itself. Also there once known: countersign_view_revision,\n\
-             countersign_svid_remaining_seconds (gauges).\n\n",
+             countersign_svid_remaining_seconds (gauges). A collector gets the same names and labels over OTLP.\n\n",
         );
         let page = scraped(&shared);
         let mut help = BTreeMap::new();
