@@ -25,6 +25,7 @@ mod witness;
 
 pub use checkpoint::{Checkpoint, CheckpointError, Inconsistent, Trust, VerifiedCheckpoint};
 pub use follow::{Batch, Damage, Draft, DraftError, Follower, Incomplete, LedgerError, Snapshot};
+pub(crate) use follow::{change_set_of, entry_at};
 pub use merkle::{
     Frontier, FrontierError, consistency_proof, hash_leaf, hash_node, inclusion_proof, proves_consistency,
     proves_inclusion,
@@ -44,11 +45,13 @@ use serde::{Deserialize, Serialize};
 use crate::{
     canonical::{Digest, encode},
     change::Revision,
+    countersignature::{COUNTERSIGNATURES_MAX, Countersignature},
 };
 
-/// The format this code writes, and the only one it reads. Format 1 has no countersignatures: it belongs to meshes in
-/// which no owner is enrolled.
+/// The format of an entry without countersignatures.
 pub const ENTRY_FORMAT: u32 = 1;
+/// The format of an entry with countersignatures.
+pub const ENTRY_FORMAT_COUNTERSIGNED: u32 = 2;
 /// Longest entry, in bytes: C2SP tlog-tiles prefixes each entry of a bundle with a 16-bit length.
 pub const ENTRY_BYTES_MAX: usize = 65_535;
 /// Longest name of an actor, in bytes.
@@ -64,7 +67,7 @@ const NUMBER_MAX: u64 = (1 << 53) - 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// [`ENTRY_FORMAT`].
+    /// [`ENTRY_FORMAT`], or [`ENTRY_FORMAT_COUNTERSIGNED`] when there are countersignatures.
     pub format: u32,
     /// Its place in the ledger, from 0.
     pub index: u64,
@@ -76,6 +79,9 @@ pub struct Entry {
     pub digest: Digest,
     /// SHA-256 of the canonical [`MeshState`](crate::state::MeshState) after it.
     pub state: Digest,
+    /// Who stands behind it, by their own keys. [`Keyring`](crate::keyring::Keyring) says what they are worth.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub countersignatures: Vec<Countersignature>,
 }
 
 /// Why bytes are not an entry.
@@ -88,11 +94,16 @@ pub enum EntryError {
     #[error("it is not an entry: {0}")]
     Malformed(String),
     /// Written by a newer version.
-    #[error("its format is {0}; this version reads format {ENTRY_FORMAT}")]
+    #[error("its format is {0}; this version reads formats {ENTRY_FORMAT} and {ENTRY_FORMAT_COUNTERSIGNED}")]
     UnknownFormat(u64),
     /// The same entry has one other encoding that is the canonical one.
     #[error("it is not in canonical form (RFC 8785)")]
     NotCanonical,
+    /// More than their bound, or not what its format says.
+    #[error(
+        "an entry of format {ENTRY_FORMAT_COUNTERSIGNED} has 1 to {COUNTERSIGNATURES_MAX} countersignatures, and one of format {ENTRY_FORMAT} has none"
+    )]
+    Countersignatures,
     /// Nobody, or a name beyond its bound.
     #[error("the actor must have 1 to {ACTOR_BYTES_MAX} bytes")]
     Actor,
@@ -107,10 +118,15 @@ impl Entry {
         let malformed = |error: serde_json::Error| EntryError::Malformed(error.to_string());
         // The format is read first, so that a newer entry is called newer and not malformed.
         let format = serde_json::from_slice::<FormatOnly>(bytes).map_err(malformed)?.format;
-        if format != u64::from(ENTRY_FORMAT) {
-            return Err(EntryError::UnknownFormat(format));
-        }
+        let counts = match u32::try_from(format) {
+            Ok(ENTRY_FORMAT) => 0..=0,
+            Ok(ENTRY_FORMAT_COUNTERSIGNED) => 1..=COUNTERSIGNATURES_MAX,
+            _ => return Err(EntryError::UnknownFormat(format)),
+        };
         let entry: Self = serde_json::from_slice(bytes).map_err(malformed)?;
+        if !counts.contains(&entry.countersignatures.len()) {
+            return Err(EntryError::Countersignatures);
+        }
         if entry.actor.is_empty() || entry.actor.len() > ACTOR_BYTES_MAX {
             return Err(EntryError::Actor);
         }
@@ -150,6 +166,7 @@ mod tests {
             actor: "local".into(),
             digest: Digest::of(b"change-set"),
             state: Digest::of(b"state"),
+            countersignatures: Vec::new(),
         }
     }
 
@@ -168,8 +185,16 @@ mod tests {
         let long_actor = "a".repeat(ACTOR_BYTES_MAX + 1);
         for (given, expected) in [
             (String::new(), "it is not an entry: EOF while parsing a value"),
-            (with("\"format\":1", "\"format\":2"), "its format is 2; this version reads format 1"),
-            (with("\"format\":1", "\"format\":4294967297"), "its format is 4294967297; this version reads format 1"),
+            (
+                with("\"format\":1", "\"format\":2"),
+                "an entry of format 2 has 1 to 32 countersignatures, and one of format 1 has none",
+            ),
+            (with("\"digest\"", "\"countersignatures\":[],\"digest\""), "it is not in canonical form (RFC 8785)"),
+            (with("\"format\":1", "\"format\":3"), "its format is 3; this version reads formats 1 and 2"),
+            (
+                with("\"format\":1", "\"format\":4294967297"),
+                "its format is 4294967297; this version reads formats 1 and 2",
+            ),
             (with("\"format\":1,", ""), "it is not an entry: missing field `format`"),
             (with(",\"index\"", ", \"index\""), "it is not in canonical form (RFC 8785)"),
             (
@@ -180,7 +205,7 @@ mod tests {
             (with("local", "\\u006cocal"), "it is not in canonical form (RFC 8785)"),
             (
                 with("{\"actor\"", "{\"z\":1,\"actor\""),
-                "it is not an entry: unknown field `z`, expected one of `format`, `index`, `at_ms`, `actor`, `digest`, `state`",
+                "it is not an entry: unknown field `z`, expected one of `format`, `index`, `at_ms`, `actor`, `digest`, `state`, `countersignatures`",
             ),
             (with("\"local\"", "\"\""), "the actor must have 1 to 2048 bytes"),
             (with("local", &long_actor), "the actor must have 1 to 2048 bytes"),
@@ -197,7 +222,7 @@ mod tests {
         fn parsing_takes_back_what_encoding_wrote(
             index in 0..=NUMBER_MAX, at_ms in 0..=NUMBER_MAX, actor in ".{1,64}", digest: [u8; 32], state: [u8; 32],
         ) {
-            let entry = Entry { format: 1, index, at_ms, actor, digest: Digest(digest), state: Digest(state) };
+            let entry = Entry { format: 1, index, at_ms, actor, digest: Digest(digest), state: Digest(state), countersignatures: Vec::new() };
             prop_assert_eq!(Entry::parse(&entry.encode()), Ok(entry));
         }
 

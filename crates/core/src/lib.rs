@@ -8,6 +8,8 @@
 //! | [`identity`] | trust domains, SPIFFE IDs, service and instance names |
 //! | [`canonical`] | RFC 8785 encoding and the digests made over it |
 //! | [`change`] | what an operator can ask for: [`change::Change`], [`change::ChangeSet`] |
+//! | [`countersignature`] | an operator's signature over one change-set, and what voids it |
+//! | [`keyring`] | the operators' keys and the seal, folded from the ledger |
 //! | [`state`] | [`state::MeshState`], the pure fold of all admitted changes |
 //! | [`assurance`] | what an operator has proven: factors, challenges, WebAuthn assertions |
 //! | [`ledger`] | the Merkle log: entries, proofs, notes, checkpoints, tiles, witnesses |
@@ -22,8 +24,10 @@
 pub mod assurance;
 pub mod canonical;
 pub mod change;
+pub mod countersignature;
 pub mod directory;
 pub mod identity;
+pub mod keyring;
 pub mod ledger;
 pub mod operator;
 pub mod path;

@@ -453,7 +453,7 @@ impl fmt::Debug for PublicKey {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use aws_lc_rs::{
         rand::SystemRandom,
         signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _},
@@ -594,18 +594,30 @@ mod tests {
     }
 
     /// An authenticator that does what it is told.
-    struct Soft {
+    pub struct Soft {
         pair: EcdsaKeyPair,
-        key: PublicKey,
+        pub key: PublicKey,
     }
 
     impl Soft {
-        fn new() -> Self {
+        pub fn new() -> Self {
             let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).unwrap();
             let point = pair.public_key().as_ref();
             let head = hex::decode("a5010203262001215820").unwrap();
             let cose = [&head, &point[1..33], &[0x22, 0x58, 0x20], &point[33..]].concat();
             Self { pair, key: PublicKey::parse(&cose).unwrap() }
+        }
+
+        /// Authenticator data, client data and signature of an answer as it should be.
+        pub fn assertion(&self, relying_party: &RelyingParty, challenge: &Challenge) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
+            let (data, origin) =
+                (data(&relying_party.id, USER_PRESENT | USER_VERIFIED, 0, b""), &relying_party.origins[0]);
+            let challenge = challenge.encode();
+            let client = format!(
+                r#"{{"type":"webauthn.get","challenge":"{challenge}","origin":"{origin}","crossOrigin":false}}"#
+            );
+            let signature = self.answer(&data, &client);
+            (data, client.into_bytes(), signature)
         }
 
         fn answer(&self, data: &[u8], client_data: &str) -> Vec<u8> {

@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 
 use super::{
-    ACTOR_BYTES_MAX, BODY_BYTES_MAX, CHANGE_SET_BYTES_MAX, ENTRY_FORMAT, Entry, EntryError, Frontier, FrontierError,
-    NUMBER_MAX, hash_leaf,
+    ACTOR_BYTES_MAX, BODY_BYTES_MAX, CHANGE_SET_BYTES_MAX, ENTRY_BYTES_MAX, ENTRY_FORMAT, ENTRY_FORMAT_COUNTERSIGNED,
+    Entry, EntryError, Frontier, FrontierError, NUMBER_MAX, hash_leaf,
 };
 use crate::{
     canonical::{Digest, encode},
     change::{Bodies, ChangeSet, Revision},
+    countersignature::{COUNTERSIGNATURES_MAX, Countersignature, StillHolds},
     state::{FoldError, MeshState},
 };
 
@@ -210,6 +211,9 @@ pub enum DraftError {
     /// RFC 8785 writes numbers as IEEE 754 doubles.
     #[error("it holds a number above {NUMBER_MAX}, which canonical JSON cannot hold")]
     Inexact,
+    /// Too many countersignatures, or none where some were meant.
+    #[error("a countersigned entry has 1 to {COUNTERSIGNATURES_MAX} countersignatures, not {0}")]
+    Countersignatures(usize),
     /// The change-set or a text is beyond its bound.
     #[error("{what} has {found} bytes; at most {max} are allowed")]
     TooLong {
@@ -317,6 +321,38 @@ impl Follower {
         if change_set.base != held {
             return Err(DraftError::Moved { base: change_set.base, held });
         }
+        self.draft_with(at_ms, actor, change_set, bodies, Vec::new())
+    }
+
+    /// Makes the entry that `change_set` would become with those who stand behind it. Its base may lie behind: `holds` is the proof
+    /// that nothing since then voids what was signed. What the signatures are worth is for the keyring to say.
+    pub fn draft_countersigned(
+        &self,
+        at_ms: u64,
+        actor: &str,
+        change_set: &ChangeSet,
+        bodies: &Bodies,
+        countersignatures: Vec<Countersignature>,
+        holds: StillHolds,
+    ) -> Result<Draft, DraftError> {
+        let (base, held) = (change_set.base, self.revision());
+        if (holds.base(), holds.held()) != (base, held) {
+            return Err(DraftError::Moved { base, held });
+        }
+        if !(1..=COUNTERSIGNATURES_MAX).contains(&countersignatures.len()) {
+            return Err(DraftError::Countersignatures(countersignatures.len()));
+        }
+        self.draft_with(at_ms, actor, change_set, bodies, countersignatures)
+    }
+
+    fn draft_with(
+        &self,
+        at_ms: u64,
+        actor: &str,
+        change_set: &ChangeSet,
+        bodies: &Bodies,
+        countersignatures: Vec<Countersignature>,
+    ) -> Result<Draft, DraftError> {
         let change_set_bytes = encode(change_set);
         if change_set_bytes.len() > CHANGE_SET_BYTES_MAX {
             let (what, found, max) = ("the change-set", change_set_bytes.len(), CHANGE_SET_BYTES_MAX);
@@ -333,14 +369,18 @@ impl Follower {
         let mut next = self.clone();
         next.state = self.state.apply_all(change_set)?;
         let entry = Entry {
-            format: ENTRY_FORMAT,
-            index: held.0,
+            format: if countersignatures.is_empty() { ENTRY_FORMAT } else { ENTRY_FORMAT_COUNTERSIGNED },
+            index: self.frontier.size(),
             at_ms,
             actor: actor.to_owned(),
             digest: Digest::of(&change_set_bytes),
             state: next.state.digest(),
+            countersignatures,
         };
         let bytes = entry.encode();
+        if bytes.len() > ENTRY_BYTES_MAX {
+            return Err(DraftError::TooLong { what: "the entry", found: bytes.len(), max: ENTRY_BYTES_MAX });
+        }
         next.append(&bytes);
         next.take_bodies(bodies).map_err(|error| match error {
             LedgerError::Incomplete(Incomplete::Body(digest)) => DraftError::Body(digest),
@@ -397,12 +437,12 @@ impl Follower {
     }
 }
 
-fn entry_at(index: u64, bytes: &[u8]) -> Result<Entry, Damage> {
+pub(crate) fn entry_at(index: u64, bytes: &[u8]) -> Result<Entry, Damage> {
     let entry = Entry::parse(bytes)?;
     if entry.index == index { Ok(entry) } else { Err(Damage::Index(entry.index)) }
 }
 
-fn change_set_of(entry: &Entry, bytes: &[u8]) -> Result<ChangeSet, Damage> {
+pub(crate) fn change_set_of(entry: &Entry, bytes: &[u8]) -> Result<ChangeSet, Damage> {
     if bytes.len() > CHANGE_SET_BYTES_MAX {
         return Err(Damage::ChangeSetTooLong(bytes.len()));
     }
