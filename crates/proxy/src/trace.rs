@@ -15,7 +15,7 @@ use countersign_api::sidecar::{self, SidecarMessage, Spans, sidecar_message};
 use http::{HeaderMap, HeaderName, header::HeaderValue};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{decided::TraceId, live::Kind, workers::Worker};
+use crate::{counts::Counts, decided::TraceId, live::Kind, workers::Worker};
 
 /// Spans that wait for the agent at most, of all workers.
 const WAITING_MAX: usize = 2048;
@@ -80,6 +80,13 @@ impl Tracing {
     /// Which traces are kept.
     pub fn sampling(&self) -> Sampling {
         self.sampling
+    }
+
+    fn tell(&self, span: sidecar::Span, counts: &Counts) {
+        match self.waiting.try_send(span) {
+            Ok(()) => counts.spans.add(1),
+            Err(_) => counts.spans_shed.add(1),
+        }
     }
 }
 
@@ -165,10 +172,8 @@ impl Worker {
 
     /// Hands a span over, or sheds it.
     pub(crate) fn tell(&self, span: sidecar::Span) {
-        let Some(tracing) = &self.shared.setup.tracing else { return };
-        match tracing.waiting.try_send(span) {
-            Ok(()) => self.counts.spans.add(1),
-            Err(_) => self.counts.spans_shed.add(1),
+        if let Some(tracing) = &self.shared.setup.tracing {
+            tracing.tell(span, &self.counts);
         }
     }
 
@@ -336,6 +341,19 @@ mod tests {
         let path = format!("/{}", "é".repeat(PATH_BYTES_MAX));
         assert_eq!(shortened(&path).len(), PATH_BYTES_MAX - 1);
         assert_eq!(shortened("/short"), "/short");
+    }
+
+    #[test]
+    fn a_span_that_finds_no_room_is_shed_and_counted() {
+        let (tracing, mut spans) = Tracing::new(ALL);
+        let counts = Counts::default();
+        for _ in 0..WAITING_MAX + 3 {
+            tracing.tell(sidecar::Span::default(), &counts);
+        }
+        assert_eq!((counts.spans.get(), counts.spans_shed.get()), (WAITING_MAX as u64, 3));
+        spans.try_recv().unwrap();
+        tracing.tell(sidecar::Span::default(), &counts);
+        assert_eq!((counts.spans.get(), counts.spans_shed.get()), (WAITING_MAX as u64 + 1, 3));
     }
 
     #[tokio::test]
