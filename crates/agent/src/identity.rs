@@ -47,7 +47,7 @@ pub(crate) async fn keep_instance_fresh(host: Arc<Host>, of: Arc<Instance>, out:
             Ok(issued) => {
                 backoff.reset();
                 let renew_in = renew_in(&issued);
-                tracing::info!(%instance, svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), ?renew_in, "an identity was issued");
+                tracing::debug!(%instance, svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), ?renew_in, "an identity was issued");
                 host.tell(AgentEvent::IdentityIssued { instance: instance.clone() });
                 // Control's bundle beside an identity is as good as one on the stream.
                 let _ = host.trust(&issued.bundle.to_message());

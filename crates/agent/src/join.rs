@@ -5,29 +5,21 @@
 //! the first connection, made without a certificate of our own, is accepted only from a control plane whose chain ends
 //! in exactly that root, so the secret is shown to no one else. The private key is made here and never leaves.
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use countersign_api::{
     mesh::{IssueX509SvidResponse, JoinRequest, enrolment_client::EnrolmentClient},
-    svid::{Bundle, PeerRefused, PeerSide, SvidError, X509Svid, provider, verify_peer},
+    svid::{Bundle, PeerRefused, PeerSide, SvidError, X509Svid, newcomer_config, verify_peer},
 };
 use countersign_core::{
     canonical::Digest,
-    identity::{NameError, ServiceName, SpiffeId, TrustDomain},
+    identity::{ServiceName, SpiffeId, TrustDomain},
 };
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, SignatureScheme,
-    client::{
-        Resumption,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    },
-};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls_pki_types::{CertificateDer, UnixTime};
 use serde::{Deserialize, Serialize};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::{
@@ -187,7 +179,7 @@ pub(crate) async fn join(
     now: UnixTime,
 ) -> Result<Issued, JoinError> {
     let unreachable = |source| JoinError::Unreachable { control: control.to_string(), source };
-    let channel = control.connect(pinned(token.root_sha256)).await.map_err(unreachable)?;
+    let channel = control.connect(newcomer_config(token.root_sha256, ALPN)).await.map_err(unreachable)?;
     let request = SigningRequest::new()?;
     let answer = EnrolmentClient::new(channel)
         .join(JoinRequest { token: token.text.to_string(), host: host.to_string(), csr_der: request.csr_der.clone() })
@@ -211,107 +203,6 @@ pub(crate) async fn join(
         return Err(issued(IssuedError::OtherRoot));
     }
     Ok(identity)
-}
-
-/// A client that accepts the control plane of one root and shows no certificate.
-fn pinned(root_sha256: Digest) -> Arc<ClientConfig> {
-    let mut config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .expect("INVARIANT: the provider has TLS 1.3")
-        .dangerous() // rustls' word for any verifier of one's own
-        .with_custom_certificate_verifier(Arc::new(PinnedRoot { root_sha256 }))
-        .with_no_client_auth();
-    config.resumption = Resumption::disabled();
-    config.enable_sni = false;
-    config.alpn_protocols = ALPN.iter().map(|p| p.to_vec()).collect();
-    Arc::new(config)
-}
-
-/// Accepts a chain that contains the pinned root, verifies against it alone, and names its trust domain's control plane.
-#[derive(Debug)]
-struct PinnedRoot {
-    root_sha256: Digest,
-}
-
-/// Why the other end is not the control plane that the token names.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-enum NotPinned {
-    #[error("whoever answers there does not show the root certificate that the join token names")]
-    OtherRoot,
-    #[error("its certificate names no trust domain")]
-    NoTrustDomain,
-    #[error(transparent)]
-    Refused(#[from] PeerRefused),
-    #[error(transparent)]
-    Name(#[from] NameError),
-    #[error("`{0}` answered, which is not a control plane")]
-    NotControl(SpiffeId),
-}
-
-impl PinnedRoot {
-    fn verify(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> Result<(), NotPinned> {
-        let root = chain.iter().find(|der| Digest::of(der) == self.root_sha256).ok_or(NotPinned::OtherRoot)?;
-        let leaf = chain.first().ok_or(NotPinned::OtherRoot)?;
-        let trust_domain = trust_domain(leaf)?;
-        let bundle = Bundle::new(trust_domain.clone(), 0, vec![root.clone().into_owned()])
-            .map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
-        let peer = verify_peer(chain, &bundle, now, PeerSide::Server)?;
-        if *peer.id() != trust_domain.control() {
-            return Err(NotPinned::NotControl(peer.id().clone()));
-        }
-        Ok(())
-    }
-}
-
-/// The trust domain a leaf claims; `verify_peer` then holds it to that.
-fn trust_domain(leaf: &CertificateDer<'_>) -> Result<TrustDomain, NotPinned> {
-    let (_, certificate) = X509Certificate::from_der(leaf).map_err(|_| NotPinned::NoTrustDomain)?;
-    let names = certificate.subject_alternative_name().ok().flatten().ok_or(NotPinned::NoTrustDomain)?;
-    let uri = names.value.general_names.iter().find_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
-    let id = SpiffeId::parse(uri.ok_or(NotPinned::NoTrustDomain)?)?;
-    Ok(TrustDomain::parse(id.trust_domain())?)
-}
-
-impl ServerCertVerifier for PinnedRoot {
-    fn verify_server_cert(
-        &self,
-        leaf: &CertificateDer<'_>,
-        rest: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let chain: Vec<_> = [leaf].into_iter().chain(rest).cloned().collect();
-        match self.verify(&chain, now) {
-            Ok(()) => Ok(ServerCertVerified::assertion()),
-            Err(why) => Err(CertificateError::Other(OtherError(Arc::new(why))).into()),
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, signed, &provider().signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, signed, &provider().signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
-    }
 }
 
 /// The agent's identity as it lies in its directory, in a file only its own uid can open.

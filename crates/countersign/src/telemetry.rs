@@ -55,7 +55,8 @@ pub fn start() -> Result<Telemetry, Failure> {
         }),
         // On a terminal the display tells the story; the log is for what went wrong beside it.
         Err(_) if io::stderr().is_terminal() => Ok(EnvFilter::new(format!("warn,{}=off", countersign_agent::TOLD))),
-        Err(_) => Ok(EnvFilter::new("info")),
+        // An agent tells what its sidecars do; what they tell themselves is for when something is wrong.
+        Err(_) => Ok(EnvFilter::new("info,countersign::sidecar=warn")),
     };
     let events = match io::stderr().is_terminal() {
         true => tracing_subscriber::fmt::layer().with_writer(io::stderr).with_target(false).compact().boxed(),

@@ -30,6 +30,12 @@ fn what_policy_allows_passes_and_the_rest_is_denied_recorded_and_explained() {
     let explained = mesh.json(&asked);
     assert_eq!((&explained["outcome"], &explained["by"][0]), (&"permit".into(), &"guests-are-greeted".into()));
 
+    let told: Vec<Value> = mesh.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let of = |message: &str| told.iter().filter(|event| event["message"] == message).count();
+    assert_eq!((of("an instance starts"), of("svid issued"), of("a workload accepts connections")), (2, 2, 2));
+    let twice = told.iter().find(|event| event["level"] == "INFO" && event["target"] == "countersign::sidecar");
+    assert_eq!(twice, None, "what a sidecar does is told by its agent, once");
+
     let second = binary().arg("up").arg(&mesh.dir).output().unwrap();
     assert!(!second.status.success());
     let pid = mesh.up.as_ref().unwrap().id();

@@ -531,6 +531,8 @@ impl Instance {
             status.settled |= ready;
         });
         self.announce(host);
+        let said = if ready { "a workload accepts connections" } else { "a workload accepts no connections any more" };
+        tracing::info!(instance = %self.id, "{said}");
         if ready {
             host.tell(AgentEvent::InstanceReady { instance: self.id.clone() });
         }

@@ -687,9 +687,38 @@ async fn the_local_socket_shows_what_runs_to_its_owner() {
     let views: Vec<countersign_api::local::WorkloadView> = serde_json::from_str(body).unwrap();
     assert_eq!((views.len(), views[0].state.as_str()), (1, "running"));
     assert_eq!(InstanceId::parse(views[0].instance.as_str()).unwrap().service(), ServiceName::parse("web").unwrap());
+    another_user_is_refused(ground.data_dir()).await;
     let second = start(ground.config(None, vec![])).await.err().unwrap();
     assert!(matches!(second, StartError::Socket { .. }), "{second:?}");
     agent.stop(Duration::ZERO).await;
+}
+
+/// The mode of the socket keeps others away already; here it does not.
+async fn another_user_is_refused(data_dir: PathBuf) {
+    use std::{
+        io::{Read, Write},
+        os::unix::fs::PermissionsExt,
+    };
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT TESTED: only root can be another user; run the tests as root to see this one");
+        return;
+    }
+    let socket = data_dir.join("agent.sock");
+    fs::set_permissions(&data_dir, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(data_dir.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let asks = move || {
+        // This thread alone becomes `nobody`, for good.
+        let nobody = rustix::process::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        stream.write_all(b"GET /v1/workloads HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let answer = tokio::task::spawn_blocking(|| std::thread::spawn(asks).join().unwrap()).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403 ") && !answer.contains("instance"), "{answer}");
 }
 
 /// PROVES (sidecar-first): whatever a sidecar needs to serve a call was taken in before its workload runs.

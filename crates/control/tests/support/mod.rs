@@ -8,11 +8,8 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use rcgen::{CertificateParams, KeyPair};
-use rustls::{
-    ClientConfig, DigitallySignedStruct, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::ClientConfig;
+use rustls_pki_types::CertificateDer;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     net::{TcpStream, UnixStream},
@@ -26,7 +23,7 @@ use countersign_api::{
         self, enrolment_client::EnrolmentClient, follow_event::Event, follow_request::Message as Said,
         mesh_client::MeshClient,
     },
-    svid::{Bundle, PeerSide, TlsIdentity, X509Svid, provider, server_name, verify_peer},
+    svid::{Bundle, TlsIdentity, X509Svid, newcomer_config, server_name},
 };
 use countersign_control::{Control, ControlConfig, StartError, start};
 use countersign_core::{
@@ -152,14 +149,8 @@ impl Plane {
 
     /// A newcomer's channel: no certificate of its own.
     pub async fn stranger(&self) -> Channel {
-        let mut config = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Newcomer(self.bundle().await)))
-            .with_no_client_auth();
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        self.channel(Arc::new(config)).await.unwrap()
+        let root = Digest::of(&self.bundle().await.authorities()[0]);
+        self.channel(newcomer_config(root, &[b"h2"])).await.unwrap()
     }
 
     pub async fn channel(&self, config: Arc<ClientConfig>) -> Result<Channel, tonic::transport::Error> {
@@ -311,47 +302,5 @@ impl Stream {
             Event::Welcome(welcome) => welcome,
             other => panic!("the first event is {other:?}"),
         }
-    }
-}
-
-/// Knows the root it was told of, as a newcomer does, and nothing else.
-#[derive(Debug)]
-struct Newcomer(Bundle);
-
-impl ServerCertVerifier for Newcomer {
-    fn verify_server_cert(
-        &self,
-        leaf: &CertificateDer<'_>,
-        rest: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let chain: Vec<_> = [leaf].into_iter().chain(rest).cloned().collect();
-        let peer = verify_peer(&chain, &self.0, now, PeerSide::Server).expect("the control plane shows its SVID");
-        assert_eq!(*peer.id(), trust_domain().control());
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        unreachable!("TLS 1.3 only")
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, signed, &provider().signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
     }
 }
