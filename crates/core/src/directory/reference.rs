@@ -58,7 +58,12 @@ pub fn reference() -> [Section; 7] {
             keys: ROUTE,
         },
         Section { file: routes, table: "retry = { … }", says: "", keys: RETRY },
-        Section { file: routes, table: "limit = { … }", says: "At least one of rate and concurrency.", keys: LIMIT },
+        Section {
+            file: routes,
+            table: "limit = { … }",
+            says: "At least one of rate and concurrency. A caller is a SPIFFE ID. Its own sidecar holds each of its instances to the limit\nbefore anything is sent; the sidecar of each instance of `service` holds all instances of a caller, together, to it. So one\ncaller takes at most the limit times the instances of the caller, or of the service, whichever are fewer. What a `split`\nsends to another service is limited by the caller's sidecar alone.",
+            keys: LIMIT,
+        },
     ]
 }
 
@@ -142,7 +147,7 @@ pub(super) const SERVICE: &[Key] = &[
         "recorded",
         "`\"best_effort\"` or `\"always\"`",
         "`[defaults]`",
-        "What happens when a decision record finds no room: `best_effort` counts it and goes on, `always` answers 503.",
+        "What happens when a decision record finds no room: `best_effort` counts it and goes on. With `always` an exchange is forwarded once its record is written, and answered 503 when it cannot be.",
     ),
     key(
         "exchanges_max",
@@ -192,7 +197,12 @@ pub(super) const ROUTE: &[Key] = &[
         "Longest time from the head of the request to the head of the response; then 504.",
     ),
     key("retry", "table", "no retries", "When a failed attempt may be tried again. Only where it is safe: see below."),
-    key("limit", "table", "none", "How much each caller's instance may take of this rule; beyond it 429."),
+    key(
+        "limit",
+        "table",
+        "none",
+        "How much each caller may take of this rule; beyond it 429. See below for whom it counts.",
+    ),
 ];
 
 pub(super) const RETRY: &[Key] = &[
