@@ -91,7 +91,7 @@ async fn converse(mut stream: TcpStream, lookup: impl Fn(&str) -> Option<Ipv4Add
 }
 
 /// The answer to one message; `None` to one that is no question: answering an answer could go on for ever.
-fn answer(message: &[u8], lookup: impl Fn(&str) -> Option<Ipv4Addr>) -> Option<Vec<u8>> {
+pub(crate) fn answer(message: &[u8], lookup: impl Fn(&str) -> Option<Ipv4Addr>) -> Option<Vec<u8>> {
     let is_answer = header_buffer::has_flags(message, PacketFlag::RESPONSE).ok()?;
     if is_answer {
         return None;
@@ -210,11 +210,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn no_message_makes_it_panic(message in proptest::collection::vec(any::<u8>(), 0..600)) {
-            let _ = answer(&message, known);
-        }
-
         #[test]
         fn no_change_of_a_question_makes_it_panic(at in 0usize..29, to in any::<u8>()) {
             let mut message = ask("ledger.mesh", QTYPE::TYPE(TYPE::A), QCLASS::CLASS(CLASS::IN));

@@ -94,6 +94,14 @@ impl Verdicts {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Verdicts {
+    /// Every verdict that was not asked for yet.
+    pub(crate) fn all(&self) -> Vec<Result<bool, Refusal>> {
+        self.0.lock().drain(..).collect()
+    }
+}
+
 impl<T: AsyncRead + AsyncWrite + Unpin> Guard<T> {
     pub(crate) fn new(io: T) -> Self {
         Self {

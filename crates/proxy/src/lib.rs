@@ -31,6 +31,8 @@
 mod accept;
 pub mod admin;
 mod answer;
+#[cfg(any(test, fuzzing))]
+pub mod arbitrary_bytes;
 mod authenticate;
 mod authorize;
 mod balance;
