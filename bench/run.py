@@ -31,6 +31,7 @@ ENVOY = next((ROOT / "target/test-python").glob("lib/python3*/site-packages/envo
 RESULTS = ROOT / "bench/results"
 TICKS = os.sysconf("SC_CLK_TCK")
 PROXY_CORE, LOAD_CORE = "0", "1"
+CARGO_BENCH = ["cargo", "bench", "--quiet", "--locked", "--workspace", "--bench"]
 
 
 def free_port():
@@ -454,38 +455,36 @@ def pem(kind, der_base64url):
     return "\n".join([f"-----BEGIN {kind}-----", *lines, f"-----END {kind}-----", ""])
 
 
-def handshakes(address, pid, certificate, key, authorities, seconds, clients=4):
-    """New mutual TLS 1.3 connections, one after the other from each client; no resumption. `s_time` shows the leaf alone
-    and completes its chain from `authorities`. It resets each connection as soon as its own side is done, so the proxy does
-    not finish every one that is counted, and with four of them on one core it is the load generator that is measured."""
-    command = ["taskset", "-c", LOAD_CORE, "openssl", "s_time", "-connect", address, "-new", "-time", str(seconds),
-               "-cert", certificate, "-key", key, "-CAfile", authorities]
+def handshakes(address, pid, chain, key, group, seconds, clients=8):
+    """New mutual TLS 1.3 connections until HTTP/2 speaks, one after the other from each client; no resumption."""
+    command = ["taskset", "-c", LOAD_CORE, *CARGO_BENCH, "handshakes", "--"]
+    command += map(str, (address, chain, key, group, seconds, clients))
     before = cpu_seconds([pid])
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(clients)]
-    outputs = [process.communicate(timeout=seconds + 60)[0] for process in running]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     spent = cpu_seconds([pid]) - before
-    done = sum(int(re.search(r"(\d+) connections in \d+ real seconds", output)[1]) for output in outputs)
+    done = json.loads(output.strip().splitlines()[-1])["connections"]
     return {"connections_per_second": done / seconds, "cpu_milliseconds_per_connection": spent / done * 1e3}
 
 
 def bench_connections(options, scratch, backend):
-    """Full handshakes at the callee's proxy, both ends showing P-256 certificates. openssl 3.0 has no X25519MLKEM768, so
-    both proxies fall back to X25519 here."""
+    """Full handshakes at the callee's proxy, both ends showing P-256 certificates, ours with an intermediate. X25519 for
+    both, and for ours its own preference, the hybrid X25519MLKEM768, as well."""
     ours = Ours(scratch / "connections", backend)
     identity = json.loads((ours.directory / ".countersign/agent/identity.json").read_text())
-    certificate, key, issuers = (scratch / f"agent.{kind}" for kind in ("pem", "key", "issuers"))
-    certificate.write_text(pem("CERTIFICATE", identity["chain"][0]))
-    issuers.write_text("".join(pem("CERTIFICATE", der) for der in identity["chain"][1:]))
+    chain, key = scratch / "agent.pem", scratch / "agent.key"
+    chain.write_text("".join(pem("CERTIFICATE", der) for der in identity["chain"]))
     key.write_text(pem("PRIVATE KEY", identity["key"]))
     run = json.loads((ours.directory / ".countersign/run.json").read_text())
     inbound = run["services"]["backend"]["inbound"]
-    port = int(inbound.rsplit(":", 1)[1])
-    targets = {"countersign": (inbound, listener_pid(ours.pids, port), certificate, key, issuers)}
+    pid = listener_pid(ours.pids, int(inbound.rsplit(":", 1)[1]))
+    targets = {
+        "countersign": (inbound, pid, chain, key, "x25519"),
+        "countersign hybrid": (inbound, pid, chain, key, "x25519mlkem768"),
+    }
     envoys = Envoys(scratch, backend) if ENVOY else None
     if envoys:
-        pid = envoys.pids[1]
         address = f"127.0.0.1:{envoys.middle}"
-        targets["envoy"] = (address, pid, scratch / "client.pem", scratch / "client.key", scratch / "root.pem")
+        targets["envoy"] = (address, envoys.pids[1], scratch / "client.pem", scratch / "client.key", "x25519")
     for _, pid, *_ in targets.values():
         pin([pid], PROXY_CORE)
     runs = {name: [] for name in targets}
@@ -536,19 +535,18 @@ def bench_law(options, scratch, backend):
     }
 
 
-def cargo_bench(package, name):
+def cargo_bench(name):
     """A benchmark of the workspace prints one JSON object on its last line."""
-    command = ["cargo", "bench", "--locked", "-p", package, "--bench", name]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    output = subprocess.run([*CARGO_BENCH, name], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 
 def bench_decide(*_):
-    return cargo_bench("countersign-core", "decide")
+    return cargo_bench("decide")
 
 
 def bench_fanout(*_):
-    return cargo_bench("countersign-control", "fanout")
+    return cargo_bench("fanout")
 
 
 PARTS = {
