@@ -356,8 +356,8 @@ def closed_loop(target, seconds):
     return {"requests_per_second": rate, "cpu_seconds_per_100k": spent / done * 100_000}
 
 
-def fixed_rate(target, seconds, scratch, rate=1000, connections=10):
-    """1 000 requests a second over 10 connections; every request's duration is logged."""
+def fixed_rate(target, seconds, scratch, rate=1000, connections=64):
+    """1 000 requests a second over 64 connections; every request's duration is logged."""
     log = scratch / "latency.log"
     log.unlink(missing_ok=True)
     h2load(target.url, "-c", connections, "-D", seconds, "--rps", rate / connections, "--log-file", log)
