@@ -14,7 +14,9 @@
 //! | `tiles` | C2SP tlog-tiles: the ledger as files that never change |
 //! | `proof` | C2SP tlog-proof: one entry proven in one file |
 //! | `witness` | C2SP tlog-witness: whether to cosign a checkpoint |
+//! | `audit` | an export recomputed by an outsider, with public keys alone |
 
+mod audit;
 mod checkpoint;
 mod follow;
 mod merkle;
@@ -23,7 +25,8 @@ mod proof;
 mod tiles;
 mod witness;
 
-pub use checkpoint::{Checkpoint, CheckpointError, Inconsistent, Trust, VerifiedCheckpoint};
+pub use audit::{AuditError, Audited, Exported, KNOWN_BYTES_MAX, Known, KnownError, audit};
+pub use checkpoint::{Checkpoint, CheckpointError, Inconsistent, Trust, VerifiedCheckpoint, origin_of};
 pub use follow::{Batch, Damage, Draft, DraftError, Follower, Incomplete, LedgerError, Snapshot};
 pub(crate) use follow::{change_set_of, entry_at};
 pub use merkle::{

@@ -8,12 +8,17 @@ use std::{collections::BTreeSet, sync::Arc};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 
 use super::{Frontier, Note, NoteError, SignatureKind, VerifierKey, proves_consistency};
-use crate::canonical::Digest;
+use crate::{canonical::Digest, identity::TrustDomain};
 
-/// Longest origin, in bytes.
-pub const ORIGIN_BYTES_MAX: usize = 255;
+/// Longest origin, in bytes: the longest trust domain, with what makes it an origin.
+pub const ORIGIN_BYTES_MAX: usize = 320;
 /// Most extension lines. They are not recommended, and we write none.
 pub const EXTENSIONS_MAX: usize = 16;
+
+/// The origin of the ledger of a mesh, which is also the name of the key that it signs with.
+pub fn origin_of(trust_domain: &TrustDomain) -> String {
+    format!("countersign/{trust_domain}")
+}
 
 /// The size and the root of the tree of the log `origin`. Only its shape is known; a [`VerifiedCheckpoint`] is to be believed.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,8 +15,8 @@ use crate::canonical::Digest;
 pub const NOTE_BYTES_MAX: usize = 256 << 10;
 /// Most signatures of one note; the standard asks for at least 16.
 pub const SIGNATURES_MAX: usize = 64;
-/// Longest name of a key, in bytes.
-pub const KEY_NAME_BYTES_MAX: usize = 255;
+/// Longest name of a key, in bytes: an origin names its log's key.
+pub const KEY_NAME_BYTES_MAX: usize = 320;
 /// Times above it do not exist (tlog-cosignature: "It MUST NOT exceed 2^63 - 1").
 const TIME_MAX: u64 = (1 << 63) - 1;
 
@@ -352,6 +352,13 @@ impl<'a> VerifiedNote<'a> {
     }
 }
 
+impl std::str::FromStr for VerifierKey {
+    type Err = KeyError;
+    fn from_str(vkey: &str) -> Result<Self, KeyError> {
+        Self::parse(vkey)
+    }
+}
+
 impl fmt::Display for VerifierKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = [&[self.kind.byte()][..], &self.public].concat();
@@ -481,11 +488,11 @@ mod tests {
             (&GO_KEY.replace("Peter", "Petra"), "its key id is c74f20a3, and its name and key have"),
             (
                 &GO_KEY.replace("Peter", "Peter "),
-                "a key name has 1 to 255 bytes, no space, no `+` and no control character",
+                "a key name has 1 to 320 bytes, no space, no `+` and no control character",
             ),
             (
                 &GO_KEY.replace("PeterNeumann", ""),
-                "a key name has 1 to 255 bytes, no space, no `+` and no control character",
+                "a key name has 1 to 320 bytes, no space, no `+` and no control character",
             ),
             // Both from Go's own tests: a key that is too long, and an unknown type, each with a key id that fits.
             (
