@@ -15,6 +15,10 @@
 //! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `GET /v1/ledger` | | newline-delimited [`LedgerLine`]s, all entries in order |
+//! | `GET /v1/ledger/bodies` | | newline-delimited JSON strings: every text that an entry ever referred to |
+//! | `GET /v1/ledger/checkpoint` | | [`CheckpointView`] |
+//! | `GET /v1/ledger/proofs/{index}` | | [`ProofView`]: a C2SP tlog-proof in the newest checkpoint |
+//! | `GET /v1/ledger/consistency/{size}` | | [`ProofView`]: from that size to the newest checkpoint |
 //! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
@@ -296,6 +300,8 @@ pub struct AuthorityView {
     pub svid_lifetime_seconds: u64,
     /// Where the key that seals the keys comes from.
     pub sealed_by: String,
+    /// What verifies the ledger's checkpoints: a C2SP vkey. Its name is the ledger's origin.
+    pub log_key: String,
 }
 
 /// One certificate, for people.
@@ -323,6 +329,47 @@ pub struct LedgerLine {
     /// On the last line only: the root the control plane claims.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root: Option<Digest>,
+}
+
+/// The newest checkpoint of the ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointView {
+    /// The signed note, with the cosignatures that there are.
+    pub note: String,
+    /// The number of entries that it names.
+    pub size: u64,
+    /// What verifies the log's signature: a C2SP vkey.
+    pub log_key: String,
+    /// How many witnesses must have cosigned for it to be called witnessed.
+    pub quorum: usize,
+    /// Who was asked.
+    pub witnesses: Vec<WitnessView>,
+}
+
+/// What became of asking one witness.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WitnessView {
+    /// The name of its key.
+    pub name: String,
+    /// Where it is.
+    pub url: String,
+    /// What verifies its cosignatures: a C2SP vkey.
+    pub key: String,
+    /// Whether it cosigned this checkpoint.
+    pub cosigned: bool,
+    /// Why it has not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A proof that anyone can verify with the log's key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProofView {
+    /// Of an entry, a C2SP tlog-proof; of consistency, the body of a C2SP add-checkpoint request.
+    pub proof: String,
+    /// The exact entry that is proven, as hashed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<String>,
 }
 
 /// Asks for a join token.

@@ -1,6 +1,6 @@
 //! The only room that signs. Two levels of ECDSA P-256: a root for ten years, which signs nothing but intermediates, and
 //! an intermediate for ninety days, which signs SVIDs. Their private keys lie sealed in the store; the root's is opened
-//! only to sign an intermediate and erased again.
+//! only to sign an intermediate and erased again. Beside them an Ed25519 key that signs the checkpoints of the ledger.
 //!
 //! Who may have which SVID is decided by whoever calls; here a name becomes a certificate that keeps to X509-SVID: one
 //! URI SAN, `cA` false, digitalSignature only, both usages (sections 2, 4.1, 4.3, 4.4); signing certificates name the
@@ -34,8 +34,11 @@ use crate::{
     store::{IssuedSerial, Storage, StoreError},
 };
 
+pub mod log_key;
+pub mod note_key;
 pub mod seal;
 
+use log_key::LogKey;
 use seal::{Sealer, Unopened};
 
 /// How long an SVID lives.
@@ -59,6 +62,7 @@ pub struct Authority {
     trust_domain: TrustDomain,
     root: CertificateDer<'static>,
     issuing: RwLock<Arc<Issuing>>,
+    log: LogKey,
     sealer: Arc<Sealer>,
     storage: Storage,
     clock: Clock,
@@ -147,7 +151,11 @@ impl Authority {
         let root = CertificateDer::from(root);
         let trust_domain = trust_domain_of(&root)?;
         let issuing = Arc::new(Issuing::open(&sealer, CertificateDer::from(issuing), &key)?);
-        let authority = Self { trust_domain, root, issuing: RwLock::new(issuing), sealer, storage, clock };
+        let log = match LogKey::open(&trust_domain, storage.clone(), sealer.clone()).await? {
+            Some(log) => log,
+            None => LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?,
+        };
+        let authority = Self { trust_domain, root, issuing: RwLock::new(issuing), log, sealer, storage, clock };
         authority.rotate().await?;
         Ok(Some(authority))
     }
@@ -177,12 +185,18 @@ impl Authority {
                 ])
             })
             .await?;
-        Ok(Self { trust_domain, root, issuing: RwLock::new(Arc::new(issuing)), sealer, storage, clock })
+        let log = LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?;
+        Ok(Self { trust_domain, root, issuing: RwLock::new(Arc::new(issuing)), log, sealer, storage, clock })
     }
 
     /// The trust domain it speaks for.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
+    }
+
+    /// The key that signs the ledger's checkpoints.
+    pub fn log(&self) -> &LogKey {
+        &self.log
     }
 
     /// SHA-256 of the root certificate: what a join token lets an agent recognise us by.
@@ -262,6 +276,7 @@ impl Authority {
             roots: vec![certificate_view(&self.root)?],
             svid_lifetime_seconds: SVID_LIFETIME.as_secs(),
             sealed_by: self.sealer.place(),
+            log_key: self.log.verifier().to_string(),
         })
     }
 

@@ -13,7 +13,7 @@ use countersign_api::mesh;
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
-    ledger::{Batch, Draft, DraftError, Entry, Follower, Frontier, LedgerError, hash_leaf},
+    ledger::{Batch, Draft, DraftError, Entry, Follower, Frontier, LedgerError, TileHashes, TileReader, hash_leaf},
 };
 
 use crate::{
@@ -39,6 +39,22 @@ pub struct Head {
     pub newest_at_ms: u64,
 }
 
+/// The hashes of every entry so far.
+#[derive(Default)]
+struct Past {
+    /// The root after each entry: what an agent that holds `n` entries must hold too.
+    roots: Vec<Digest>,
+    /// The tree over all of them: what proofs are made of.
+    tree: TileHashes,
+}
+
+impl Past {
+    fn append(&mut self, leaf: Digest, root: Digest) {
+        self.tree.append(leaf);
+        self.roots.push(root);
+    }
+}
+
 /// Told of each new entry.
 type Publish = Box<dyn Fn(&Arc<Head>, mesh::Entries) + Send + Sync>;
 
@@ -48,8 +64,7 @@ pub struct Ledger {
     clock: Clock,
     sealer: Arc<Sealer>,
     head: watch::Sender<Arc<Head>>,
-    /// The root after each entry: what an agent that holds `n` entries must hold too.
-    roots: RwLock<Vec<Digest>>,
+    past: RwLock<Past>,
     /// Held while appending: positions are given out one by one.
     appending: tokio::sync::Mutex<()>,
     /// An entry of which the store did not say whether it kept it.
@@ -133,7 +148,7 @@ impl Ledger {
         let stored = storage.run("head", |store| store.head()).await.map_err(unread)?;
         let mut head = Head::default();
         let mut tree = Frontier::default();
-        let mut roots = Vec::new();
+        let mut past = Past::default();
         loop {
             let from = tree.size();
             let page = storage.run("entries", move |store| store.entries(from, PAGE_ENTRIES)).await.map_err(unread)?;
@@ -141,7 +156,7 @@ impl Ledger {
                 break;
             }
             let bodies = texts_of(&storage, &page).await.map_err(unread)?;
-            fold_page(&mut head, &mut tree, &mut roots, &page, &bodies).map_err(damaged)?;
+            fold_page(&mut head, &mut tree, &mut past, &page, &bodies).map_err(damaged)?;
         }
         let (size, root) = (tree.size(), tree.root());
         match stored {
@@ -172,7 +187,7 @@ impl Ledger {
             clock,
             sealer,
             head: watch::Sender::new(Arc::new(head)),
-            roots: RwLock::new(roots),
+            past: RwLock::new(past),
             appending: tokio::sync::Mutex::new(()),
             uncertain: Mutex::new(None),
             publish: Box::new(publish),
@@ -188,8 +203,25 @@ impl Ledger {
     pub fn root_at(&self, size: Revision) -> Option<Digest> {
         match size.0.checked_sub(1) {
             None => Some(Frontier::default().root()),
-            Some(last) => self.roots.read().get(usize::try_from(last).ok()?).copied(),
+            Some(last) => self.past.read().roots.get(usize::try_from(last).ok()?).copied(),
         }
+    }
+
+    /// Told whenever the ledger has grown.
+    pub fn growth(&self) -> watch::Receiver<Arc<Head>> {
+        self.head.subscribe()
+    }
+
+    /// The proof that entry `index` stands in the first `size` entries; `None` when it does not.
+    pub fn inclusion(&self, index: u64, size: u64) -> Option<Vec<Digest>> {
+        let past = self.past.read();
+        TileReader::new(size, |tile| past.tree.tile(tile).ok_or(())).inclusion(index).ok()
+    }
+
+    /// The proof that the first `size` entries begin with the first `old`; `None` when there are not so many.
+    pub fn consistency(&self, old: u64, size: u64) -> Option<Vec<Digest>> {
+        let past = self.past.read();
+        TileReader::new(size, |tile| past.tree.tile(tile).ok_or(())).consistency(old).ok()
     }
 
     /// Appends one admitted change-set on exactly the base it was planned on.
@@ -250,6 +282,7 @@ impl Ledger {
     }
 
     fn take_up(&self, draft: Draft, bodies: &Bodies) -> Arc<Head> {
+        let leaf = hash_leaf(&draft.bytes);
         let entries = mesh::Entries {
             first_index: draft.entry.index,
             entries: vec![draft.bytes.into()],
@@ -258,7 +291,7 @@ impl Ledger {
             size: draft.next.revision().0,
             root: Bytes::copy_from_slice(&draft.next.root().0),
         };
-        self.roots.write().push(draft.next.root());
+        self.past.write().append(leaf, draft.next.root());
         let head = Arc::new(Head { follower: draft.next, newest_at_ms: draft.entry.at_ms });
         self.head.send_replace(head.clone());
         (self.publish)(&head, entries);
@@ -289,6 +322,11 @@ impl Ledger {
         self.storage.run("entries", move |store| store.entries(from, limit)).await
     }
 
+    /// Every text that the change-sets of `page` refer to.
+    pub async fn texts(&self, page: &[StoredEntry]) -> Result<BTreeMap<Digest, Arc<str>>, StoreError> {
+        texts_of(&self.storage, page).await
+    }
+
     /// The mesh as it was at `revision`, folded again; `None` when there is no such revision.
     pub async fn at(&self, revision: Revision) -> Result<Option<Arc<Head>>, StoreError> {
         let head = self.head();
@@ -299,12 +337,12 @@ impl Ledger {
             return Ok(None);
         }
         let damaged = |what| StoreError::Damaged { path: self.storage.place().to_owned(), what };
-        let (mut past, mut tree, mut roots) = (Head::default(), Frontier::default(), Vec::new());
+        let (mut past, mut tree, mut hashes) = (Head::default(), Frontier::default(), Past::default());
         while tree.size() < revision.0 {
             let limit = (revision.0 - tree.size()).min(u64::from(PAGE_ENTRIES)) as u32;
             let page = self.stored(tree.size(), limit).await?;
             let bodies = texts_of(&self.storage, &page).await?;
-            fold_page(&mut past, &mut tree, &mut roots, &page, &bodies).map_err(damaged)?;
+            fold_page(&mut past, &mut tree, &mut hashes, &page, &bodies).map_err(damaged)?;
         }
         Ok(Some(Arc::new(past)))
     }
@@ -329,7 +367,7 @@ async fn texts_of(storage: &Storage, page: &[StoredEntry]) -> Result<BTreeMap<Di
 fn fold_page(
     head: &mut Head,
     tree: &mut Frontier,
-    roots: &mut Vec<Digest>,
+    past: &mut Past,
     page: &[StoredEntry],
     texts: &BTreeMap<Digest, Arc<str>>,
 ) -> Result<(), String> {
@@ -342,7 +380,7 @@ fn fold_page(
             return Err(format!("entry {index} is not what was hashed when it was written"));
         }
         tree.append(entry.leaf);
-        roots.push(tree.root());
+        past.append(entry.leaf, tree.root());
     }
     let mut bodies = Bodies::default();
     for (digest, text) in texts {

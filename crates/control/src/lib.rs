@@ -6,6 +6,7 @@
 //! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
 //! | [`store`] | keeps everything, on a thread of its own | decides |
 //! | [`authority`] | signs; seals its keys | decides who may have what |
+//! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
 //! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
 //! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
@@ -13,6 +14,7 @@
 //! | [`advertise`] | says where other hosts find it | resolves a name |
 //! | [`mark`] | notices a store that was restored from an older copy | repairs it |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
+//! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
 //! | [`metrics`] | what Prometheus reads | |
 //! | [`clock`] | the one reader of the time | |
@@ -49,6 +51,7 @@ use countersign_core::{
 pub mod advertise;
 pub mod agents;
 pub mod authority;
+pub mod checkpoint;
 pub mod clock;
 pub mod decisions;
 pub mod enrol;
@@ -60,12 +63,15 @@ pub mod metrics;
 pub mod publish;
 pub mod registry;
 pub mod store;
+pub mod witness;
 
 use advertise::{Advertise, Advertised, Own};
 use authority::{
     Authority, AuthorityError, SVID_LIFETIME,
+    log_key::LogKey,
     seal::{KeyFileError, Sealer},
 };
+use checkpoint::{Checkpoints, Witnesses};
 use clock::Clock;
 use decisions::Decisions;
 use gate::Gate;
@@ -107,8 +113,10 @@ pub struct ControlConfig {
     /// exists must be this one.
     pub trust_domain: Option<TrustDomain>,
     /// Starts on a ledger that is older than the one that was last written here. Agents that hold the later one have to join
-    /// again.
+    /// again, and its log signs with a new key.
     pub accept_rollback: bool,
+    /// Who is asked to cosign the ledger's checkpoints.
+    pub witnesses: Witnesses,
 }
 
 /// A running control plane.
@@ -261,6 +269,8 @@ pub struct Plane {
     pub publisher: Arc<Publisher>,
     /// Decision records.
     pub decisions: Decisions,
+    /// Checkpoints of the ledger.
+    pub checkpoints: Checkpoints,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// When it started, in milliseconds since 1970.
@@ -284,7 +294,16 @@ pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
 
 /// As [`start`], with the time told by `clock`.
 pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
-    let ControlConfig { data_dir, listen, advertise, metrics_listen, key_file, trust_domain, accept_rollback } = config;
+    let ControlConfig {
+        data_dir,
+        listen,
+        advertise,
+        metrics_listen,
+        key_file,
+        trust_domain,
+        accept_rollback,
+        witnesses,
+    } = config;
     let socket = data_dir.join(CONTROL_SOCKET);
     if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(StartError::SocketPath(socket));
@@ -345,6 +364,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         gate: Arc::default(),
         publisher,
         decisions,
+        checkpoints: Checkpoints::new(witnesses),
         metrics,
         started_at_ms: now_ms,
         listen,
@@ -358,6 +378,10 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     });
     if let Some(why) = rolled_back {
         tracing::warn!(%why, "the ledger is older than the one that was written, and accepted as it is");
+        // Before the mark that accepts it: the old key has signed, or may have, what this ledger does not continue.
+        if let Some(trust_domain) = &created {
+            LogKey::create(trust_domain, plane.storage.clone(), plane.sealer.clone()).await?;
+        }
     }
     plane.mark().await;
     if let Some(wanted) = created.or(trust_domain) {
@@ -371,6 +395,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     spawn("the local API", local_api::serve(local, plane.clone()).boxed());
     spawn("the heartbeat", beat(plane.clone()).boxed());
     spawn("the renewal of its own SVID", renew(plane.clone()).boxed());
+    spawn("the signing of checkpoints", checkpoint::follow(plane.clone()).boxed());
     if let Some(listener) = metrics_listener {
         let of = plane.clone();
         spawn("the metrics listener", metrics::serve(listener, move || of.metrics.page(of.levels())).boxed());

@@ -1,7 +1,7 @@
 //! The local API: JSON over `control.sock` for commands of the mesh's own uid. What each request means is decided in the
 //! other rooms; here it becomes HTTP, and every failure a [`Problem`] that says what to do.
 
-use std::{fs, io, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fs, io, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -19,13 +19,13 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, AuthorityView, Caller, ChangeDetail, ChangeSummary, DecisionDetail, Invitation, Invite, LedgerLine,
-    Mesh, Problem, ProxyRevision, RecordFilter, ServiceView, Status, TailEvent, Waited,
+    Applied, Apply, AuthorityView, Caller, ChangeDetail, ChangeSummary, CheckpointView, DecisionDetail, Invitation,
+    Invite, LedgerLine, Mesh, Problem, ProofView, ProxyRevision, RecordFilter, ServiceView, Status, TailEvent, Waited,
 };
 use countersign_core::{
     change::{Bodies, ChangeSet, Revision},
     identity::ServiceName,
-    ledger::Entry,
+    ledger::{AddCheckpoint, Entry, EntryProof, Note},
 };
 
 use crate::{
@@ -99,6 +99,10 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/services/{service}/callers", get(callers))
         .route("/v1/authority", get(authority))
         .route("/v1/ledger", get(ledger))
+        .route("/v1/ledger/bodies", get(ledger_bodies))
+        .route("/v1/ledger/checkpoint", get(checkpoint))
+        .route("/v1/ledger/proofs/{index}", get(proof))
+        .route("/v1/ledger/consistency/{size}", get(consistency))
         .route("/v1/hosts/invitations", post(invite))
         .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -394,6 +398,72 @@ async fn ledger(State(plane): State<Arc<Plane>>) -> Response {
         Err(error) => stream::iter([Err(error)]).right_stream(),
     });
     lines(entries)
+}
+
+/// Every text that the change-sets refer to, or referred to once.
+async fn ledger_bodies(State(plane): State<Arc<Plane>>) -> Response {
+    let size = plane.ledger.head().follower.revision().0;
+    let pages = stream::try_unfold((0, BTreeSet::new()), move |(from, mut told)| {
+        let plane = plane.clone();
+        async move {
+            if from >= size {
+                return Ok::<_, StoreError>(None);
+            }
+            let limit = (size - from).min(u64::from(PAGE_ENTRIES)) as u32;
+            let page = plane.ledger.stored(from, limit).await?;
+            let mut texts = plane.ledger.texts(&page).await?;
+            texts.retain(|digest, _| told.insert(*digest));
+            Ok(Some((texts, (from + page.len().max(1) as u64, told))))
+        }
+    });
+    let texts = pages.map(|page| page.map_err(io::Error::other)).flat_map(|page| match page {
+        Ok(texts) => stream::iter(texts.into_values().map(Ok).collect::<Vec<_>>()),
+        Err(error) => stream::iter(vec![Err(error)]),
+    });
+    lines(texts)
+}
+
+async fn newest(plane: &Plane) -> Result<CheckpointView, Refusal> {
+    let newest = plane.checkpoints.newest(plane).await.map_err(|error| {
+        let help = "compare the data directory with a backup and with what agents hold before anything else";
+        Refusal(problem(500, error.to_string(), None, Some(help)))
+    })?;
+    let help = "apply a mesh directory first: `countersign apply DIR`";
+    newest.ok_or_else(|| not_found("there is no mesh yet".into(), help))
+}
+
+async fn checkpoint(State(plane): State<Arc<Plane>>) -> Answer<CheckpointView> {
+    Ok(Json(newest(&plane).await?))
+}
+
+fn number(given: &str) -> Result<u64, Refusal> {
+    given.parse().map_err(|_| problem(400, format!("`{given}` is not a number"), None, None).into())
+}
+
+fn note_of(checkpoint: &CheckpointView) -> Result<Note, Refusal> {
+    Note::parse(checkpoint.note.as_bytes()).map_err(|error| problem(500, error.to_string(), None, None).into())
+}
+
+async fn proof(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<ProofView> {
+    let index = number(&given)?;
+    let newest = newest(&plane).await?;
+    let help = "entries are counted from 0: the entry of revision 4 is entry 3";
+    let missing = || not_found(format!("the ledger has {} entries, and none at {index}", newest.size), help);
+    let hashes = plane.ledger.inclusion(index, newest.size).ok_or_else(missing)?;
+    let entry = plane.ledger.stored(index, 1).await.map_err(stored)?.pop().ok_or_else(missing)?;
+    let proof = EntryProof { extra: None, index, hashes, checkpoint: note_of(&newest)? };
+    let entry = String::from_utf8_lossy(&entry.entry).into_owned();
+    Ok(Json(ProofView { proof: proof.encode(), entry: Some(entry) }))
+}
+
+async fn consistency(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<ProofView> {
+    let old_size = number(&given)?;
+    let newest = newest(&plane).await?;
+    let help = "give a size that the ledger had: the revision of an older checkpoint";
+    let missing = || not_found(format!("the ledger has {} entries, not {old_size}", newest.size), help);
+    let proof = plane.ledger.consistency(old_size, newest.size).ok_or_else(missing)?;
+    let proof = AddCheckpoint { old_size, proof, checkpoint: note_of(&newest)? };
+    Ok(Json(ProofView { proof: proof.encode(), entry: None }))
 }
 
 /// Newline-delimited JSON, until the stream ends or the client leaves.

@@ -14,7 +14,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use countersign_api::local::{ChangeDetail, ChangeSummary, LedgerLine, Mesh};
+use countersign_api::local::{AuthorityView, ChangeDetail, ChangeSummary, CheckpointView, LedgerLine, Mesh};
 use countersign_control::{StartError, clock::Clock, ledger::OpenError, start, start_with_clock};
 use countersign_core::{
     canonical::Digest,
@@ -400,6 +400,7 @@ async fn a_store_restored_from_an_older_copy_is_noticed_and_accepted_only_when_t
     plane.apply(1, vec![declare("catalog")]).await.unwrap();
     let mut agent = plane.agent("h1").await;
     let root = plane.status().await.root;
+    let log_key = plane.get::<AuthorityView>("/v1/authority").await.log_key;
     let keys = plane.dir.path().join("keys");
     plane.control.stop().await;
     // Only the store is the old one.
@@ -428,6 +429,10 @@ async fn a_store_restored_from_an_older_copy_is_noticed_and_accepted_only_when_t
     // What was accepted once is the mark from then on.
     let plane = plane.restart().await.unwrap();
     plane.apply(1, vec![declare("other")]).await.unwrap();
+    // The old key may have signed what is lost; the log that goes on otherwise has another one.
+    let other_key = plane.get::<AuthorityView>("/v1/authority").await.log_key;
+    assert_ne!(other_key, log_key);
+    assert_eq!(plane.get::<CheckpointView>("/v1/ledger/checkpoint").await.log_key, other_key);
     let Plane { control, dir } = plane;
     control.stop().await;
     let mark = std::fs::read_dir(dir.path().join("keys")).unwrap().flatten();

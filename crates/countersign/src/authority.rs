@@ -1,4 +1,4 @@
-//! `authority show`: the roots that verify every identity of the mesh, and what signs them now.
+//! `authority show`: the roots that verify every identity of the mesh, what signs them now, and the key of its ledger.
 
 use countersign_api::local::{AuthorityView, CertificateView};
 
@@ -25,7 +25,7 @@ pub async fn show(place: &Place, output: Output) -> Done {
         let mut rows: Vec<_> = authority.roots.iter().map(|root| row("root", root)).collect();
         rows.push(row("issuing", &authority.issuing));
         format!(
-            "{} {}\n{} {}s\n{} {}\n{} {}\n\n{}\n{}",
+            "{} {}\n{} {}s\n{} {}\n{} {}\n{} {}\n\n{}\n{}",
             paint.dim("trust domain   "),
             paint.strong(authority.trust_domain.as_str()),
             paint.dim("SVID lifetime  "),
@@ -34,6 +34,8 @@ pub async fn show(place: &Place, output: Output) -> Done {
             authority.sealed_by,
             paint.dim("bundle         "),
             authority.bundle_sequence,
+            paint.dim("log key        "),
+            authority.log_key,
             render::table(&["ROLE", "SUBJECT", "EXPIRES", "SHA-256"], rows, paint),
             authority.bundle_pem,
         )

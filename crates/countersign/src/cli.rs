@@ -222,8 +222,20 @@ pub enum AuthorityVerb {
 /// What can be done with the ledger.
 #[derive(Debug, Subcommand)]
 pub enum LedgerVerb {
-    /// Read all of it, compute its Merkle root and every state again, and compare
-    Verify,
+    /// Read all of it, compute its Merkle root and every state again, and compare; or verify an export offline
+    Verify(ledger::VerifyArguments),
+    /// Print the newest checkpoint: a note signed by the log, and by the witnesses that cosigned it
+    Checkpoint,
+    /// Print a proof that an entry stands in the ledger, or that the ledger continues an older one
+    Prove(ledger::ProveArguments),
+    /// Write all of it as files that anyone can verify with public keys alone
+    Export {
+        /// Where to: a directory that is empty, or that holds an older export of this ledger
+        #[arg(value_name = "DIR")]
+        into: PathBuf,
+    },
+    /// Cosign the checkpoints of other machines' ledgers, so that none of them can show two histories
+    Witness(ledger::WitnessServer),
 }
 
 /// Parses the command line and does what it says.
@@ -275,7 +287,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Decision(DecisionVerb::List(filter)) => ask(decision::list(&place(&global)?, filter, output)),
         Command::Decision(DecisionVerb::Show { id }) => ask(decision::show(&place(&global)?, &id, output)),
         Command::Authority(AuthorityVerb::Show) => ask(authority::show(&place(&global)?, output)),
-        Command::Ledger(LedgerVerb::Verify) => ask(ledger::verify(&place(&global)?, output)),
+        Command::Ledger(LedgerVerb::Verify(arguments)) => ledger::verify(&arguments, || place(&global), output),
+        Command::Ledger(LedgerVerb::Checkpoint) => ask(ledger::checkpoint(&place(&global)?, output)),
+        Command::Ledger(LedgerVerb::Prove(arguments)) => ask(ledger::prove(&place(&global)?, arguments, output)),
+        Command::Ledger(LedgerVerb::Export { into }) => ask(ledger::export(&place(&global)?, &into, output)),
+        Command::Ledger(LedgerVerb::Witness(arguments)) => serve(async |_| ledger::witness(arguments, output).await),
         Command::Doctor => doctor::doctor(&global),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "countersign", &mut std::io::stdout());

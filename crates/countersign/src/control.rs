@@ -11,6 +11,7 @@ use countersign_core::identity::TrustDomain;
 use crate::{
     cli::{self, Global},
     error::{Done, Failure},
+    ledger::WitnessArguments,
     mesh_finder::{self, Place},
     render, serve,
     telemetry::Telemetry,
@@ -40,6 +41,9 @@ pub struct ControlArguments {
     /// Start on a store that was restored from an older copy; agents that know the later one have to join again
     #[arg(long)]
     pub accept_rollback: bool,
+    /// Who cosigns the ledger's checkpoints
+    #[command(flatten)]
+    pub witnesses: WitnessArguments,
 }
 
 /// Runs until it is told to stop.
@@ -64,6 +68,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         metrics_listen: arguments.metrics,
         key_file: arguments.key_file,
         trust_domain: trust_domain.clone(),
+        witnesses: arguments.witnesses.witnesses()?,
     };
     let control = start(config).await?;
     telemetry.follow(&control, trust_domain.as_ref());

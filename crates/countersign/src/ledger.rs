@@ -1,5 +1,12 @@
 //! `ledger verify`: reads the whole ledger, computes every state and the Merkle root again here, and compares them with
 //! what the control plane says it holds. Trusts nothing but the law.
+//!
+//! | furniture | does |
+//! |---|---|
+//! | `prove` | prints checkpoints and proofs |
+//! | `export` | writes the ledger as files |
+//! | `offline` | verifies such files with public keys alone |
+//! | `witness` | serves a witness; names those that a control plane asks |
 
 use serde::Serialize;
 
@@ -11,11 +18,22 @@ use countersign_core::{
 };
 
 use crate::{
+    cli,
     client::Client,
     error::{Done, Failure},
     mesh_finder::Place,
     render::{self, Output},
 };
+
+mod export;
+mod offline;
+mod prove;
+mod witness;
+
+pub use export::export;
+pub use offline::VerifyArguments;
+pub use prove::{ProveArguments, checkpoint, prove};
+pub use witness::{WitnessArguments, WitnessServer, witness};
 
 /// The mesh may change while it is read; then it is read again, so often.
 const ATTEMPTS_MAX: usize = 5;
@@ -31,8 +49,15 @@ struct Verified {
     services: usize,
 }
 
-/// Verifies it.
-pub async fn verify(place: &Place, output: Output) -> Done {
+/// Verifies an export, or the ledger of the mesh that `place` finds.
+pub fn verify(arguments: &VerifyArguments, place: impl FnOnce() -> Result<Place, Failure>, output: Output) -> Done {
+    match &arguments.offline {
+        Some(dir) => offline::verify(dir, arguments, output),
+        None => cli::ask(verify_here(&place()?, output)),
+    }
+}
+
+async fn verify_here(place: &Place, output: Output) -> Done {
     let control = Client::control(place);
     for _ in 0..ATTEMPTS_MAX {
         let before: Mesh = control.get("/v1/mesh").await?;

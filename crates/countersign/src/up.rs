@@ -32,6 +32,7 @@ use crate::{
     control,
     error::{Done, Failure},
     glance::{self, Glance},
+    ledger::WitnessArguments,
     mesh_directory,
     mesh_finder::{self, Place},
     render::Paint,
@@ -64,6 +65,9 @@ pub struct Up {
     /// Start on a store that was restored from an older copy; agents that know the later one have to join again
     #[arg(long)]
     pub accept_rollback: bool,
+    /// Who cosigns the ledger's checkpoints
+    #[command(flatten)]
+    pub witnesses: WitnessArguments,
     /// Where other hosts reach the sidecars of this one [default: the address of --listen]
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
@@ -96,6 +100,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         metrics_listen: Some(arguments.metrics),
         key_file: None,
         trust_domain: Some(directory.trust_domain.clone()),
+        witnesses: arguments.witnesses.witnesses()?,
     })
     .await?;
     telemetry.follow(&control, Some(&directory.trust_domain));

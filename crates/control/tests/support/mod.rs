@@ -52,6 +52,7 @@ pub fn config(data_dir: PathBuf) -> ControlConfig {
         metrics_listen: Some("127.0.0.1:0".parse().unwrap()),
         key_file: None,
         trust_domain: Some(trust_domain()),
+        witnesses: Default::default(),
     }
 }
 
