@@ -1,6 +1,6 @@
 """Measures Countersign beside its peers, interleaved in one run, and writes bench/results/.
 
-    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,fanout]
+    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,fanout,verify]
 
 The pair: load generator -> sidecar -> HTTP/2 over mutual TLS -> sidecar -> nginx with a 1 KB answer. Both proxies of a pair
 share core 0; load generator and backend share core 1. Everything listens on loopback and every load ends by itself.
@@ -549,6 +549,10 @@ def bench_fanout(*_):
     return cargo_bench("fanout")
 
 
+def bench_verify(*_):
+    return cargo_bench("countersign", "verify")
+
+
 PARTS = {
     "pair": bench_pair,
     "law": bench_law,
@@ -557,6 +561,7 @@ PARTS = {
     "start": bench_start,
     "decide": bench_decide,
     "fanout": bench_fanout,
+    "verify": bench_verify,
 }
 
 
