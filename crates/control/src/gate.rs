@@ -2,7 +2,7 @@
 //! again from nothing: whoever can reach the socket may send anything.
 //!
 //! Until an owner is enrolled the mesh is unprotected: whoever owns the data directory acts as operator `local`, and
-//! every change-set that is lawful passes. Nothing is written here.
+//! every change-set that is lawful passes. From the first enrolment on, `local` may change nothing. Nothing is written here.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -53,6 +53,8 @@ pub enum Refused {
     },
     /// It would break the law; every mistake found, at most 50.
     Unlawful(Vec<String>),
+    /// The mesh is protected, and nobody has proven to be one of its operators.
+    Unproven,
 }
 
 impl Admitted {
@@ -70,6 +72,9 @@ impl Gate {
         let held = head.follower.revision();
         if change_set.base != held {
             return Err(Refused::Moved { base: change_set.base, held });
+        }
+        if head.follower.state().is_protected() {
+            return Err(Refused::Unproven);
         }
         let mut mistakes = mistakes_of_texts(&change_set, &bodies, head);
         for change in &change_set.changes {

@@ -459,7 +459,9 @@ impl Plane {
     /// What is not as it should be.
     pub fn warnings(&self) -> Vec<String> {
         let unprotected = "the mesh is unprotected: whoever owns the data directory can change everything";
-        std::iter::once(unprotected.to_owned()).chain(self.warnings.read().values().cloned()).collect()
+        let is_protected = self.ledger.head().follower.state().is_protected();
+        let unprotected = (!is_protected).then(|| unprotected.to_owned());
+        unprotected.into_iter().chain(self.warnings.read().values().cloned()).collect()
     }
 
     /// The flow of a change: gate, ledger, and the authority when the mesh was just created.
@@ -504,7 +506,7 @@ impl Plane {
             asked_at_ms,
             took: began.elapsed(),
         });
-        Ok(Applied { revision, digest, protected: false })
+        Ok(Applied { revision, digest, protected: state.is_protected() })
     }
 
     /// Opens the authority, or makes it, and lets agents in.

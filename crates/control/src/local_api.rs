@@ -178,7 +178,7 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
         trust_domain: state.trust_domain.clone(),
         revision: follower.revision(),
         root: follower.root(),
-        protected: false,
+        protected: state.is_protected(),
         version: env!("CARGO_PKG_VERSION").into(),
         started_at_ms: plane.started_at_ms,
         hosts: plane.publisher.hosts(),
@@ -211,6 +211,10 @@ pub fn gate_problem(refused: gate::Refused) -> Problem {
         gate::Refused::Unlawful(mistakes) => {
             let help = "nothing was changed; correct the mesh directory and apply again";
             problem(422, "the change-set is refused", Some(mistakes.join("\n")), Some(help))
+        }
+        gate::Refused::Unproven => {
+            let title = "the mesh is protected, and nobody has proven to be one of its operators";
+            problem(403, title, None, Some("nothing was changed; an operator has to show a factor"))
         }
     }
 }
