@@ -188,6 +188,29 @@ pub struct ChangeSet {
 pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
+    /// Every kind.
+    pub const KINDS: [&str; 19] = [
+        "create_mesh",
+        "declare_service",
+        "remove_service",
+        "set_role",
+        "remove_role",
+        "set_policy",
+        "remove_policy",
+        "set_route",
+        "remove_route",
+        "invite_operator",
+        "enroll_operator",
+        "add_factor",
+        "remove_factor",
+        "remove_operator",
+        "set_operator_roles",
+        "set_gate_policy",
+        "remove_gate_policy",
+        "seal_settings",
+        "deploy",
+    ];
+
     /// The kind as the ledger and the change gate spell it.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -1,4 +1,4 @@
-//! A mesh directory, parsed: `mesh.toml`, `roles.toml`, `routes.toml`, `policies/*.cedar`, `tests/*.toml`.
+//! A mesh directory, parsed: `mesh.toml`, `roles.toml`, `routes.toml`, `policies/*.cedar`, `gate/*.cedar`, `tests/*.toml`.
 //!
 //! The files come in as text and every mistake in any of them comes out at once, with its place and how to mend it. What
 //! parses refers only to what exists. [`plan`] compares it with a mesh and gives the changes that lead from one to the
@@ -25,9 +25,10 @@ pub use reference::{Key, Section, reference};
 
 use crate::{
     change::{Member, PolicyId, RoleName, RouteName},
+    gate,
     identity::{ServiceName, TrustDomain},
     ledger::BODY_BYTES_MAX,
-    policy,
+    policy::{self, FilePolicy},
     route::Route,
     service::{Recorded, ServiceSpec},
 };
@@ -62,6 +63,8 @@ pub struct Directory {
     pub roles: BTreeMap<RoleName, BTreeSet<Member>>,
     /// The request gate.
     pub policies: BTreeMap<PolicyId, PolicyText>,
+    /// The change gate; empty when the mesh brings none.
+    pub gate: BTreeMap<PolicyId, PolicyText>,
     /// The traffic rules.
     pub routes: BTreeMap<RouteName, Route>,
     /// The policy tests: text by file. [`crate::policy`] reads them.
@@ -110,7 +113,7 @@ pub struct LocalService {
     pub spec: ServiceSpec,
 }
 
-/// A policy of the request gate with its place.
+/// A policy of either gate with its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyText {
     /// The file, below the mesh directory.
@@ -142,11 +145,18 @@ pub struct Mistakes(Vec<Mistake>);
 
 /// Whether `path`, below a mesh directory, is a file that [`parse`] reads.
 pub fn is_read(path: &str) -> bool {
-    matches!(path, MESH_FILE | ROLES_FILE | ROUTES_FILE) || is_policy_file(path) || is_test_file(path)
+    matches!(path, MESH_FILE | ROLES_FILE | ROUTES_FILE)
+        || is_policy_file(path)
+        || is_gate_file(path)
+        || is_test_file(path)
 }
 
 fn is_policy_file(path: &str) -> bool {
     path.starts_with("policies/") && path.ends_with(".cedar")
+}
+
+fn is_gate_file(path: &str) -> bool {
+    path.starts_with("gate/") && path.ends_with(".cedar")
 }
 
 fn is_test_file(path: &str) -> bool {
@@ -169,6 +179,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
     let roles = roles::read(sources.get(ROLES_FILE).unwrap_or(&no_roles), &mesh);
     let routes = routes::read(sources.get(ROUTES_FILE).unwrap_or(&no_routes), &mesh);
     let policies = read_policies(&sources, &mesh, roles.as_ref());
+    let gate = read_gate(&sources);
     let tests = sources
         .values()
         .filter(|source| is_test_file(&source.file))
@@ -185,6 +196,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             services: mesh.services,
             roles: roles.unwrap_or_default(),
             policies,
+            gate,
             routes,
             tests,
         }),
@@ -210,23 +222,34 @@ fn read_policies(
             if let Err(mistakes) = policy::validate(&found, &known) {
                 mistakes.into_iter().for_each(|mistake| source.take(mistake));
             }
-            if found.text.len() > BODY_BYTES_MAX {
-                source.mistake(found.span.clone(), format!("a policy has at most {BODY_BYTES_MAX} bytes"), "split it");
-            }
-            if let Some(first) = policies.get(&found.id) {
-                let what = format!("policy id `{}` is taken", found.id);
-                source.mistake(
-                    found.span,
-                    what,
-                    format!("`{}` has it; give each policy an @id of its own", first.file),
-                );
-                continue;
-            }
-            let text = PolicyText { file: source.file.clone(), span: found.span, text: found.text };
-            policies.insert(found.id, text);
+            take_policy(source, found, &mut policies);
         }
     }
     policies
+}
+
+fn read_gate(sources: &BTreeMap<&str, Source>) -> BTreeMap<PolicyId, PolicyText> {
+    let mut policies = BTreeMap::new();
+    for source in sources.values().filter(|source| is_gate_file(&source.file)) {
+        let (parsed, mistakes) = gate::read_file(&source.file, &source.text);
+        mistakes.into_iter().for_each(|mistake| source.take(mistake));
+        parsed.into_iter().for_each(|found| take_policy(source, found, &mut policies));
+    }
+    policies
+}
+
+/// Takes up a policy of `source` unless another of the same gate has its id.
+fn take_policy(source: &Source, found: FilePolicy, policies: &mut BTreeMap<PolicyId, PolicyText>) {
+    if found.text.len() > BODY_BYTES_MAX {
+        source.mistake(found.span.clone(), format!("a policy has at most {BODY_BYTES_MAX} bytes"), "split it");
+    }
+    if let Some(first) = policies.get(&found.id) {
+        let what = format!("policy id `{}` is taken", found.id);
+        source.mistake(found.span, what, format!("`{}` has it; give each policy an @id of its own", first.file));
+        return;
+    }
+    let text = PolicyText { file: source.file.clone(), span: found.span, text: found.text };
+    policies.insert(found.id, text);
 }
 
 impl Mistakes {
@@ -572,9 +595,10 @@ service = \"catalog\"
             ("policies/a.cedar", "permit (principal, action, resource"),
             ("policies/b.cedar", "@id(\"b\") permit (principal in Role::\"nobody\", action, resource);"),
             ("policies/c.txt", "not read"),
-            ("gate/d.cedar", "not read"),
+            ("gate/d.cedar", "not a policy"),
         ]);
         expect_test::expect![[r#"
+            gate/d.cedar:1:5 unexpected token `a` (expected `(`)
             mesh.toml:2:14 unclosed table, expected `]`
             mesh.toml:4:11 unquoted keys cannot be empty, expected letters, numbers, `-`, `_`
             policies/a.cedar:1:36 unexpected end of input (expected `!=`, `)`, `,`, `:`, `<`, `<=`, `==`, `>`, `>=`, `in`, or `is`)

@@ -15,7 +15,8 @@
 //! | [`ledger`] | the Merkle log: entries, proofs, notes, checkpoints, tiles, witnesses |
 //! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
 //! | [`operator`] | operators as the ledger knows them: roles, factors, public keys, the seal |
-//! | [`policy`] | the schema, the compiled law, the decision and its explanation, lint and tests |
+//! | [`gate`] | the change gate: who may change what, and what they have to show for it |
+//! | [`policy`] | the request gate: the schema, the compiled law, the decision and its explanation, lint and tests |
 //! | [`route`] | traffic rules as data |
 //! | [`path`] | the one normal form of a request path |
 //! | [`view`] | what one proxy needs of the mesh at one revision |
@@ -26,6 +27,7 @@ pub mod canonical;
 pub mod change;
 pub mod countersignature;
 pub mod directory;
+pub mod gate;
 pub mod identity;
 pub mod keyring;
 pub mod ledger;

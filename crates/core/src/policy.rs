@@ -30,10 +30,11 @@ use std::{net::IpAddr, ops::Range, sync::Arc};
 
 pub use cases::{Case, CaseResult, parse_cases, run_cases};
 pub use explain::{CameTo, Considered, Explanation};
-pub(crate) use file::nearest;
 pub use file::{FilePolicy, Known, mistakes_of_state, parse_file, read_file, validate};
+pub(crate) use file::{nearest, one_policy, read_file_of};
 pub use law::Law;
 pub use library::{Library, ParsedPolicy};
+pub(crate) use library::{annotation, obligation};
 pub use lint::{Finding, Flaw, lint};
 pub use memory::{Judge, MEMORY_ENTRIES_MAX};
 pub use reads::Reads;
@@ -61,6 +62,15 @@ pub struct Query<'a> {
     pub path: &'a str,
     /// Everything else policies can read.
     pub context: Context<'a>,
+}
+
+/// Which gate a policy is for: each has its schema and its annotations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JudgedBy {
+    /// Requests, at each proxy.
+    RequestGate,
+    /// Changes, at the control plane: [`crate::gate`].
+    ChangeGate,
 }
 
 /// `http:<METHOD>`, `grpc:call` or `tcp:connect`.
@@ -204,6 +214,15 @@ impl std::fmt::Display for Action<'_> {
             Self::Http(method) => write!(f, "http:{method}"),
             Self::GrpcCall => f.write_str("grpc:call"),
             Self::TcpConnect => f.write_str("tcp:connect"),
+        }
+    }
+}
+
+impl JudgedBy {
+    fn validator(self) -> &'static cedar_policy::Validator {
+        match self {
+            Self::RequestGate => &schema::VALIDATOR,
+            Self::ChangeGate => crate::gate::validator(),
         }
     }
 }

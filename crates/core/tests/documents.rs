@@ -53,6 +53,7 @@ A mesh is described by a directory under version control. `countersign plan` sho
 | `roles.toml` | roles and who has them |
 | `routes.toml` | traffic rules: weights, timeouts, retries, limits |
 | `policies/*.cedar` | the request gate: [policy.md](policy.md) |
+| `gate/*.cedar` | the change gate, in place of the shipped one: [gate.md](gate.md) |
 | `tests/*.toml` | decisions that must hold: [policy.md](policy.md#tests) |
 
 Unknown keys are refused. Every mistake in every file is told at once, with its line, a caret, and what was probably

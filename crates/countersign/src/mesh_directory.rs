@@ -15,7 +15,7 @@ use countersign_core::{
 use crate::{error::Failure, mistake};
 
 /// The folders below a mesh directory that hold files of it.
-pub const FOLDERS: [&str; 2] = ["policies", "tests"];
+pub const FOLDERS: [&str; 3] = ["policies", "gate", "tests"];
 /// Files of one mesh directory at most.
 const FILES_MAX: usize = 10_000;
 

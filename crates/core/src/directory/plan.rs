@@ -57,12 +57,20 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             changes.push(Change::SetPolicy { id: id.clone(), file: policy.file.clone(), body });
         }
     }
+    for (id, policy) in &directory.gate {
+        let body = Digest::of(policy.text.as_bytes());
+        if state.gate.get(id) != Some(&PolicyRef { file: policy.file.clone(), body }) {
+            bodies.insert(policy.text.clone());
+            changes.push(Change::SetGatePolicy { id: id.clone(), file: policy.file.clone(), body });
+        }
+    }
     for (name, route) in &directory.routes {
         if state.routes.get(name) != Some(route) {
             changes.push(Change::SetRoute { name: name.clone(), route: route.clone() });
         }
     }
     changes.extend(gone(&state.routes, &directory.routes).map(|name| Change::RemoveRoute { name }));
+    changes.extend(gone(&state.gate, &directory.gate).map(|id| Change::RemoveGatePolicy { id }));
     changes.extend(gone(&state.policies, &directory.policies).map(|id| Change::RemovePolicy { id }));
     changes.extend(gone(&state.roles, &directory.roles).map(|name| Change::RemoveRole { name }));
     changes.extend(gone(&state.services, &directory.services).map(|name| Change::RemoveService { name }));
@@ -172,6 +180,22 @@ mod tests {
         ] {
             assert_eq!(planned(before, after), expected, "{case}");
         }
+    }
+
+    #[test]
+    fn the_change_gate_is_planned_like_the_request_gate() {
+        let bare = directory(TWO, "", "", "");
+        let mut files: Files = [("mesh.toml".to_owned(), format!("trust_domain = \"shop.example\"\n{TWO}"))].into();
+        files.insert("gate/all.cedar".into(), "@id(\"all\") permit (principal, action, resource);".into());
+        let gated = parse(&files).unwrap_or_else(|mistakes| panic!("{:#?}", mistakes.all()));
+        assert_eq!(planned(&bare, &gated), ["set_gate_policy gate policy all"]);
+        assert_eq!(planned(&gated, &bare), ["remove_gate_policy gate policy all"]);
+        files.insert(
+            "gate/more.cedar".into(),
+            "@id(\"all\") forbid (principal, action, resource == Service::\"web\");".into(),
+        );
+        let mistakes = parse(&files).unwrap_err();
+        assert_eq!(mistakes.all()[0].to_string(), "policy id `all` is taken");
     }
 
     #[test]

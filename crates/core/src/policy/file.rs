@@ -15,10 +15,11 @@ use cedar_policy_core::{
 };
 use miette::Diagnostic;
 
-use super::{Factor, Library, Mistake, ParsedPolicy, PolicyError, library::annotation, schema::VALIDATOR};
+use super::{Factor, JudgedBy, Library, Mistake, ParsedPolicy, PolicyError, library::annotation};
 use crate::{
     change::{Member, PolicyId, RoleName},
     identity::{ServiceName, SpiffeId, TrustDomain},
+    operator::QUORUM_MAX,
     path::NormalPath,
     state::MeshState,
 };
@@ -59,11 +60,16 @@ pub fn parse_file(file: &str, text: &str) -> Result<Vec<FilePolicy>, Vec<Mistake
 /// Splits `text`, the content of the file `file`, into its policies. Each that is returned has parsed, passed the strict
 /// validator and carries an `@id` of its own; with them come all mistakes of the others, in the order of the text.
 pub fn read_file(file: &str, text: &str) -> (Vec<FilePolicy>, Vec<Mistake>) {
+    read_file_of(JudgedBy::RequestGate, file, text)
+}
+
+/// As [`read_file`], for either gate.
+pub(crate) fn read_file_of(gate: JudgedBy, file: &str, text: &str) -> (Vec<FilePolicy>, Vec<Mistake>) {
     let mut policies: Vec<FilePolicy> = Vec::new();
     let mut mistakes = Vec::new();
     for span in statements(text) {
         let policy_text: Arc<str> = text[span.clone()].into();
-        match one_policy(&policy_text) {
+        match one_policy(gate, &policy_text) {
             Err(found) => mistakes.extend(found.into_iter().map(|mistake| mistake.moved(span.start))),
             Ok((policy, id)) => {
                 if let Some(first) = policies.iter().find(|policy| policy.id == id) {
@@ -118,7 +124,7 @@ pub fn mistakes_of_state(state: &MeshState, library: &Library) -> Vec<PolicyErro
 }
 
 /// Parses a text that must hold exactly one policy; everything but the names in it is checked.
-pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec<Mistake>> {
+pub(crate) fn one_policy(gate: JudgedBy, text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec<Mistake>> {
     let whole = 0..text.len();
     if text.len() > POLICY_BYTES_MAX {
         let what = format!("the policy has {} bytes; at most {POLICY_BYTES_MAX} are read", text.len());
@@ -128,7 +134,7 @@ pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec
     let parsed = parser::parse_policy(Some(unnamed), text)
         .map_err(|errors| errors.iter().map(|error| of_diagnostic(error, &whole)).collect::<Vec<_>>())?;
     let policy = ast::Policy::from(parsed);
-    let mut mistakes = annotation_mistakes(&policy, &whole);
+    let mut mistakes = annotation_mistakes(gate, &policy, &whole);
     let id = match annotation(&policy, "id") {
         Some(id) if is_policy_id(id) => Some(PolicyId::from(id)),
         Some(id) => {
@@ -152,7 +158,7 @@ pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec
     };
     let mut set = cedar_policy::PolicySet::new();
     if set.add(cedar_policy::Policy::from(policy.clone())).is_ok() {
-        let verdict = VALIDATOR.validate(&set, cedar_policy::ValidationMode::Strict);
+        let verdict = gate.validator().validate(&set, cedar_policy::ValidationMode::Strict);
         mistakes.extend(verdict.validation_errors().map(|error| of_diagnostic(error, &whole)));
         // The validator repeats itself for every action that a scope lets through, in no fixed order.
         mistakes.sort_by(|a, b| (a.span.start, &a.what).cmp(&(b.span.start, &b.what)));
@@ -167,7 +173,7 @@ pub(super) fn one_policy(text: &Arc<str>) -> Result<(ast::Policy, PolicyId), Vec
     }
 }
 
-fn annotation_mistakes(policy: &ast::Policy, whole: &Range<usize>) -> Vec<Mistake> {
+fn annotation_mistakes(gate: JudgedBy, policy: &ast::Policy, whole: &Range<usize>) -> Vec<Mistake> {
     let mut mistakes = Vec::new();
     for (name, value) in policy.annotations() {
         let mut refuse = |what: String, help: Option<String>| {
@@ -176,10 +182,15 @@ fn annotation_mistakes(policy: &ast::Policy, whole: &Range<usize>) -> Vec<Mistak
         };
         let name: &str = name.as_ref();
         match name {
-            "step_up" | "max_age" if policy.effect() == ast::Effect::Permit => refuse(
-                format!("@{name} stands on a permit"),
-                Some("an obligation lifts a forbid: write a forbid for what needs assurance".to_owned()),
-            ),
+            "step_up" | "max_age" | "countersign"
+                if policy.effect() == ast::Effect::Permit
+                    && (name != "countersign" || gate == JudgedBy::ChangeGate) =>
+            {
+                refuse(
+                    format!("@{name} stands on a permit"),
+                    Some("an obligation lifts a forbid: write a forbid for what needs assurance".to_owned()),
+                )
+            }
             "step_up" if Factor::parse(&value.val).is_none() => refuse(
                 format!("`{}` is not a factor", shortened(&value.val)),
                 Some(
@@ -191,13 +202,21 @@ fn annotation_mistakes(policy: &ast::Policy, whole: &Range<usize>) -> Vec<Mistak
                 format!("`{}` is not an age", shortened(&value.val)),
                 Some("give whole seconds, at least 1: @max_age(\"300\")".to_owned()),
             ),
+            "countersign" if gate == JudgedBy::ChangeGate => {
+                if !value.val.parse::<u32>().is_ok_and(|count| (1..=QUORUM_MAX).contains(&count)) {
+                    refuse(
+                        format!("`{}` is not a number of operators", shortened(&value.val)),
+                        Some(format!("give 1 to {QUORUM_MAX}, beside the author: @countersign(\"1\")")),
+                    );
+                }
+            }
             "countersign" => refuse(
                 "@countersign stands in the request gate".to_owned(),
                 Some("changes are countersigned, requests are not: use @step_up, or move it to gate/".to_owned()),
             ),
             "id" | "step_up" | "max_age" => {}
             other => {
-                if let Some(meant) = nearest(other, ["id", "step_up", "max_age"].into_iter()) {
+                if let Some(meant) = nearest(other, ["id", "step_up", "max_age", "countersign"].into_iter()) {
                     refuse(format!("unknown annotation @{other}"), Some(format!("did you mean @{meant}?")));
                 }
             }

@@ -7,7 +7,7 @@ use cedar_policy_core::ast::{
 };
 
 use super::{
-    Factor, Mistake, Obligation, Reads, file,
+    Factor, JudgedBy, Mistake, Obligation, Reads, file,
     reads::{self, Hierarchy},
     schema::ACTIONS,
 };
@@ -86,7 +86,7 @@ impl ParsedPolicy {
     /// Parses a text that holds one policy, and validates it strictly against the schema. Whether the roles and
     /// services it names exist is another question: [`super::validate`] answers it.
     pub fn parse(text: &Arc<str>) -> Result<Self, Vec<Mistake>> {
-        let (policy, id) = file::one_policy(text)?;
+        let (policy, id) = file::one_policy(JudgedBy::RequestGate, text)?;
         let obligation = obligation(&policy);
         let (reads, hierarchy) = policy.non_scope_constraints().map(reads::of).unwrap_or_default();
         Ok(Self {
@@ -231,13 +231,13 @@ fn eid(uid: &EntityUID) -> Box<str> {
 }
 
 /// The value of an annotation.
-pub(super) fn annotation<'a>(policy: &'a ast::Policy, name: &str) -> Option<&'a str> {
+pub(crate) fn annotation<'a>(policy: &'a ast::Policy, name: &str) -> Option<&'a str> {
     let name: AnyId = name.parse().ok()?;
     policy.annotation(&name).map(|annotation| annotation.val.as_str())
 }
 
 /// `file::one_policy` refused what does not parse here.
-fn obligation(policy: &ast::Policy) -> Option<Obligation> {
+pub(crate) fn obligation(policy: &ast::Policy) -> Option<Obligation> {
     let factor = annotation(policy, "step_up").and_then(Factor::parse);
     let max_age_seconds = annotation(policy, "max_age").and_then(|seconds| seconds.parse().ok());
     (factor.is_some() || max_age_seconds.is_some()).then_some(Obligation { factor, max_age_seconds })

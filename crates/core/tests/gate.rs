@@ -1,0 +1,418 @@
+//! The change gate from outside: the shipped one as a matrix, the rules that no policy can change, and docs/gate.md held to them.
+
+use std::{collections::BTreeSet, env, fmt::Write as _, fs, path::Path, sync::Arc};
+
+use countersign_core::{
+    assurance::{
+        Assurance, FactorKind, Proof,
+        webauthn::{PublicKey, RelyingParty},
+    },
+    canonical::Digest,
+    change::{Bodies, Change, ChangeSet, Member, Revision},
+    gate::{self, Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires},
+    identity::{FactorId, OperatorName, ServiceName, TrustDomain},
+    operator::{EnrolledFactor, SigningKey},
+    policy::Factor,
+    route::Route,
+    service::{Protocol, ServiceSpec},
+    state::MeshState,
+};
+use expect_test::expect;
+
+const NOW: i64 = 1_795_365_000;
+const DOCUMENT: &str = include_str!("../../../docs/gate.md");
+
+fn name(given: &str) -> OperatorName {
+    OperatorName::parse(given).unwrap()
+}
+
+fn service(given: &str) -> ServiceName {
+    ServiceName::parse(given).unwrap()
+}
+
+fn key() -> EnrolledFactor {
+    let cose = "a4010103272006215820d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+    let relying_party = RelyingParty { id: "mesh.example".into(), origins: vec!["https://mesh.example".into()] };
+    let key = PublicKey::parse(&hex::decode(cose).unwrap()).unwrap();
+    EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party })
+}
+
+fn spec(namespace: Option<&str>) -> ServiceSpec {
+    let mut spec = ServiceSpec::new(Protocol::Http);
+    spec.namespace = namespace.map(Into::into);
+    spec
+}
+
+/// A mesh with `web` and `pay` of namespace `payments`, and these operators: name, role, whether they have a key.
+fn mesh(operators: &[(&str, &str, bool)]) -> MeshState {
+    let mut changes = vec![
+        Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() },
+        Change::DeclareService { name: service("web"), spec: spec(None) },
+        Change::DeclareService { name: service("pay"), spec: spec(Some("payments")) },
+    ];
+    for (operator, role, has_key) in operators {
+        let factor = if *has_key { key() } else { EnrolledFactor::Totp };
+        let id = FactorId::parse(&format!("factor-{operator}")).unwrap();
+        changes.push(Change::InviteOperator { name: name(operator), roles: [(*role).into()].into() });
+        changes.push(Change::EnrollOperator { name: name(operator), id, factor });
+    }
+    MeshState::default().apply_all(&ChangeSet { base: Revision(0), changes }).unwrap()
+}
+
+fn shown(kinds: &[FactorKind]) -> Assurance {
+    let mut assurance = Assurance::default();
+    for kind in kinds {
+        let is_key = kind.is_webauthn();
+        assurance.add(Proof { kind: *kind, at_seconds: NOW, user_verified: is_key, device_bound: is_key });
+    }
+    assurance
+}
+
+fn decide(
+    gate: &ChangeGate,
+    state: &MeshState,
+    author: &Author,
+    assurance: &Assurance,
+    changes: Vec<Change>,
+) -> Answer {
+    decide_with(gate, state, author, assurance, changes, &[])
+}
+
+fn decide_with(
+    gate: &ChangeGate,
+    state: &MeshState,
+    author: &Author,
+    assurance: &Assurance,
+    changes: Vec<Change>,
+    approvals: &[&str],
+) -> Answer {
+    gate.decide(&Asked {
+        author,
+        change_set: &ChangeSet { base: Revision(1), changes },
+        state,
+        assurance,
+        asked_at_seconds: NOW,
+        approvals: &approvals.iter().map(|approver| name(approver)).collect::<BTreeSet<_>>(),
+        origin: Origin::Socket,
+        now_seconds: NOW,
+    })
+}
+
+/// A gate of these policies.
+fn own(text: &str) -> Arc<ChangeGate> {
+    let (policies, mistakes) = gate::read_file("gate/own.cedar", text);
+    assert!(mistakes.is_empty(), "{mistakes:?}");
+    let mut bodies = Bodies::default();
+    let changes = policies
+        .into_iter()
+        .map(|policy| {
+            let body = bodies.insert(policy.text);
+            Change::SetGatePolicy { id: policy.id, file: "gate/own.cedar".into(), body }
+        })
+        .collect();
+    let state = mesh(&[]).apply_all(&ChangeSet { base: Revision(1), changes }).unwrap();
+    ChangeGate::of(&state, |digest| bodies.get(digest).cloned()).unwrap()
+}
+
+/// One change of each kind, about somebody or something that is there.
+fn one_of(kind: &str, author: &str) -> Change {
+    let (id, body): (Arc<str>, _) = ("any".into(), Digest::default());
+    let file: Arc<str> = "x.cedar".into();
+    let route = || serde_json::from_value::<Route>(serde_json::json!({ "service": "web", "rank": 0 })).unwrap();
+    let other = || name(if author == "bob" { "alice" } else { "bob" });
+    match kind {
+        "create_mesh" => Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() },
+        "declare_service" => Change::DeclareService { name: service("web"), spec: spec(None) },
+        "remove_service" => Change::RemoveService { name: service("web") },
+        "set_role" => Change::SetRole { name: id, members: [Member::Service(service("web"))].into() },
+        "remove_role" => Change::RemoveRole { name: id },
+        "set_policy" => Change::SetPolicy { id, file, body },
+        "remove_policy" => Change::RemovePolicy { id },
+        "set_route" => Change::SetRoute { name: id, route: route() },
+        "remove_route" => Change::RemoveRoute { name: id },
+        "invite_operator" => Change::InviteOperator { name: name("carol"), roles: [].into() },
+        "enroll_operator" => Change::EnrollOperator { name: other(), id: FactorId::parse("f").unwrap(), factor: key() },
+        "add_factor" => Change::AddFactor { operator: other(), id: FactorId::parse("f").unwrap(), factor: key() },
+        "remove_factor" => Change::RemoveFactor { operator: other(), id: FactorId::parse("f").unwrap() },
+        "remove_operator" => Change::RemoveOperator { name: other() },
+        "set_operator_roles" => Change::SetOperatorRoles { name: other(), roles: [].into() },
+        "set_gate_policy" => Change::SetGatePolicy { id, file, body },
+        "remove_gate_policy" => Change::RemoveGatePolicy { id },
+        "seal_settings" => Change::SealSettings { quorum: 1 },
+        "deploy" => Change::Deploy { service: service("web"), artifacts: [body].into() },
+        other => panic!("no change of kind {other}"),
+    }
+}
+
+fn cell(answer: &Answer) -> String {
+    let requires = |requires: &Requires| {
+        let factor = requires.factor.map(|factor| format!("step-up {}", factor.as_str()));
+        let others = (requires.countersign > 0).then(|| format!("countersign {}", requires.countersign));
+        factor.into_iter().chain(others).collect::<Vec<_>>().join(", ")
+    };
+    match answer {
+        Answer::Permit => "permit".into(),
+        Answer::StepUp(needed) | Answer::NeedsCountersign(needed) => requires(needed),
+        Answer::Deny(_) => "deny".into(),
+    }
+}
+
+#[test]
+fn the_shipped_gate_is_this_matrix() {
+    let codes = mesh(&[("alice", "owner", false), ("bob", "editor", false), ("dan", "deployer", false)]);
+    let keys = mesh(&[("alice", "owner", true), ("bob", "owner", false), ("eve", "editor", true)]);
+    let (totp, roaming) = ([FactorKind::Totp], [FactorKind::Roaming]);
+    let pipeline = Author::Pipeline(Pipeline {
+        issuer: "https://ci.example".into(),
+        subject: "repo-1".into(),
+        claims: ["ref=main".into()].into(),
+    });
+    let operator = |given: &str| Author::Operator(name(given));
+    let columns: Vec<(&str, &MeshState, Author, &[FactorKind])> = vec![
+        ("owner, nothing shown", &codes, operator("alice"), &[]),
+        ("owner, code", &codes, operator("alice"), &totp),
+        ("editor, code", &codes, operator("bob"), &totp),
+        ("deployer, code", &codes, operator("dan"), &totp),
+        ("nobody, code", &codes, operator("zoe"), &totp),
+        ("pipeline", &codes, pipeline, &[]),
+        ("owner with a key, code", &keys, operator("alice"), &totp),
+        ("owner with a key, key", &keys, operator("alice"), &roaming),
+        ("owner without one, code", &keys, operator("bob"), &totp),
+        ("editor with a key, key", &keys, operator("eve"), &roaming),
+    ];
+    let mut text = String::from(
+        "What the shipped change gate answers, written by a test. The last four parts are of a mesh in which somebody has a\n\
+         passkey or a security key. Changes of operators and factors are about somebody else.\n",
+    );
+    for (heading, state, author, kinds) in &columns {
+        let _ = write!(text, "\n{heading}\n");
+        for kind in Change::KINDS {
+            let own = if let Author::Operator(name) = author { name.as_str() } else { "" };
+            let answer = decide(&ChangeGate::shipped(), state, author, &shown(kinds), vec![one_of(kind, own)]);
+            let _ = writeln!(text, "  {kind:<20} {}", cell(&answer));
+        }
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/gate-matrix.txt");
+    if env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, &text).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == text,
+        "docs/gate-matrix.txt is not what the gate answers; run `make docs` and read the difference"
+    );
+}
+
+#[test]
+fn every_kind_of_change_is_an_action_in_a_group_and_the_kinds_are_all_there() {
+    let owner = mesh(&[("alice", "owner", false), ("bob", "owner", false)]);
+    let alice = Author::Operator(name("alice"));
+    let mut kinds = BTreeSet::new();
+    for kind in Change::KINDS {
+        let change = one_of(kind, "alice");
+        assert_eq!(change.kind(), kind);
+        kinds.insert(kind);
+        // An action that the schema does not have is denied.
+        let answer = decide(&ChangeGate::shipped(), &owner, &alice, &shown(&[FactorKind::Totp]), vec![change]);
+        assert_eq!(answer, Answer::Permit, "{kind}");
+        assert!(gate::schema_text().contains(&format!("\"{kind}\"")), "{kind}");
+    }
+    assert_eq!(kinds.len(), Change::KINDS.len());
+}
+
+#[test]
+fn docs_gate_md_shows_every_rule_of_the_shipped_gate_as_it_is() {
+    let (rules, _) = gate::read_file("shipped", gate::shipped_text());
+    assert!(rules.len() >= 9);
+    for rule in rules {
+        assert!(DOCUMENT.contains(&*rule.text), "docs/gate.md does not show `{}` as it is:\n{}", rule.id, rule.text);
+    }
+}
+
+/// PROVES (nobody-unproven)
+#[test]
+fn nobody_is_let_through_who_has_shown_nothing_whatever_the_policies_say() {
+    let state = mesh(&[("alice", "owner", false)]);
+    let open = own("@id(\"open\") permit (principal, action, resource);");
+    let alice = Author::Operator(name("alice"));
+    let add = |whose: &str| Change::AddFactor {
+        operator: name(whose),
+        id: FactorId::parse("new").unwrap(),
+        factor: EnrolledFactor::Totp,
+    };
+    let policy = || one_of("remove_policy", "alice");
+    for (case, kinds, changes, expected) in [
+        ("nothing", &[][..], vec![policy()], "step-up mfa"),
+        ("a code", &[FactorKind::Totp], vec![policy()], "permit"),
+        ("a recovery code", &[FactorKind::Recovery], vec![policy()], "step-up mfa"),
+        ("a recovery code for a factor of one's own", &[FactorKind::Recovery], vec![add("alice")], "permit"),
+        ("a recovery code for one of another", &[FactorKind::Recovery], vec![add("bob")], "step-up mfa"),
+        ("a recovery code for both", &[FactorKind::Recovery], vec![add("alice"), policy()], "step-up mfa"),
+    ] {
+        let state = match case {
+            "a recovery code for one of another" => mesh(&[("alice", "owner", false), ("bob", "owner", false)]),
+            _ => state.clone(),
+        };
+        assert_eq!(cell(&decide(&open, &state, &alice, &shown(kinds), changes)), expected, "{case}");
+    }
+}
+
+#[test]
+fn a_recovery_code_opens_the_way_to_a_new_factor_of_ones_own_in_the_shipped_gate_too() {
+    let alice = Author::Operator(name("alice"));
+    let recovery = shown(&[FactorKind::Recovery]);
+    for has_key in [false, true] {
+        let state = mesh(&[("alice", "editor", has_key), ("bob", "owner", false)]);
+        let own = Change::AddFactor {
+            operator: name("alice"),
+            id: FactorId::parse("new").unwrap(),
+            factor: EnrolledFactor::Totp,
+        };
+        let gate = ChangeGate::shipped();
+        assert_eq!(decide(&gate, &state, &alice, &recovery, vec![own]), Answer::Permit);
+        let other = decide(&gate, &state, &alice, &recovery, vec![one_of("remove_policy", "alice")]);
+        assert!(matches!(other, Answer::StepUp(_)), "{other:?}");
+    }
+}
+
+#[test]
+fn obligations_of_all_changes_merge_to_the_strictest_and_only_what_is_missing_is_asked() {
+    let state = mesh(&[("alice", "owner", true), ("bob", "owner", false), ("carol", "owner", false)]);
+    let gate = own("@id(\"all\") permit (principal, action, resource);
+        @id(\"a\") @step_up(\"mfa\") @max_age(\"60\") forbid (principal, action in Action::\"policies\", resource);
+        @id(\"b\") @step_up(\"phr\") forbid (principal, action in Action::\"traffic\", resource);
+        @id(\"c\") @countersign(\"1\") forbid (principal, action in Action::\"roles\", resource);
+        @id(\"d\") @countersign(\"2\") forbid (principal, action in Action::\"seal\", resource);
+        @id(\"e\") forbid (principal, action == Action::\"remove_service\", resource);");
+    let alice = Author::Operator(name("alice"));
+    let (policy, route, role, seal) =
+        (one_of("set_policy", ""), one_of("set_route", ""), one_of("set_role", ""), one_of("seal_settings", ""));
+    let gone = one_of("remove_service", "");
+    let requires = |factor, max_age_seconds, countersign| Requires { factor, max_age_seconds, countersign };
+    let (code, key) = (&[FactorKind::Totp][..], &[FactorKind::Roaming][..]);
+    for (case, kinds, approvals, changes, expected) in [
+        ("one", &[][..], &[][..], vec![&policy], Answer::StepUp(requires(Some(Factor::Mfa), Some(60), 0))),
+        ("two", &[], &[], vec![&policy, &route], Answer::StepUp(requires(Some(Factor::Phr), Some(60), 0))),
+        ("one of them met", code, &[], vec![&policy, &route], Answer::StepUp(requires(Some(Factor::Phr), None, 0))),
+        ("both met", key, &[], vec![&policy, &route], Answer::Permit),
+        ("others too", &[], &[], vec![&policy, &role], Answer::StepUp(requires(Some(Factor::Mfa), Some(60), 1))),
+        ("only others", code, &[], vec![&policy, &role], Answer::NeedsCountersign(requires(None, None, 1))),
+        ("most of them", code, &["bob"], vec![&role, &seal], Answer::NeedsCountersign(requires(None, None, 2))),
+        ("all of them", code, &["bob", "carol"], vec![&role, &seal], Answer::Permit),
+        ("one's own", code, &["alice"], vec![&role], Answer::NeedsCountersign(requires(None, None, 1))),
+        (
+            "one's own among them",
+            code,
+            &["alice", "bob"],
+            vec![&seal],
+            Answer::NeedsCountersign(requires(None, None, 2)),
+        ),
+        (
+            "beside what nothing lifts",
+            key,
+            &["bob", "carol"],
+            vec![&policy, &gone],
+            Answer::Deny(vec!["service web: forbidden by e".into()]),
+        ),
+    ] {
+        let changes = changes.into_iter().cloned().collect();
+        let answer = decide_with(&gate, &state, &alice, &shown(kinds), changes, approvals);
+        assert_eq!(answer, expected, "{case}");
+    }
+}
+
+#[test]
+fn nobody_hopeless_is_challenged_and_what_faults_denies() {
+    let state = mesh(&[("alice", "owner", false), ("bob", "guest", false)]);
+    let (alice, bob) = (Author::Operator(name("alice")), Author::Operator(name("bob")));
+    let stepped = "@id(\"owners\") permit (principal in Role::\"owner\", action, resource);
+        @id(\"fresh\") @step_up(\"mfa\") forbid (principal, action, resource);";
+    let nothing = Assurance::default();
+    let policy = || vec![one_of("remove_policy", "")];
+    assert_eq!(cell(&decide(&own(stepped), &state, &alice, &nothing, policy())), "step-up mfa");
+    expect![[r#"Deny(["policy any: no policy of the gate permits operator `bob` to remove_policy"])"#]]
+        .assert_eq(&format!("{:?}", decide(&own(stepped), &state, &bob, &nothing, policy())));
+    let overflows = format!(
+        "{stepped} @id(\"faults\") permit (principal, action, resource) when {{ context.time.hour * 9223372036854775807 * 3 > 0 }};"
+    );
+    let answer = decide(&own(&overflows), &state, &alice, &shown(&[FactorKind::Totp]), policy());
+    assert!(matches!(&answer, Answer::Deny(why) if why[0].contains("cannot be evaluated")), "{answer:?}");
+}
+
+#[test]
+fn moving_a_service_asks_the_gate_as_it_is_and_as_it_will_be() {
+    let state = mesh(&[("alice", "shop-team", false), ("bob", "pay-team", false)]);
+    let gate = own("@id(\"shop\") permit (principal in Role::\"shop-team\", action, resource in Namespace::\"shop\");
+        @id(\"pay\") permit (principal in Role::\"pay-team\", action, resource in Namespace::\"payments\");");
+    let declare = |service_name: &str, namespace: &str| Change::DeclareService {
+        name: service(service_name),
+        spec: spec(Some(namespace)),
+    };
+    let code = shown(&[FactorKind::Totp]);
+    for (case, who, change, expected) in [
+        ("a service of theirs", "bob", declare("pay", "payments"), "permit"),
+        ("one that another team has, into theirs", "alice", declare("pay", "shop"), "deny"),
+        ("one of theirs into another team's", "bob", declare("pay", "shop"), "deny"),
+        ("a new one", "alice", declare("new", "shop"), "permit"),
+        ("a new one of another team", "alice", declare("new", "payments"), "deny"),
+    ] {
+        let author = Author::Operator(name(who));
+        assert_eq!(cell(&decide(&gate, &state, &author, &code, vec![change])), expected, "{case}");
+    }
+}
+
+#[test]
+fn a_gate_that_nobody_could_change_again_is_seen() {
+    let codes = mesh(&[("alice", "owner", false), ("bob", "editor", false)]);
+    let keys = mesh(&[("alice", "owner", true)]);
+    let all = "@id(\"all\") permit (principal, action, resource);";
+    for (case, text, state, expected) in [
+        ("nothing", "", &codes, true), // The shipped one.
+        ("everything", all, &codes, true),
+        (
+            "only services",
+            "@id(\"s\") permit (principal, action in Action::\"registrations\", resource);",
+            &codes,
+            false,
+        ),
+        ("a role that nobody has", "@id(\"s\") permit (principal in Role::\"root\", action, resource);", &codes, false),
+        (
+            "keys that nobody has",
+            &format!("{all} @id(\"k\") @step_up(\"phr\") forbid (principal, action, resource);"),
+            &codes,
+            false,
+        ),
+        ("keys", &format!("{all} @id(\"k\") @step_up(\"phr\") forbid (principal, action, resource);"), &keys, true),
+        (
+            "two others of one",
+            &format!("{all} @id(\"k\") @countersign(\"2\") forbid (principal, action, resource);"),
+            &codes,
+            false,
+        ),
+        (
+            "one other of one",
+            &format!("{all} @id(\"k\") @countersign(\"1\") forbid (principal, action, resource);"),
+            &codes,
+            true,
+        ),
+    ] {
+        let gate = if text.is_empty() { ChangeGate::shipped() } else { own(text) };
+        assert_eq!(gate.is_mendable(state, NOW), expected, "{case}");
+    }
+}
+
+#[test]
+fn what_a_gate_policy_gets_wrong_is_told() {
+    for (text, expected) in [
+        ("permit (principal, action, resource);", "the policy has no @id"),
+        ("@id(\"a\") @countersign(\"1\") permit (principal, action, resource);", "@countersign stands on a permit"),
+        ("@id(\"a\") @countersign(\"0\") forbid (principal, action, resource);", "`0` is not a number of operators"),
+        ("@id(\"a\") @step_up(\"sms\") forbid (principal, action, resource);", "`sms` is not a factor"),
+        ("@id(\"a\") permit (principal is Workload, action, resource);", "Workload"),
+        ("@id(\"a\") permit (principal, action == Action::\"http:GET\", resource);", "http:GET"),
+        ("@id(\"a\") permit (principal, action, resource) when { context.assurance.ages.totp < 60 };", "totp"),
+    ] {
+        let (_, mistakes) = gate::read_file("gate/a.cedar", text);
+        assert!(mistakes.iter().any(|mistake| mistake.what.contains(expected)), "{text}: {mistakes:?}");
+    }
+}
