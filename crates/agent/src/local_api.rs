@@ -78,6 +78,7 @@ async fn only_own_uid(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, ne
         status: StatusCode::FORBIDDEN.as_u16(),
         detail: None,
         help: Some("run the command as that user".into()),
+        refusal: None,
     };
     let content_type = [(axum::http::header::CONTENT_TYPE, "application/problem+json")];
     (StatusCode::FORBIDDEN, content_type, Json(problem)).into_response()

@@ -1,11 +1,11 @@
 //! Commands and the control plane on one machine: JSON over the unix socket `control.sock` (mode 0600). Whoever can
-//! open it is the mesh's own uid, operator `local`. Errors are [`Problem`]s (RFC 9457).
+//! open it is the mesh's own uid: operator `local` until an owner has enrolled, and nobody in particular after that. Errors are [`Problem`]s (RFC 9457).
 //!
 //! | request | body | answer |
 //! |---|---|---|
 //! | `GET /v1/status` | | [`Status`] |
 //! | `GET /v1/mesh` | | [`Mesh`] |
-//! | `POST /v1/changes` | [`Apply`] | [`Applied`]; 409 when the base moved, 422 when the gate or the law refuses |
+//! | `POST /v1/changes` | [`ApplyAs`] | [`Applied`]; 403 when the gate refuses, 409 when the base moved, 422 when the law refuses |
 //! | `GET /v1/changes?limit=N` | | `[`[`ChangeSummary`]`]`, newest first |
 //! | `GET /v1/changes/{revision}` | | [`ChangeDetail`] |
 //! | `GET /v1/changes/{revision}/wait?timeout_ms=N` | | [`Waited`] |
@@ -19,6 +19,15 @@
 //! | `GET /v1/ledger/checkpoint` | | [`CheckpointView`] |
 //! | `GET /v1/ledger/proofs/{index}` | | [`ProofView`]: a C2SP tlog-proof in the newest checkpoint |
 //! | `GET /v1/ledger/consistency/{size}` | | [`ProofView`]: from that size to the newest checkpoint |
+//! | `GET /v1/proposals` | | `[`[`Proposal`]`]`, newest first |
+//! | `GET /v1/proposals/{id}` | | [`ProposalDetail`] |
+//! | `GET /v1/proposals/{id}/wait?timeout_ms=N` | | [`Proposal`], once it is decided or the time is over |
+//! | `POST /v1/proposals/{id}/apply` | [`Shown`] | [`Applied`]: its author shows what the gate asks for |
+//! | `POST /v1/proposals/{id}/countersign` | [`Shown`] | [`Proposal`]; applied when it was the last that was missing |
+//! | `POST /v1/proposals/{id}/reject` | [`Shown`] | [`Proposal`] |
+//! | `POST /v1/proposals/{id}/withdraw` | [`Shown`] | [`Proposal`] |
+//! | `POST /v1/enrolments` | [`Enrol`] | [`Enrolment`]: what an authenticator app is to be told |
+//! | `POST /v1/enrolments/{id}` | [`Confirm`] | [`Enrolled`] |
 //! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
@@ -30,7 +39,8 @@ use serde::{Deserialize, Serialize};
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
-    identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
+    gate::Requires,
+    identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
     state::MeshState,
 };
@@ -49,6 +59,193 @@ pub struct Problem {
     /// What to do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
+    /// What the change gate asks for, when it was the gate that refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Box<GateRefusal>>,
+}
+
+/// The change gate's refusal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GateRefusal {
+    /// In one word.
+    pub outcome: GateOutcome,
+    /// The pending change that waits for what is missing.
+    pub change: Option<String>,
+    /// The digest of the change-set.
+    pub digest: Digest,
+    /// What is missing.
+    pub requires: Option<Requires>,
+    /// Where a browser can show it; absent until there is a page for it.
+    pub url: Option<String>,
+}
+
+/// The change gate's refusal in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateOutcome {
+    /// Its author has to show a factor.
+    StepUp,
+    /// Others have to countersign.
+    NeedsCountersign,
+    /// Nothing would help.
+    Denied,
+}
+
+/// A code that someone typed. It is not shown again.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Code(pub String);
+
+/// Who asks, and what they show for it. Nobody is named while the mesh is unprotected.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Shown {
+    /// The operator; the only one that has enrolled when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operator: Option<OperatorName>,
+    /// A code of an authenticator app.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otp: Option<Code>,
+    /// A recovery code, which opens the way to a new factor and to nothing else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recovery_code: Option<Code>,
+}
+
+/// Asks for one change-set, with what is shown for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApplyAs {
+    /// The change-set with its texts.
+    #[serde(flatten)]
+    pub apply: Apply,
+    /// Who asks.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// A change-set that waits for a factor or for other operators, or did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// What commands call it: `p` and hexadecimal digits.
+    pub id: String,
+    /// Who asked for it.
+    pub author: OperatorName,
+    /// The digest of the change-set.
+    pub digest: Digest,
+    /// The revision that it was planned on.
+    pub base: Revision,
+    /// The ledger's root at that revision.
+    pub root: Digest,
+    /// What it waits for, or what became of it.
+    pub state: ProposalState,
+    /// What the gate asked for when it was last asked.
+    pub requires: Requires,
+    /// Who countersigned.
+    pub approvals: BTreeSet<OperatorName>,
+    /// One line for each change.
+    pub changes: Vec<String>,
+    /// When it was asked for, in milliseconds since 1970.
+    pub asked_at_ms: u64,
+    /// When it is void, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+}
+
+/// What a proposal waits for, or what became of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum ProposalState {
+    /// Its author has to show a factor.
+    StepUp,
+    /// Others have to countersign.
+    NeedsCountersign,
+    /// It is in the ledger.
+    Applied {
+        /// The revision it made.
+        revision: Revision,
+    },
+    /// An operator said no.
+    Rejected {
+        /// Who.
+        by: OperatorName,
+    },
+    /// Its author took it back.
+    Withdrawn,
+    /// Its time is over.
+    Expired,
+    /// The mesh has changed since it was planned.
+    Void {
+        /// The revision that came first.
+        revision: Revision,
+    },
+}
+
+/// A proposal with what it asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProposalDetail {
+    /// As in the list.
+    pub proposal: Proposal,
+    /// The change-set.
+    pub change_set: ChangeSet,
+    /// The texts that it brings.
+    pub bodies: Bodies,
+}
+
+/// Asks for the enrolment of an authenticator app.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enrol {
+    /// Whose.
+    pub operator: OperatorName,
+    /// What an invited operator was handed; absent for the first of all, and for one more factor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub invitation: Option<Code>,
+    /// For one more factor: what is shown by a factor that is there.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// An enrolment that waits for the first code.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enrolment {
+    /// Where to send the code.
+    pub id: String,
+    /// Whose.
+    pub operator: OperatorName,
+    /// What the authenticator app reads. It holds the secret and is told this once.
+    pub otpauth: String,
+}
+
+/// The first code of a new authenticator app.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confirm {
+    /// The code.
+    pub code: Code,
+}
+
+/// A factor that is enrolled.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enrolled {
+    /// Whose.
+    pub operator: OperatorName,
+    /// Its id.
+    pub factor: FactorId,
+    /// The revision with it.
+    pub revision: Revision,
+    /// Whether it is the anchor: from it on the mesh is protected.
+    pub anchor: bool,
+    /// Codes that work once, for the day the factor is lost. They are told this once.
+    pub recovery_codes: Vec<String>,
+}
+
+/// What an invited operator is handed. Shown once; only its hash is kept.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperatorInvitation {
+    /// Who was invited.
+    pub operator: OperatorName,
+    /// The token, secret.
+    pub token: String,
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
 }
 
 /// The mesh at a glance.
@@ -168,6 +365,9 @@ pub struct Applied {
     pub digest: Digest,
     /// Whether the mesh is protected by an enrolled owner.
     pub protected: bool,
+    /// What the operators that it invites are to be handed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub invitations: Vec<OperatorInvitation>,
 }
 
 /// One revision in a list.
@@ -424,5 +624,33 @@ impl std::fmt::Debug for Invitation {
             .field("token", &"..")
             .field("expires_at_ms", &self.expires_at_ms)
             .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Code {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Code(..)")
+    }
+}
+
+impl std::fmt::Debug for Enrolment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enrolment").field("id", &self.id).field("operator", &self.operator).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Enrolled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enrolled")
+            .field("operator", &self.operator)
+            .field("factor", &self.factor)
+            .field("revision", &self.revision)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for OperatorInvitation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OperatorInvitation").field("operator", &self.operator).finish_non_exhaustive()
     }
 }

@@ -2,18 +2,25 @@
 //! again from nothing: whoever can reach the socket may send anything.
 //!
 //! Until an owner is enrolled the mesh is unprotected: whoever owns the data directory acts as operator `local`, and
-//! every change-set that is lawful passes. From the first enrolment on, `local` may change nothing. Nothing is written here.
+//! every change-set that is lawful passes. From the first enrolment on the change gate of `core` judges, and `local` may change
+//! nothing. No factor is verified here, and nothing is written.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 
 use countersign_api::local::Apply;
 use countersign_core::{
-    change::{Bodies, Change, ChangeSet, Member, Revision},
-    identity::TrustDomain,
-    policy::{self, Library, ParsedPolicy},
-    state::MeshState,
+    assurance::{Assurance, FactorKind},
+    canonical::Digest,
+    change::{Bodies, Change, ChangeSet, Member, PolicyId, Revision},
+    gate::{Answer, Asked, Author, ChangeGate, Origin},
+    identity::{OperatorName, TrustDomain},
+    policy::{self, Library, ParsedPolicy, PolicyError},
+    state::{MeshState, PolicyRef},
 };
 
 use crate::ledger::Head;
@@ -29,11 +36,19 @@ pub const LOCAL: &str = "local";
 #[derive(Default)]
 pub struct Gate {
     library: Mutex<Library>,
+    /// The change gate that was last in force.
+    change_gate: Mutex<Option<InForce>>,
+}
+
+/// A change gate, ready to judge, and the policies that it was made of.
+struct InForce {
+    policies: BTreeMap<PolicyId, PolicyRef>,
+    gate: Arc<ChangeGate>,
 }
 
 /// A change-set that passed the gate, on the base it names.
 ///
-/// INVARIANT (admitted-before-append): only [`Gate::admit`] makes one, and the ledger takes nothing else.
+/// INVARIANT (admitted-before-append): only [`Gate::admit_of`] makes one, and the ledger takes nothing else.
 #[derive(Debug)]
 pub struct Admitted {
     change_set: ChangeSet,
@@ -53,11 +68,36 @@ pub enum Refused {
     },
     /// It would break the law; every mistake found, at most 50.
     Unlawful(Vec<String>),
-    /// The mesh is protected, and nobody has proven to be one of its operators.
-    Unproven,
+    /// The mesh is protected, and its change gate does not let it through as it is.
+    Gate {
+        /// What the gate says; never a permit.
+        answer: Answer,
+        /// The digest of the change-set.
+        digest: Digest,
+    },
+}
+
+/// Who asks for a change-set, as far as it was proven.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Petitioner {
+    /// The operator who is said to ask; nobody in an unprotected mesh.
+    pub operator: Option<OperatorName>,
+    /// What was proven: that it is they, how strongly, when.
+    pub assurance: Assurance,
+    /// When they asked, in seconds since 1970.
+    pub asked_at_seconds: i64,
+    /// Who countersigned, each proven.
+    pub approvals: BTreeSet<OperatorName>,
+    /// Whether factors in the change-set were verified by the control plane itself, in an enrolment.
+    pub enrols: bool,
 }
 
 impl Admitted {
+    /// Who asked for it.
+    pub fn actor(&self) -> &str {
+        &self.actor
+    }
+
     /// The change-set, the texts it brings, and who asked for it.
     pub fn into_parts(self) -> (ChangeSet, Bodies, String) {
         (self.change_set, self.bodies, self.actor)
@@ -65,16 +105,28 @@ impl Admitted {
 }
 
 impl Gate {
-    /// Examines `asked` against the mesh at `head`. `own` is the trust domain that the authority speaks for, once there
-    /// is one.
+    /// Examines `asked`, of nobody in particular, against the mesh at `head`. `own` is the trust domain that the authority speaks
+    /// for, once there is one.
     pub fn admit(&self, asked: Apply, head: &Head, own: Option<&TrustDomain>) -> Result<Admitted, Refused> {
+        self.admit_of(asked, &Petitioner::default(), head, own, 0)
+    }
+
+    /// Examines `asked`, of `petitioner`, against the mesh at `head`, and puts it to the change gate when the mesh is protected.
+    ///
+    /// INVARIANT (gated): a protected mesh admits only what its own change gate, as it stands before the change, permits to an
+    /// operator who has proven to be one.
+    pub fn admit_of(
+        &self,
+        asked: Apply,
+        petitioner: &Petitioner,
+        head: &Head,
+        own: Option<&TrustDomain>,
+        now_seconds: i64,
+    ) -> Result<Admitted, Refused> {
         let Apply { change_set, bodies } = asked;
         let held = head.follower.revision();
         if change_set.base != held {
             return Err(Refused::Moved { base: change_set.base, held });
-        }
-        if head.follower.state().is_protected() {
-            return Err(Refused::Unproven);
         }
         let mut mistakes = mistakes_of_texts(&change_set, &bodies, head);
         for change in &change_set.changes {
@@ -83,24 +135,67 @@ impl Gate {
             {
                 mistakes.push(format!("the mesh is `{trust_domain}`, but this control plane's keys speak for `{own}`"));
             }
+            if matches!(change, Change::EnrollOperator { .. } | Change::AddFactor { .. }) && !petitioner.enrols {
+                mistakes.push(format!("{}: a factor comes in by an enrolment, which verifies it", change.subject()));
+            }
         }
         match head.follower.state().apply_all(&change_set) {
             Ok(next) if mistakes.is_empty() => {
                 mistakes = mistakes_of_references(&next);
                 mistakes.extend(self.mistakes_of_policies(&next, &bodies, head));
+                mistakes.extend(mistakes_of_gate(&next, &bodies, head, now_seconds));
             }
             Ok(_) => {}
             Err(error) => mistakes.push(error.to_string()),
         }
-        if mistakes.is_empty() {
+        if !mistakes.is_empty() {
+            let more = mistakes.len().saturating_sub(MISTAKES_MAX);
+            mistakes.truncate(MISTAKES_MAX);
+            if more > 0 {
+                mistakes.push(format!("and {more} more"));
+            }
+            return Err(Refused::Unlawful(mistakes));
+        }
+        if !head.follower.state().is_protected() {
             return Ok(Admitted { change_set, bodies, actor: LOCAL.into() });
         }
-        let more = mistakes.len().saturating_sub(MISTAKES_MAX);
-        mistakes.truncate(MISTAKES_MAX);
-        if more > 0 {
-            mistakes.push(format!("and {more} more"));
+        let answer = self.answer(&change_set, petitioner, head, now_seconds);
+        match (answer, &petitioner.operator) {
+            (Answer::Permit, Some(operator)) => Ok(Admitted { change_set, bodies, actor: operator.to_string() }),
+            (answer, _) => Err(Refused::Gate { answer, digest: change_set.digest() }),
         }
-        Err(Refused::Unlawful(mistakes))
+    }
+
+    /// What the change gate of the mesh at `head` says to `change_set`, of `petitioner`. It admits nothing.
+    pub fn answer(&self, change_set: &ChangeSet, petitioner: &Petitioner, head: &Head, now_seconds: i64) -> Answer {
+        let Some(operator) = &petitioner.operator else {
+            return Answer::Deny(vec!["the mesh is protected: an operator has to ask".to_owned()]);
+        };
+        let gate = match self.change_gate(head) {
+            Ok(gate) => gate,
+            Err(errors) => return Answer::Deny(errors.iter().map(ToString::to_string).collect()),
+        };
+        gate.decide(&Asked {
+            author: &Author::Operator(operator.clone()),
+            change_set,
+            state: head.follower.state(),
+            assurance: &petitioner.assurance,
+            asked_at_seconds: petitioner.asked_at_seconds,
+            approvals: &petitioner.approvals,
+            origin: Origin::Socket,
+            now_seconds,
+        })
+    }
+
+    fn change_gate(&self, head: &Head) -> Result<Arc<ChangeGate>, Vec<PolicyError>> {
+        let (state, bodies) = (head.follower.state(), head.follower.bodies());
+        let mut known = self.change_gate.lock();
+        if let Some(in_force) = known.as_ref().filter(|in_force| in_force.policies == state.gate) {
+            return Ok(in_force.gate.clone());
+        }
+        let gate = ChangeGate::of(state, |digest| bodies.get(digest).cloned())?;
+        *known = Some(InForce { policies: state.gate.clone(), gate: gate.clone() });
+        Ok(gate)
     }
 
     /// The policies in force at `head`, parsed.
@@ -129,6 +224,33 @@ impl Gate {
         library.retain(|digest| in_force.contains(digest));
         mistakes
     }
+}
+
+/// What is wrong with the change gate and the operators that the changes lead to: policies that are not valid, an operator who
+/// could show nothing any more, and a gate that nobody could change again.
+fn mistakes_of_gate(next: &MeshState, brought: &Bodies, head: &Head, now_seconds: i64) -> Vec<String> {
+    let before = head.follower.state();
+    if next.gate == before.gate && next.operators == before.operators {
+        return Vec::new();
+    }
+    let mut mistakes = Vec::new();
+    for (name, operator) in &next.operators {
+        let is_enrolled =
+            !operator.factors.is_empty() || before.operators.get(name).is_some_and(|o| !o.factors.is_empty());
+        if is_enrolled && operator.factors.values().all(|factor| factor.kind() == FactorKind::Recovery) {
+            mistakes.push(format!("operator `{name}` would be left without a factor; remove the operator instead"));
+        }
+    }
+    let text_of = |digest: &Digest| brought.get(digest).or_else(|| head.follower.bodies().get(digest)).cloned();
+    match ChangeGate::of(next, text_of) {
+        Err(errors) => mistakes.extend(errors.iter().map(|error| format!("gate {error}"))),
+        Ok(gate) if next.is_protected() && !gate.is_mendable(next, now_seconds) => mistakes.push(
+            "no operator would be left whom the gate lets change the gate and the operators: the last owner stays"
+                .to_owned(),
+        ),
+        Ok(_) => {}
+    }
+    mistakes
 }
 
 fn mistakes_of_texts(change_set: &ChangeSet, bodies: &Bodies, head: &Head) -> Vec<String> {

@@ -3,6 +3,8 @@
 //! | room | does | never |
 //! |---|---|---|
 //! | [`gate`] | judges change-sets; the only maker of `Admitted` | writes |
+//! | [`mfa`] | enrols operators, verifies their codes | decides what a factor is good for |
+//! | [`proposals`] | change-sets that wait for a factor or for other operators | judges them |
 //! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
 //! | [`store`] | keeps everything, on a thread of its own | decides |
 //! | [`authority`] | signs; seals its keys | decides who may have what |
@@ -60,6 +62,8 @@ pub mod ledger;
 pub mod local_api;
 pub mod mark;
 pub mod metrics;
+pub mod mfa;
+pub mod proposals;
 pub mod publish;
 pub mod registry;
 pub mod store;
@@ -74,7 +78,7 @@ use authority::{
 use checkpoint::{Checkpoints, Witnesses};
 use clock::Clock;
 use decisions::Decisions;
-use gate::Gate;
+use gate::{Gate, Petitioner, Refused};
 use ledger::{Ledger, OpenError};
 use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
@@ -278,6 +282,8 @@ pub struct Plane {
     /// Where agents connect.
     pub listen: SocketAddr,
     changes: broadcast::Sender<Changed>,
+    enrolments: mfa::Enrolments,
+    decided: proposals::Decided,
     /// Where other hosts find it.
     pub advertised: Advertised,
     high_water: Arc<HighWater>,
@@ -369,6 +375,8 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         started_at_ms: now_ms,
         listen,
         changes: broadcast::Sender::new(CHANGES_KEPT),
+        enrolments: mfa::Enrolments::default(),
+        decided: proposals::Decided::default(),
         advertised: advertise::advertised(advertise.as_ref(), listen, Own::look),
         high_water,
         sealer,
@@ -464,17 +472,28 @@ impl Plane {
         unprotected.into_iter().chain(self.warnings.read().values().cloned()).collect()
     }
 
-    /// The flow of a change: gate, ledger, and the authority when the mesh was just created.
-    pub async fn apply(&self, asked: Apply) -> Result<Applied, Problem> {
+    /// The flow of a change: gate, ledger, and what follows from it.
+    pub async fn enter(&self, asked: Apply, petitioner: Petitioner) -> Result<Applied, Problem> {
+        self.try_enter(asked, petitioner).await?.map_err(local_api::gate_problem)
+    }
+
+    /// As [`Plane::enter`], with what the gate refuses told apart from what failed.
+    pub async fn try_enter(&self, asked: Apply, petitioner: Petitioner) -> Result<Result<Applied, Refused>, Problem> {
         let (asked_at_ms, began) = (self.clock.now_ms(), Instant::now());
-        let change_count = asked.change_set.changes.len();
+        let changes = asked.change_set.changes.clone();
+        let change_count = changes.len();
         let authority = self.authority();
         let own = authority.as_ref().map(|authority| authority.trust_domain().clone());
         let (gate, head) = (self.gate.clone(), self.ledger.head());
+        let (before, now_seconds) = (head.clone(), mfa::seconds(asked_at_ms));
         // Parsing ten thousand policies takes a second: not on a thread that serves others.
-        let judged = tokio::task::spawn_blocking(move || gate.admit(asked, &head, own.as_ref())).await;
-        let judged = judged.map_err(|_| local_api::append_problem(ledger::AppendError::Stopping))?;
-        let admitted = judged.map_err(local_api::gate_problem)?;
+        let judged =
+            tokio::task::spawn_blocking(move || gate.admit_of(asked, &petitioner, &head, own.as_ref(), now_seconds));
+        let admitted = match judged.await.map_err(|_| local_api::append_problem(ledger::AppendError::Stopping))? {
+            Ok(admitted) => admitted,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let actor = admitted.actor().to_owned();
         let appended = match self.ledger.append(admitted).await {
             Ok(head) => head,
             Err(error) => {
@@ -496,17 +515,18 @@ impl Plane {
         }
         let last = appended.follower.snapshot().and_then(|snapshot| Entry::parse(&snapshot.last_entry).ok());
         let digest = last.map(|entry| entry.digest).unwrap_or_default();
-        tracing::info!(revision = revision.0, digest = %digest.short(), actor = gate::LOCAL, "change applied");
+        tracing::info!(revision = revision.0, digest = %digest.short(), %actor, "change applied");
         // Nobody need listen.
         let _ = self.changes.send(Changed {
             revision,
             digest: digest.to_string(),
-            actor: gate::LOCAL.into(),
+            actor,
             change_count,
             asked_at_ms,
             took: began.elapsed(),
         });
-        Ok(Applied { revision, digest, protected: state.is_protected() })
+        let invitations = mfa::settle(self, &changes, before.follower.state()).await;
+        Ok(Ok(Applied { revision, digest, protected: state.is_protected(), invitations }))
     }
 
     /// Opens the authority, or makes it, and lets agents in.

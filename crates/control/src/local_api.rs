@@ -19,11 +19,14 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, AuthorityView, Caller, ChangeDetail, ChangeSummary, CheckpointView, DecisionDetail, Invitation,
-    Invite, LedgerLine, Mesh, Problem, ProofView, ProxyRevision, RecordFilter, ServiceView, Status, TailEvent, Waited,
+    Applied, ApplyAs, AuthorityView, Caller, ChangeDetail, ChangeSummary, CheckpointView, Confirm, DecisionDetail,
+    Enrol, Enrolled, Enrolment, GateOutcome, GateRefusal, Invitation, Invite, LedgerLine, Mesh, Problem, ProofView,
+    Proposal, ProposalDetail, ProxyRevision, RecordFilter, ServiceView, Shown, Status, TailEvent, Waited,
 };
 use countersign_core::{
+    canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
+    gate::Answer,
     identity::ServiceName,
     ledger::{AddCheckpoint, Entry, EntryProof, Note},
 };
@@ -31,6 +34,8 @@ use countersign_core::{
 use crate::{
     Plane, decisions, enrol, gate,
     ledger::{AppendError, Head, PAGE_ENTRIES},
+    mfa::{self, CodeRefused},
+    proposals,
     store::{StoreError, StoredEntry},
 };
 
@@ -43,7 +48,7 @@ const CHANGES_MAX: u32 = 1_000;
 /// Callers of a service that are told at most, the most permitted.
 const CALLERS_MAX: u32 = 1_000;
 
-type Answer<T> = Result<Json<T>, Refusal>;
+type Answered<T> = Result<Json<T>, Refusal>;
 
 /// A [`Problem`] as an answer.
 #[derive(Debug)]
@@ -64,7 +69,7 @@ impl IntoResponse for Refusal {
 
 /// Builds a problem.
 pub fn problem(status: u16, title: impl Into<String>, detail: Option<String>, help: Option<&str>) -> Problem {
-    Problem { title: title.into(), status, detail, help: help.map(str::to_owned) }
+    Problem { title: title.into(), status, detail, help: help.map(str::to_owned), refusal: None }
 }
 
 /// The problem of a store that did not do what was asked.
@@ -103,6 +108,15 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/ledger/checkpoint", get(checkpoint))
         .route("/v1/ledger/proofs/{index}", get(proof))
         .route("/v1/ledger/consistency/{size}", get(consistency))
+        .route("/v1/proposals", get(list_proposals))
+        .route("/v1/proposals/{id}", get(proposal))
+        .route("/v1/proposals/{id}/wait", get(wait_for_proposal))
+        .route("/v1/proposals/{id}/apply", post(apply_proposal))
+        .route("/v1/proposals/{id}/countersign", post(countersign))
+        .route("/v1/proposals/{id}/reject", post(reject))
+        .route("/v1/proposals/{id}/withdraw", post(withdraw))
+        .route("/v1/enrolments", post(begin_enrolment))
+        .route("/v1/enrolments/{id}", post(confirm_enrolment))
         .route("/v1/hosts/invitations", post(invite))
         .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -196,12 +210,12 @@ async fn mesh(State(plane): State<Arc<Plane>>) -> Json<Mesh> {
     Json(mesh_of(&plane.ledger.head()))
 }
 
-async fn apply(State(plane): State<Arc<Plane>>, body: Bytes) -> Answer<Applied> {
-    let asked: Apply = serde_json::from_slice(&body).map_err(|error| {
+async fn apply(State(plane): State<Arc<Plane>>, body: Bytes) -> Answered<Applied> {
+    let asked: ApplyAs = serde_json::from_slice(&body).map_err(|error| {
         let help = "is the command of the same version as the control plane?";
         Refusal(problem(400, "the request is no change-set", Some(error.to_string()), Some(help)))
     })?;
-    Ok(Json(plane.apply(asked).await?))
+    Ok(Json(proposals::apply(&plane, asked).await?))
 }
 
 /// What the gate's refusal says to the operator.
@@ -212,11 +226,44 @@ pub fn gate_problem(refused: gate::Refused) -> Problem {
             let help = "nothing was changed; correct the mesh directory and apply again";
             problem(422, "the change-set is refused", Some(mistakes.join("\n")), Some(help))
         }
-        gate::Refused::Unproven => {
-            let title = "the mesh is protected, and nobody has proven to be one of its operators";
-            problem(403, title, None, Some("nothing was changed; an operator has to show a factor"))
-        }
+        gate::Refused::Gate { answer, digest } => refusal(&answer, digest, None, None),
     }
+}
+
+/// What the gate's answer says to the operator. `change` is the pending change that waits for what is missing; `why` is what
+/// was wrong with what they showed.
+pub fn refusal(answer: &Answer, digest: Digest, change: Option<String>, why: Option<&CodeRefused>) -> Problem {
+    let (outcome, requires) = match answer {
+        Answer::StepUp(requires) => (GateOutcome::StepUp, Some(*requires)),
+        Answer::NeedsCountersign(requires) => (GateOutcome::NeedsCountersign, Some(*requires)),
+        Answer::Deny(_) | Answer::Permit => (GateOutcome::Denied, None),
+    };
+    let (title, detail, help) = match (answer, why) {
+        (_, Some(why)) => (why.to_string(), None, why.help()),
+        (Answer::Deny(denied), None) => (
+            "the change gate denies the change".to_owned(),
+            Some(denied.join("\n")),
+            "nothing was changed; `countersign operator list` shows who may do what, docs/gate.md why".to_owned(),
+        ),
+        (Answer::NeedsCountersign(requires), None) => (
+            format!("the change waits for {requires}"),
+            None,
+            change.as_ref().map_or_else(String::new, |id| {
+                format!("another operator runs `countersign change countersign {id} --otp CODE`")
+            }),
+        ),
+        (Answer::StepUp(requires), None) => {
+            let help = match requires.accepts_code() {
+                true => "give the code of your authenticator app: `--otp CODE`",
+                false => "nothing was changed; a code does not do here",
+            };
+            (format!("the change needs {requires}"), None, help.to_owned())
+        }
+        (Answer::Permit, None) => ("the change is permitted".to_owned(), None, String::new()),
+    };
+    let status = if matches!(why, Some(CodeRefused::Throttled { .. })) { 429 } else { 403 };
+    let refusal = GateRefusal { outcome, change, digest, requires, url: None };
+    Problem { refusal: Some(Box::new(refusal)), ..problem(status, title, detail, Some(&help)) }
 }
 
 /// What a failed append says to the operator.
@@ -250,7 +297,10 @@ struct Limit {
     limit: Option<u32>,
 }
 
-async fn changes(State(plane): State<Arc<Plane>>, Query(Limit { limit }): Query<Limit>) -> Answer<Vec<ChangeSummary>> {
+async fn changes(
+    State(plane): State<Arc<Plane>>,
+    Query(Limit { limit }): Query<Limit>,
+) -> Answered<Vec<ChangeSummary>> {
     let size = plane.ledger.head().follower.revision().0;
     let limit = limit.unwrap_or(50).min(CHANGES_MAX);
     let entries = plane.ledger.stored(size.saturating_sub(limit.into()), limit).await.map_err(stored)?;
@@ -285,7 +335,7 @@ fn revision_of(given: &str) -> Result<Revision, Refusal> {
     given.parse().map(Revision).map_err(|_| wrong())
 }
 
-async fn change(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<ChangeDetail> {
+async fn change(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answered<ChangeDetail> {
     let revision = revision_of(&given)?;
     let help = "`countersign change list` shows those that are there";
     let missing = || not_found(format!("there is no revision {revision}"), help);
@@ -314,7 +364,7 @@ async fn wait(
     State(plane): State<Arc<Plane>>,
     UrlPath(given): UrlPath<String>,
     Query(Timeout { timeout_ms }): Query<Timeout>,
-) -> Answer<Waited> {
+) -> Answered<Waited> {
     let revision = revision_of(&given)?;
     let within = Duration::from_millis(timeout_ms.unwrap_or(10_000)).min(WAIT_MAX);
     let deadline = tokio::time::Instant::now() + within;
@@ -326,11 +376,11 @@ async fn wait(
 async fn list_decisions(
     State(plane): State<Arc<Plane>>,
     Query(filter): Query<RecordFilter>,
-) -> Answer<Vec<countersign_core::record::DecisionRecord>> {
+) -> Answered<Vec<countersign_core::record::DecisionRecord>> {
     Ok(Json(plane.decisions.list(filter).await.map_err(stored)?))
 }
 
-async fn decision(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>) -> Answer<DecisionDetail> {
+async fn decision(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>) -> Answered<DecisionDetail> {
     let filter = RecordFilter { id: Some(id.clone()), limit: Some(2), ..RecordFilter::default() };
     let mut found = plane.decisions.list(filter).await.map_err(stored)?;
     if found.len() > 1 {
@@ -360,14 +410,14 @@ async fn tail(State(plane): State<Arc<Plane>>, Query(filter): Query<RecordFilter
     lines(shown.map(Ok))
 }
 
-async fn callers(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<Vec<Caller>> {
+async fn callers(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answered<Vec<Caller>> {
     let help = "`countersign service list` shows those that are there";
     let service = ServiceName::parse(&given).map_err(|e| problem(400, e.to_string(), None, Some(help)))?;
     let callers = plane.storage.run("callers", move |store| store.callers(&service, CALLERS_MAX)).await;
     Ok(Json(callers.map_err(stored)?))
 }
 
-async fn authority(State(plane): State<Arc<Plane>>) -> Answer<AuthorityView> {
+async fn authority(State(plane): State<Arc<Plane>>) -> Answered<AuthorityView> {
     let help = "apply a mesh directory first: `countersign apply DIR`";
     let authority = plane.authority().ok_or_else(|| not_found("there is no mesh yet".into(), help))?;
     let view = authority.view().map_err(|e| problem(500, e.to_string(), None, None))?;
@@ -436,7 +486,7 @@ async fn newest(plane: &Plane) -> Result<CheckpointView, Refusal> {
     newest.ok_or_else(|| not_found("there is no mesh yet".into(), help))
 }
 
-async fn checkpoint(State(plane): State<Arc<Plane>>) -> Answer<CheckpointView> {
+async fn checkpoint(State(plane): State<Arc<Plane>>) -> Answered<CheckpointView> {
     Ok(Json(newest(&plane).await?))
 }
 
@@ -448,7 +498,7 @@ fn note_of(checkpoint: &CheckpointView) -> Result<Note, Refusal> {
     Note::parse(checkpoint.note.as_bytes()).map_err(|error| problem(500, error.to_string(), None, None).into())
 }
 
-async fn proof(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<ProofView> {
+async fn proof(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answered<ProofView> {
     let index = number(&given)?;
     let newest = newest(&plane).await?;
     let help = "entries are counted from 0: the entry of revision 4 is entry 3";
@@ -460,7 +510,7 @@ async fn proof(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>)
     Ok(Json(ProofView { proof: proof.encode(), entry: Some(entry) }))
 }
 
-async fn consistency(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answer<ProofView> {
+async fn consistency(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answered<ProofView> {
     let old_size = number(&given)?;
     let newest = newest(&plane).await?;
     let help = "give a size that the ledger had: the revision of an older checkpoint";
@@ -480,6 +530,67 @@ fn lines<T: serde::Serialize>(items: impl Stream<Item = io::Result<T>> + Send + 
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(encoded)).into_response()
 }
 
-async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<Invite>) -> Answer<Invitation> {
+async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<Invite>) -> Answered<Invitation> {
     Ok(Json(enrol::invite(&plane, asked).await?))
+}
+
+async fn list_proposals(State(plane): State<Arc<Plane>>) -> Answered<Vec<Proposal>> {
+    Ok(Json(proposals::list(&plane).await?))
+}
+
+async fn proposal(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>) -> Answered<ProposalDetail> {
+    Ok(Json(proposals::show(&plane, &id).await?))
+}
+
+async fn wait_for_proposal(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Query(Timeout { timeout_ms }): Query<Timeout>,
+) -> Answered<Proposal> {
+    let within = Duration::from_millis(timeout_ms.unwrap_or(10_000)).min(WAIT_MAX);
+    Ok(Json(proposals::wait(&plane, &id, tokio::time::Instant::now() + within).await?))
+}
+
+async fn apply_proposal(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Json(shown): Json<Shown>,
+) -> Answered<Applied> {
+    Ok(Json(proposals::apply_pending(&plane, &id, shown).await?))
+}
+
+async fn countersign(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Json(shown): Json<Shown>,
+) -> Answered<Proposal> {
+    Ok(Json(proposals::countersign(&plane, &id, shown).await?))
+}
+
+async fn reject(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Json(shown): Json<Shown>,
+) -> Answered<Proposal> {
+    Ok(Json(proposals::reject(&plane, &id, shown).await?))
+}
+
+async fn withdraw(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Json(shown): Json<Shown>,
+) -> Answered<Proposal> {
+    Ok(Json(proposals::withdraw(&plane, &id, shown).await?))
+}
+
+async fn begin_enrolment(State(plane): State<Arc<Plane>>, Json(asked): Json<Enrol>) -> Answered<Enrolment> {
+    Ok(Json(mfa::begin(&plane, asked).await?))
+}
+
+async fn confirm_enrolment(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Json(asked): Json<Confirm>,
+) -> Answered<Enrolled> {
+    Ok(Json(mfa::confirm(&plane, &id, asked).await?))
 }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use countersign_api::local::{Caller, RecordFilter};
 use countersign_core::{
     canonical::Digest,
-    identity::{InstanceId, ServiceName, SpiffeId},
+    identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
 };
 
@@ -27,6 +27,10 @@ const JOBS_MAX: usize = 256;
 pub const RECORDS_MAX: u32 = 50_000;
 /// Edges (caller, service, action) that are counted; the longest unseen make room.
 pub const EDGES_MAX: u32 = 50_000;
+/// Proposals that may wait at the same time.
+pub const PROPOSALS_OPEN_MAX: u32 = 256;
+/// Proposals that are kept, those that wait for nothing any more among them.
+pub const PROPOSALS_MAX: u32 = 1_024;
 
 /// One ledger entry as it lies on the disk; unverified until the ledger has folded it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,6 +138,34 @@ pub struct NewInvitation {
     pub services: Option<BTreeSet<ServiceName>>,
 }
 
+/// What verifies the codes of an authenticator app.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredCodes {
+    /// The factor's id.
+    pub factor: FactorId,
+    /// Whose it is.
+    pub operator: OperatorName,
+    /// The secret, sealed.
+    pub sealed: Vec<u8>,
+    /// The step of the last code that was accepted.
+    pub last_step: u64,
+}
+
+/// A proposal as it lies on the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredProposal {
+    /// Its id.
+    pub id: String,
+    /// How often it was written: whoever writes it names the count that they read.
+    pub version: u64,
+    /// When it is void, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// Whether it still waits for something.
+    pub is_open: bool,
+    /// All of it, JSON.
+    pub document: Vec<u8>,
+}
+
 /// What became of the attempt to use a join token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Spent {
@@ -226,6 +258,54 @@ pub trait Store: Send {
     fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError>;
     /// Uses an invitation up, if it is good for `host` now, and notes in the same step what the host may run.
     fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError>;
+
+    /// Keeps what verifies an authenticator app's codes.
+    fn put_codes(&mut self, codes: &StoredCodes) -> Result<(), StoreError>;
+    /// What verifies the codes of `operator`.
+    fn codes(&mut self, operator: &OperatorName) -> Result<Vec<StoredCodes>, StoreError>;
+    /// Notes that a code of `step` is used; false when it, or a later one, was used before.
+    fn use_step(&mut self, factor: &FactorId, step: u64) -> Result<bool, StoreError>;
+    /// Keeps the hashes of recovery codes.
+    fn put_recovery(&mut self, factor: &FactorId, hashes: &[Digest]) -> Result<(), StoreError>;
+    /// Uses a recovery code up; false when there is no such code (any more).
+    fn spend_recovery(&mut self, factor: &FactorId, hash: &Digest) -> Result<bool, StoreError>;
+    /// Forgets what verifies these factors.
+    fn forget_factors(&mut self, factors: &[FactorId]) -> Result<(), StoreError>;
+    /// Counts one more code that is tried for `operator`; when too many were tried since `since_ms`, counts nothing and says
+    /// when the oldest of them was.
+    fn count_guess(
+        &mut self,
+        operator: &OperatorName,
+        now_ms: u64,
+        since_ms: u64,
+        guesses_max: u32,
+    ) -> Result<Option<u64>, StoreError>;
+    /// Forgets what was tried: the right code came.
+    fn forget_guesses(&mut self, operator: &OperatorName) -> Result<(), StoreError>;
+    /// Keeps the hash of what an invited operator was handed, in place of an earlier one.
+    fn put_operator_invitation(
+        &mut self,
+        operator: &OperatorName,
+        hash: &Digest,
+        expires_at_ms: u64,
+    ) -> Result<(), StoreError>;
+    /// Whether `hash` is of what `operator` was handed, and not too late; used up when `spend`.
+    fn operator_invitation(
+        &mut self,
+        operator: &OperatorName,
+        hash: &Digest,
+        now_ms: u64,
+        spend: bool,
+    ) -> Result<bool, StoreError>;
+
+    /// Adds a proposal, and forgets the oldest of those that wait for nothing; false when too many wait.
+    fn put_proposal(&mut self, proposal: &StoredProposal, now_ms: u64) -> Result<bool, StoreError>;
+    /// Replaces the proposal that has this id and the version before; false when somebody else did.
+    fn replace_proposal(&mut self, proposal: &StoredProposal) -> Result<bool, StoreError>;
+    /// A proposal.
+    fn proposal(&mut self, id: &str) -> Result<Option<StoredProposal>, StoreError>;
+    /// All proposals, newest first.
+    fn proposals(&mut self) -> Result<Vec<StoredProposal>, StoreError>;
 
     /// The hosts that may run some services only, with those.
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError>;

@@ -6,7 +6,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::Args;
 use serde::Serialize;
 
-use countersign_api::local::{Applied, Apply, Mesh, Waited};
+use countersign_api::local::{Applied, Apply, ApplyAs, Mesh, Waited};
 use countersign_core::{
     canonical::Digest,
     change::{Change, Revision},
@@ -21,6 +21,7 @@ use crate::{
     error::{Done, Failure, Kind},
     mesh_directory,
     mesh_finder::{self, Place},
+    operator::Who,
     policy,
     render::{self, Paint},
     status,
@@ -49,6 +50,12 @@ pub struct ApplyArguments {
     /// Return when every connected proxy enforces it; fail after this long
     #[arg(long, value_name = "SPAN", value_parser = cli::span)]
     pub wait: Option<Duration>,
+    /// Apply a pending change, exactly that, instead of the directory
+    #[arg(long, value_name = "ID", value_parser = change::pending_id, conflicts_with_all = ["mesh", "tested"])]
+    pub change: Option<String>,
+    /// Who asks.
+    #[command(flatten)]
+    pub who: Who,
 }
 
 /// A plan on a mesh.
@@ -120,17 +127,17 @@ pub async fn plan(arguments: PlanArguments, global: &Global) -> Done {
 /// Makes the mesh what its directory says.
 pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
     let place = found(arguments.mesh, global)?;
+    if let Some(id) = &arguments.change {
+        return apply_pending(&place, id, &arguments.who, arguments.wait, global).await;
+    }
     let directory = mesh_directory::load(place.dir()?)?;
     let failing = failing(&directory)?;
     if arguments.tested && !failing.is_empty() {
         return Err(refused(&failing));
     }
     let control = Client::control(&place);
-    let (outcome, difference) = apply_directory(&control, &directory, Paint::stdout()).await?;
-    let waited = match arguments.wait {
-        Some(timeout) => Some(change::enforced(&control, outcome.revision(), timeout).await?),
-        None => None,
-    };
+    let (outcome, difference) = apply_directory(&control, &directory, &arguments.who, Paint::stdout()).await?;
+    let waited = waited(&control, outcome.revision(), arguments.wait).await?;
     #[derive(Serialize)]
     struct Answer {
         #[serde(flatten)]
@@ -161,6 +168,35 @@ pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
             text.push_str(&change::all_enforce(waited, paint));
         }
         text
+    })
+}
+
+async fn waited(control: &Client, revision: Revision, wait: Option<Duration>) -> Result<Option<Waited>, Failure> {
+    match wait {
+        Some(timeout) => change::enforced(control, revision, timeout).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Shows what the gate asks for over a change that was asked for before: exactly that is applied, once.
+async fn apply_pending(place: &Place, id: &str, who: &Who, wait: Option<Duration>, global: &Global) -> Done {
+    let control = Client::control(place);
+    let Applied { revision, digest, protected, .. } =
+        control.post(&format!("/v1/proposals/{id}/apply"), &who.shown()).await?;
+    let waited = waited(&control, revision, wait).await?;
+    #[derive(Serialize)]
+    struct Answer {
+        outcome: &'static str,
+        revision: Revision,
+        digest: Digest,
+        protected: bool,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        waited: Option<Waited>,
+    }
+    let answer = Answer { outcome: "applied", revision, digest, protected, waited };
+    render::answer(global.output, &answer, |answer, paint| {
+        let enforced = answer.waited.as_ref().map(|waited| change::all_enforce(waited, paint)).unwrap_or_default();
+        format!("{} revision {revision}, change {id}\n{enforced}", paint.good("applied:"))
     })
 }
 
@@ -199,6 +235,7 @@ fn refused(failing: &[String]) -> Failure {
 pub async fn apply_directory(
     control: &Client,
     directory: &Directory,
+    who: &Who,
     paint: Paint,
 ) -> Result<(Outcome, String), Failure> {
     let mut attempts = 0;
@@ -209,9 +246,10 @@ pub async fn apply_directory(
         }
         let shown = difference(&plan.change_set.changes, &plan.bodies, Some(&on), paint);
         let changes = plan.change_set.changes.iter().map(named).collect();
-        let asked = Apply { change_set: plan.change_set, bodies: plan.bodies };
+        let apply = Apply { change_set: plan.change_set, bodies: plan.bodies };
+        let asked = ApplyAs { apply, shown: who.shown() };
         match control.post::<Applied>("/v1/changes", &asked).await {
-            Ok(Applied { revision, digest, protected }) => {
+            Ok(Applied { revision, digest, protected, .. }) => {
                 return Ok((Outcome::Applied { revision, digest, changes, protected }, shown));
             }
             Err(failure) if failure.kind() == Kind::Moved && attempts < ATTEMPTS_MAX => attempts += 1,

@@ -1,8 +1,12 @@
-//! `change list`, `change show` and `change wait`: what changed the mesh, and who enforces it.
+//! `change`: what changed the mesh and who enforces it, and what waits for a factor or for other operators.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, str::FromStr, time::Duration};
 
-use countersign_api::local::{ChangeDetail, ChangeSummary, ProxyRevision, Status, Waited};
+use clap::Args;
+
+use countersign_api::local::{
+    ChangeDetail, ChangeSummary, Mesh, Proposal, ProposalDetail, ProposalState, ProxyRevision, Status, Waited,
+};
 use countersign_core::change::Revision;
 
 use crate::{
@@ -10,8 +14,49 @@ use crate::{
     difference,
     error::{Done, Failure},
     mesh_finder::Place,
+    operator::Who,
     render::{self, Output, Paint, cell, verdict},
+    status,
 };
+
+/// Which change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Meant {
+    /// One that is in the ledger.
+    Made(Revision),
+    /// One that waits, or did.
+    Pending(String),
+}
+
+/// A pending change, and who answers for it.
+#[derive(Debug, Args)]
+pub struct Pending {
+    /// Its id
+    #[arg(value_parser = pending_id)]
+    pub id: String,
+    /// Who answers.
+    #[command(flatten)]
+    pub who: Who,
+}
+
+impl FromStr for Meant {
+    type Err = String;
+    fn from_str(given: &str) -> Result<Self, String> {
+        match given.parse() {
+            Ok(revision) => Ok(Self::Made(Revision(revision))),
+            Err(_) => pending_id(given).map(Self::Pending),
+        }
+    }
+}
+
+/// The id of a pending change: `p` and hexadecimal digits.
+pub fn pending_id(given: &str) -> Result<String, String> {
+    let digits = given.strip_prefix('p').filter(|digits| (1..=64).contains(&digits.len()));
+    match digits.is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit())) {
+        true => Ok(given.to_owned()),
+        false => Err("a change is a revision, such as `4`, or the id of a pending one, such as `p1f3a`".to_owned()),
+    }
+}
 
 /// Lists the newest changes.
 pub async fn list(place: &Place, limit: u32, output: Output) -> Done {
@@ -35,8 +80,57 @@ pub async fn list(place: &Place, limit: u32, output: Output) -> Done {
     })
 }
 
+/// Lists the changes that wait, and what became of others.
+pub async fn pending(place: &Place, output: Output) -> Done {
+    let proposals: Vec<Proposal> = Client::control(place).get("/v1/proposals").await?;
+    render::answer(output, &proposals, |proposals, paint| {
+        let rows = proposals.iter().map(|proposal| {
+            let is_open = matches!(proposal.state, ProposalState::StepUp | ProposalState::NeedsCountersign);
+            vec![
+                cell(&proposal.id),
+                cell(render::moment(proposal.asked_at_ms)),
+                cell(&proposal.author),
+                verdict(state(proposal), !is_open),
+                cell(proposal.digest.short()),
+                cell(brief(&proposal.changes)),
+            ]
+        });
+        render::table(&["ID", "AT", "BY", "STATE", "DIGEST", "CHANGES"], rows, paint)
+    })
+}
+
+/// Countersigns, rejects or withdraws a pending change.
+pub async fn answer(place: &Place, verb: &str, asked: &Pending, output: Output) -> Done {
+    let path = format!("/v1/proposals/{}/{verb}", asked.id);
+    let proposal: Proposal = Client::control(place).post(&path, &asked.who.shown()).await?;
+    render::answer(output, &proposal, one)
+}
+
+fn one(proposal: &Proposal, _: Paint) -> String {
+    format!("change {} by {}: {}\n", proposal.id, proposal.author, state(proposal))
+}
+
+fn state(proposal: &Proposal) -> String {
+    match &proposal.state {
+        ProposalState::StepUp => format!("waits for {}", proposal.requires),
+        ProposalState::NeedsCountersign => {
+            let by: Vec<_> = proposal.approvals.iter().collect();
+            format!("waits for {}; countersigned by {}", proposal.requires, status::join(&by))
+        }
+        ProposalState::Applied { revision } => format!("applied as revision {revision}"),
+        ProposalState::Rejected { by } => format!("rejected by {by}"),
+        ProposalState::Withdrawn => "withdrawn".to_owned(),
+        ProposalState::Expired => "expired".to_owned(),
+        ProposalState::Void { revision } => format!("void: revision {revision} came first"),
+    }
+}
+
 /// Shows one change in full.
-pub async fn show(place: &Place, revision: Revision, output: Output) -> Done {
+pub async fn show(place: &Place, change: Meant, output: Output) -> Done {
+    let revision = match change {
+        Meant::Made(revision) => revision,
+        Meant::Pending(id) => return show_pending(place, &id, output).await,
+    };
     let change: ChangeDetail = Client::control(place).get(&format!("/v1/changes/{revision}")).await?;
     render::answer(output, &change, |change, paint| {
         let summary = &change.summary;
@@ -65,10 +159,52 @@ pub async fn show(place: &Place, revision: Revision, output: Output) -> Done {
     })
 }
 
-/// Waits until every connected proxy enforces `revision`; fails with the names of those that do not.
-pub async fn wait(place: &Place, revision: Revision, timeout: Duration, output: Output) -> Done {
-    let waited = enforced(&Client::control(place), revision, timeout).await?;
-    render::answer(output, &waited, all_enforce)
+async fn show_pending(place: &Place, id: &str, output: Output) -> Done {
+    let control = Client::control(place);
+    let detail: ProposalDetail = control.get(&format!("/v1/proposals/{id}")).await?;
+    let mesh: Mesh = control.get("/v1/mesh").await?;
+    render::answer(output, &detail, |detail, paint| {
+        let proposal = &detail.proposal;
+        // What it would replace is known only while the mesh is what it was planned on.
+        let before = (mesh.revision == proposal.base).then_some(&mesh);
+        format!(
+            "{} by {} at {}: {}\n{} {}\n{} revision {}\n{} {}\n\n{}",
+            paint.strong(&format!("change {}", proposal.id)),
+            proposal.author,
+            render::moment_full(proposal.asked_at_ms),
+            state(proposal),
+            paint.dim("change-set"),
+            proposal.digest,
+            paint.dim("planned on"),
+            proposal.base,
+            paint.dim("void after"),
+            render::moment_full(proposal.expires_at_ms),
+            difference::difference(&detail.change_set.changes, &detail.bodies, before, paint),
+        )
+    })
+}
+
+/// Waits until every connected proxy enforces a revision, and fails with the names of those that do not; or until a pending change
+/// is decided, and fails unless it was applied.
+pub async fn wait(place: &Place, change: Meant, timeout: Duration, output: Output) -> Done {
+    let control = Client::control(place);
+    let id = match change {
+        Meant::Made(revision) => {
+            let waited = enforced(&control, revision, timeout).await?;
+            return render::answer(output, &waited, all_enforce);
+        }
+        Meant::Pending(id) => id,
+    };
+    let path = format!("/v1/proposals/{id}/wait{}", query([("timeout_ms", Some(timeout.as_millis().to_string()))]));
+    let proposal: Proposal = control.get(&path).await?;
+    match &proposal.state {
+        ProposalState::Applied { .. } => render::answer(output, &proposal, one),
+        ProposalState::StepUp | ProposalState::NeedsCountersign => {
+            let late = Failure::new(format!("change {id} is not decided after {timeout:?}")).cause(state(&proposal));
+            Err(late.help(format!("wait on with `countersign change wait {id}`")))
+        }
+        _ => Err(Failure::refused(format!("change {id} was not applied: {}", state(&proposal)))),
+    }
 }
 
 /// Says that every connected proxy enforces a revision.

@@ -8,7 +8,6 @@ use std::{ffi::OsString, future::Future, path::PathBuf, process::ExitCode, time:
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use countersign_core::{
-    change::Revision,
     identity::{ServiceName, TrustDomain},
     record::Outcome,
 };
@@ -18,7 +17,7 @@ use crate::{
     error::{Done, Failure},
     exec, host, init, ledger,
     mesh_finder::{self, Place},
-    policy, render,
+    operator, policy, render,
     render::{Output, Paint},
     run, service, status,
     telemetry::{self, Telemetry},
@@ -81,6 +80,12 @@ pub enum Command {
     /// Services
     #[command(subcommand)]
     Service(ServiceVerb),
+    /// People who may change the mesh
+    #[command(subcommand)]
+    Operator(operator::OperatorVerb),
+    /// How operators show who they are
+    #[command(subcommand)]
+    Factor(operator::FactorVerb),
     /// Changes of the mesh
     #[command(subcommand)]
     Change(ChangeVerb),
@@ -160,22 +165,31 @@ pub enum ChangeVerb {
         /// At most so many
         #[arg(long, value_name = "N", default_value_t = 20)]
         limit: u32,
+        /// Those that wait for a factor or for other operators, and what became of others
+        #[arg(long)]
+        pending: bool,
     },
     /// Show one in full
     Show {
-        /// The revision it made
-        #[arg(value_parser = revision)]
-        revision: Revision,
+        /// The revision it made, or the id of a pending one
+        #[arg(value_name = "REVISION|ID")]
+        change: change::Meant,
     },
-    /// Wait until every connected proxy enforces a revision
+    /// Wait until every connected proxy enforces a revision, or until a pending change is decided
     Wait {
-        /// The revision
-        #[arg(value_parser = revision)]
-        revision: Revision,
+        /// The revision, or the id of a pending change
+        #[arg(value_name = "REVISION|ID")]
+        change: change::Meant,
         /// How long to wait
         #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
         timeout: Duration,
     },
+    /// Stand behind what another operator asked for; it is applied when nobody is missing any more
+    Countersign(change::Pending),
+    /// Say no to what another operator asked for
+    Reject(change::Pending),
+    /// Take back what one asked for
+    Withdraw(change::Pending),
 }
 
 /// What can be asked about decisions.
@@ -251,6 +265,10 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(failure) => {
+            // What the gate asks for is an answer, for a program that goes on from it.
+            if let (Output::Json, Some(refusal)) = (output, failure.refusal()) {
+                render::print(&render::json_line(refusal));
+            }
             render::print_error(&failure.render(output, Paint::stderr()));
             failure.exit_code()
         }
@@ -278,10 +296,22 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),
-        Command::Change(ChangeVerb::List { limit }) => ask(change::list(&place(&global)?, limit, output)),
-        Command::Change(ChangeVerb::Show { revision }) => ask(change::show(&place(&global)?, revision, output)),
-        Command::Change(ChangeVerb::Wait { revision, timeout }) => {
-            ask(change::wait(&place(&global)?, revision, timeout, output))
+        Command::Operator(verb) => ask(operator::operator(verb, &place(&global)?, output)),
+        Command::Factor(verb) => ask(operator::factor(verb, &place(&global)?, output)),
+        Command::Change(ChangeVerb::List { limit: _, pending: true }) => ask(change::pending(&place(&global)?, output)),
+        Command::Change(ChangeVerb::List { limit, pending: false }) => {
+            ask(change::list(&place(&global)?, limit, output))
+        }
+        Command::Change(ChangeVerb::Show { change }) => ask(change::show(&place(&global)?, change, output)),
+        Command::Change(ChangeVerb::Wait { change, timeout }) => {
+            ask(change::wait(&place(&global)?, change, timeout, output))
+        }
+        Command::Change(ChangeVerb::Countersign(asked)) => {
+            ask(change::answer(&place(&global)?, "countersign", &asked, output))
+        }
+        Command::Change(ChangeVerb::Reject(asked)) => ask(change::answer(&place(&global)?, "reject", &asked, output)),
+        Command::Change(ChangeVerb::Withdraw(asked)) => {
+            ask(change::answer(&place(&global)?, "withdraw", &asked, output))
         }
         Command::Decision(DecisionVerb::Tail(filter)) => ask(decision::tail(&place(&global)?, filter, output)),
         Command::Decision(DecisionVerb::List(filter)) => ask(decision::list(&place(&global)?, filter, output)),
@@ -353,10 +383,6 @@ pub fn span(given: &str) -> Result<Duration, String> {
         _ => return Err("the unit must be `ms`, `s`, `m`, `h` or `d`".to_owned()),
     };
     span.filter(|span| *span <= Duration::from_secs(366 * 86_400)).ok_or_else(|| "a span is at most a year".to_owned())
-}
-
-fn revision(given: &str) -> Result<Revision, String> {
-    given.parse().map(Revision).map_err(|_| "a revision is a number, such as `4`".to_owned())
 }
 
 fn outcome(given: &str) -> Result<Outcome, String> {

@@ -131,6 +131,7 @@ fn problem(status: StatusCode, bytes: &[u8]) -> Problem {
         detail: Some(String::from_utf8_lossy(&bytes[..bytes.len().min(1000)]).into_owned())
             .filter(|text| !text.is_empty()),
         help: None,
+        refusal: None,
     })
 }
 

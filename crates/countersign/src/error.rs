@@ -9,7 +9,7 @@
 
 use std::{error::Error, fmt, process::ExitCode};
 
-use countersign_api::local::Problem;
+use countersign_api::local::{GateRefusal, Problem};
 
 use countersign_core::directory::Mistake;
 
@@ -26,6 +26,7 @@ pub struct Failure {
     mistakes: Vec<Mistake>,
     help: Option<String>,
     kind: Kind,
+    refusal: Option<Box<GateRefusal>>,
 }
 
 /// What the exit code says.
@@ -47,7 +48,14 @@ pub type Done = Result<(), Failure>;
 impl Failure {
     /// `what` names what was tried, lower case, input in backticks.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), causes: Vec::new(), mistakes: Vec::new(), help: None, kind: Kind::Failed }
+        Self {
+            what: what.into(),
+            causes: Vec::new(),
+            mistakes: Vec::new(),
+            help: None,
+            kind: Kind::Failed,
+            refusal: None,
+        }
     }
 
     /// Something the command line got wrong.
@@ -98,6 +106,11 @@ impl Failure {
         self
     }
 
+    /// What the change gate asks for, when it was the gate that refused.
+    pub fn refusal(&self) -> Option<&GateRefusal> {
+        self.refusal.as_deref()
+    }
+
     /// What the exit code will say.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -143,6 +156,7 @@ impl Failure {
 impl From<Problem> for Failure {
     fn from(problem: Problem) -> Self {
         let kind = match problem.status {
+            _ if problem.refusal.is_some() => Kind::Refused,
             403 | 422 => Kind::Refused,
             409 => Kind::Moved,
             _ => Kind::Failed,
@@ -153,6 +167,7 @@ impl From<Problem> for Failure {
             mistakes: Vec::new(),
             help: problem.help,
             kind,
+            refusal: problem.refusal,
         }
     }
 }
@@ -190,7 +205,7 @@ mod tests {
         for (status, kind) in
             [(422, Kind::Refused), (403, Kind::Refused), (409, Kind::Moved), (404, Kind::Failed), (500, Kind::Failed)]
         {
-            let problem = Problem { title: "t".into(), status, detail: None, help: None };
+            let problem = Problem { title: "t".into(), status, detail: None, help: None, refusal: None };
             assert_eq!(Failure::from(problem).kind(), kind, "{status}");
         }
     }

@@ -24,6 +24,7 @@ mod ledger;
 mod mesh_directory;
 mod mesh_finder;
 mod mistake;
+mod operator;
 mod policy;
 mod render;
 mod run;

@@ -21,6 +21,7 @@ use countersign_control::{Control, ControlConfig, advertise::Advertise};
 use countersign_core::{
     change::Revision,
     directory::{Directory, Files},
+    identity::OperatorName,
 };
 
 use crate::{
@@ -35,6 +36,7 @@ use crate::{
     ledger::WitnessArguments,
     mesh_directory,
     mesh_finder::{self, Place},
+    operator::Who,
     render::Paint,
     serve::{self, Running},
     status,
@@ -77,6 +79,9 @@ pub struct Up {
     /// Leave the mesh as it is when its directory is saved
     #[arg(long)]
     pub no_watch: bool,
+    /// The operator who is said to ask for what is saved, in a protected mesh [default: the only one that has enrolled]
+    #[arg(long, value_name = "NAME", env = "COUNTERSIGN_OPERATOR", hide_env_values = true)]
+    pub operator: Option<OperatorName>,
 }
 
 /// Runs the mesh until it is told to stop.
@@ -111,6 +116,8 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         control: &control,
         client: Client::control(&place),
         address: arguments.address,
+        // Whoever saves a file has shown nothing by it: what needs a factor waits for one.
+        who: Who { operator: arguments.operator, otp: None },
         started,
     };
     let result = tokio::select! {
@@ -140,13 +147,18 @@ struct Mesh<'a> {
     control: &'a Control,
     client: Client,
     address: Option<IpAddr>,
+    who: Who,
     started: Instant,
 }
 
 impl Mesh<'_> {
     /// Makes the mesh what the directory says and lets this host in.
     async fn begin(&self, directory: Directory, global: &Global) -> Result<(Agent, Teller), Failure> {
-        apply::apply_directory(&self.client, &directory, Paint::plain()).await?;
+        let refused = match apply::apply_directory(&self.client, &directory, &self.who, Paint::plain()).await {
+            // A protected mesh runs on as its ledger says; what differs waits.
+            Err(failure) if failure.refusal().is_some() => Some(failure),
+            applied => applied.map(|_| None)?,
+        };
         let host = serve::host_name();
         let invitation = self.control.invite(INVITATION, Some(host.clone())).await?;
         let workloads = agent::workloads(&directory, self.dir);
@@ -154,6 +166,9 @@ impl Mesh<'_> {
         let teller = Teller::new(global.output, services);
         for failed in apply::failing(&directory)? {
             teller.warn(&apply::failing_test(&failed));
+        }
+        if let Some(failure) = &refused {
+            self.refuse(&teller, failure);
         }
         let agent = agent::start(AgentConfig {
             data_dir: self.place.data_dir.clone(),
@@ -298,7 +313,7 @@ impl Mesh<'_> {
         let saved = Instant::now();
         let directory = mesh_directory::load(self.dir)?;
         let failing = apply::failing(&directory)?;
-        let (outcome, difference) = apply::apply_directory(&self.client, &directory, teller.paint()).await?;
+        let (outcome, difference) = apply::apply_directory(&self.client, &directory, &self.who, teller.paint()).await?;
         agent.set_workloads(agent::workloads(&directory, self.dir)).await;
         for failed in &failing {
             teller.warn(&apply::failing_test(failed));
@@ -339,7 +354,15 @@ impl Mesh<'_> {
     fn refuse(&self, teller: &Teller, failure: &Failure) {
         match teller.is_text() {
             true => teller.line(&failure.render(crate::render::Output::Text, teller.paint())),
-            false => teller.document(&json!({ "event": "refused", "failure": failure.json() })),
+            false => {
+                let refusal = failure.refusal();
+                teller.document(&json!({ "event": "refused", "failure": failure.json(), "refusal": refusal }));
+            }
+        }
+        if let Some(id) = failure.refusal().and_then(|refusal| refusal.change.as_deref())
+            && teller.is_text()
+        {
+            teller.line(&format!("change {id} waits: `countersign apply --change {id} --otp CODE` applies it"));
         }
     }
 }

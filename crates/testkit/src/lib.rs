@@ -4,9 +4,11 @@
 //! | room | holds |
 //! |---|---|
 //! | [`authority`] | a root, an intermediate, and SVIDs with any defect |
+//! | [`authenticator`] | an authenticator app, as on the phone of an operator |
 //! | [`agent`] | an agent that does what the test says, for a sidecar on the other end |
 //!
 //! A whole mesh in one process, on a clock of its own, stands in `tests/simulation`: it is made of what is tested.
 
 pub mod agent;
+pub mod authenticator;
 pub mod authority;

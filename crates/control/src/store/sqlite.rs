@@ -17,13 +17,13 @@ use countersign_api::local::{Caller, RecordFilter};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
-    identity::{InstanceId, NameError, ServiceName},
+    identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName},
     record::{DecisionRecord, EdgeCount},
 };
 
 use super::{
-    EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, RECORDS_MAX, Spent, Store, StoreError, StoredEntry, StoredHead,
-    StoredHost, StoredInstance,
+    EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, Spent, Store,
+    StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance, StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -108,6 +108,39 @@ const SCHEMA: &[&str] = &[
         services TEXT NOT NULL
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX edges_service ON edges (service, permits);
+",
+    "
+    -- What verifies the codes of an authenticator app: its secret, sealed by the key-encryption key.
+    CREATE TABLE codes (
+        factor    TEXT PRIMARY KEY,
+        operator  TEXT NOT NULL,
+        sealed    BLOB NOT NULL,
+        last_step INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    -- Keyed hashes of recovery codes that were not used yet.
+    CREATE TABLE recovery (
+        factor TEXT NOT NULL,
+        hash   BLOB NOT NULL CHECK (length(hash) = 32),
+        PRIMARY KEY (factor, hash)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE guesses (
+        operator TEXT NOT NULL,
+        at_ms    INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX guesses_operator ON guesses (operator, at_ms);
+    CREATE TABLE operator_invitations (
+        operator      TEXT PRIMARY KEY,
+        hash          BLOB NOT NULL CHECK (length(hash) = 32),
+        expires_at_ms INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE proposals (
+        seq           INTEGER PRIMARY KEY AUTOINCREMENT,
+        id            TEXT NOT NULL UNIQUE,
+        version       INTEGER NOT NULL,
+        expires_at_ms INTEGER NOT NULL,
+        is_open       INTEGER NOT NULL,
+        document      BLOB NOT NULL
+    ) STRICT;
 ",
 ];
 
@@ -317,6 +350,174 @@ impl Store for SqliteStore {
             }
             Ok(Spent::Admitted(services.map(|(_, names)| names)))
         })
+    }
+
+    fn put_codes(&mut self, codes: &StoredCodes) -> Result<(), StoreError> {
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO codes VALUES (?1, ?2, ?3, ?4)",
+                params![codes.factor.as_str(), codes.operator.as_str(), codes.sealed, signed(codes.last_step)],
+            )
+            .map(drop)
+        })
+    }
+
+    fn codes(&mut self, operator: &OperatorName) -> Result<Vec<StoredCodes>, StoreError> {
+        let sql = "SELECT factor, operator, sealed, last_step FROM codes WHERE operator = ?1 ORDER BY factor";
+        self.rows(sql, &[&operator.as_str()], |row| {
+            Ok(StoredCodes {
+                factor: name(row, 0, FactorId::parse)?,
+                operator: name(row, 1, OperatorName::parse)?,
+                sealed: row.get(2)?,
+                last_step: unsigned(row, 3)?,
+            })
+        })
+    }
+
+    fn use_step(&mut self, factor: &FactorId, step: u64) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let sql = "UPDATE codes SET last_step = ?2 WHERE factor = ?1 AND last_step < ?2";
+            Ok(t.execute(sql, params![factor.as_str(), signed(step)])? == 1)
+        })
+    }
+
+    fn put_recovery(&mut self, factor: &FactorId, hashes: &[Digest]) -> Result<(), StoreError> {
+        self.write(|t| {
+            for hash in hashes {
+                t.execute("INSERT INTO recovery VALUES (?1, ?2)", params![factor.as_str(), hash.0])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn spend_recovery(&mut self, factor: &FactorId, hash: &Digest) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let sql = "DELETE FROM recovery WHERE factor = ?1 AND hash = ?2";
+            Ok(t.execute(sql, params![factor.as_str(), hash.0])? == 1)
+        })
+    }
+
+    fn forget_factors(&mut self, factors: &[FactorId]) -> Result<(), StoreError> {
+        self.write(|t| {
+            for factor in factors {
+                t.execute("DELETE FROM codes WHERE factor = ?1", [factor.as_str()])?;
+                t.execute("DELETE FROM recovery WHERE factor = ?1", [factor.as_str()])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn count_guess(
+        &mut self,
+        operator: &OperatorName,
+        now_ms: u64,
+        since_ms: u64,
+        guesses_max: u32,
+    ) -> Result<Option<u64>, StoreError> {
+        self.write(|t| {
+            t.execute("DELETE FROM guesses WHERE at_ms < ?1", [signed(since_ms)])?;
+            let sql = "SELECT count(*), min(at_ms) FROM guesses WHERE operator = ?1";
+            let (count, oldest): (u32, Option<i64>) =
+                t.query_row(sql, [operator.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            if count >= guesses_max {
+                return Ok(oldest.map(|at_ms| u64::try_from(at_ms).unwrap_or(0)));
+            }
+            t.execute("INSERT INTO guesses VALUES (?1, ?2)", params![operator.as_str(), signed(now_ms)])?;
+            Ok(None)
+        })
+    }
+
+    fn forget_guesses(&mut self, operator: &OperatorName) -> Result<(), StoreError> {
+        self.write(|t| t.execute("DELETE FROM guesses WHERE operator = ?1", [operator.as_str()]).map(drop))
+    }
+
+    fn put_operator_invitation(
+        &mut self,
+        operator: &OperatorName,
+        hash: &Digest,
+        expires_at_ms: u64,
+    ) -> Result<(), StoreError> {
+        self.write(|t| {
+            t.execute(
+                "INSERT OR REPLACE INTO operator_invitations VALUES (?1, ?2, ?3)",
+                params![operator.as_str(), hash.0, signed(expires_at_ms)],
+            )
+            .map(drop)
+        })
+    }
+
+    fn operator_invitation(
+        &mut self,
+        operator: &OperatorName,
+        hash: &Digest,
+        now_ms: u64,
+        spend: bool,
+    ) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let found: u32 = t.query_row(
+                "SELECT count(*) FROM operator_invitations WHERE operator = ?1 AND hash = ?2 AND expires_at_ms >= ?3",
+                params![operator.as_str(), hash.0, signed(now_ms)],
+                |row| row.get(0),
+            )?;
+            if found == 1 && spend {
+                t.execute("DELETE FROM operator_invitations WHERE operator = ?1", [operator.as_str()])?;
+            }
+            Ok(found == 1)
+        })
+    }
+
+    fn put_proposal(&mut self, proposal: &StoredProposal, now_ms: u64) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let sql = "SELECT count(*) FROM proposals WHERE is_open AND expires_at_ms >= ?1";
+            let open: u32 = t.query_row(sql, [signed(now_ms)], |row| row.get(0))?;
+            if open >= PROPOSALS_OPEN_MAX {
+                return Ok(false);
+            }
+            t.execute(
+                "INSERT INTO proposals (id, version, expires_at_ms, is_open, document) VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![
+                    proposal.id,
+                    signed(proposal.version),
+                    signed(proposal.expires_at_ms),
+                    proposal.is_open,
+                    proposal.document
+                ],
+            )?;
+            t.execute(
+                "DELETE FROM proposals WHERE seq IN (SELECT seq FROM proposals
+                 WHERE NOT (is_open AND expires_at_ms >= ?1)
+                 ORDER BY seq LIMIT max(0, (SELECT count(*) FROM proposals) - ?2))",
+                params![signed(now_ms), PROPOSALS_MAX],
+            )?;
+            Ok(true)
+        })
+    }
+
+    fn replace_proposal(&mut self, proposal: &StoredProposal) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let replaced = t.execute(
+                "UPDATE proposals SET version = ?2, expires_at_ms = ?3, is_open = ?4, document = ?5
+                 WHERE id = ?1 AND version = ?2 - 1",
+                params![
+                    proposal.id,
+                    signed(proposal.version),
+                    signed(proposal.expires_at_ms),
+                    proposal.is_open,
+                    proposal.document
+                ],
+            )?;
+            Ok(replaced == 1)
+        })
+    }
+
+    fn proposal(&mut self, id: &str) -> Result<Option<StoredProposal>, StoreError> {
+        let sql = "SELECT id, version, expires_at_ms, is_open, document FROM proposals WHERE id = ?1";
+        Ok(self.rows(sql, &[&id], stored_proposal)?.into_iter().next())
+    }
+
+    fn proposals(&mut self) -> Result<Vec<StoredProposal>, StoreError> {
+        let sql = "SELECT id, version, expires_at_ms, is_open, document FROM proposals ORDER BY seq DESC";
+        self.rows(sql, &[], stored_proposal)
     }
 
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
@@ -534,6 +735,16 @@ fn signed(n: u64) -> i64 {
 fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     let n: i64 = row.get(column)?;
     u64::try_from(n).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(column, n))
+}
+
+fn stored_proposal(row: &Row<'_>) -> rusqlite::Result<StoredProposal> {
+    Ok(StoredProposal {
+        id: row.get(0)?,
+        version: unsigned(row, 1)?,
+        expires_at_ms: unsigned(row, 2)?,
+        is_open: row.get(3)?,
+        document: row.get(4)?,
+    })
 }
 
 fn names_to_text(names: &BTreeSet<ServiceName>) -> Result<String, StoreError> {

@@ -101,6 +101,65 @@ impl Store for Faulty {
     fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError> {
         self.inner.spend_invitation(hash, host, now_ms)
     }
+    fn put_codes(&mut self, codes: &StoredCodes) -> Result<(), StoreError> {
+        self.inner.put_codes(codes)
+    }
+    fn codes(&mut self, operator: &OperatorName) -> Result<Vec<StoredCodes>, StoreError> {
+        self.inner.codes(operator)
+    }
+    fn use_step(&mut self, factor: &FactorId, step: u64) -> Result<bool, StoreError> {
+        self.inner.use_step(factor, step)
+    }
+    fn put_recovery(&mut self, factor: &FactorId, hashes: &[Digest]) -> Result<(), StoreError> {
+        self.inner.put_recovery(factor, hashes)
+    }
+    fn spend_recovery(&mut self, factor: &FactorId, hash: &Digest) -> Result<bool, StoreError> {
+        self.inner.spend_recovery(factor, hash)
+    }
+    fn forget_factors(&mut self, factors: &[FactorId]) -> Result<(), StoreError> {
+        self.inner.forget_factors(factors)
+    }
+    fn count_guess(
+        &mut self,
+        operator: &OperatorName,
+        now_ms: u64,
+        since_ms: u64,
+        guesses_max: u32,
+    ) -> Result<Option<u64>, StoreError> {
+        self.inner.count_guess(operator, now_ms, since_ms, guesses_max)
+    }
+    fn forget_guesses(&mut self, operator: &OperatorName) -> Result<(), StoreError> {
+        self.inner.forget_guesses(operator)
+    }
+    fn put_operator_invitation(
+        &mut self,
+        operator: &OperatorName,
+        hash: &Digest,
+        expires_at_ms: u64,
+    ) -> Result<(), StoreError> {
+        self.inner.put_operator_invitation(operator, hash, expires_at_ms)
+    }
+    fn operator_invitation(
+        &mut self,
+        operator: &OperatorName,
+        hash: &Digest,
+        now_ms: u64,
+        spend: bool,
+    ) -> Result<bool, StoreError> {
+        self.inner.operator_invitation(operator, hash, now_ms, spend)
+    }
+    fn put_proposal(&mut self, proposal: &StoredProposal, now_ms: u64) -> Result<bool, StoreError> {
+        self.inner.put_proposal(proposal, now_ms)
+    }
+    fn replace_proposal(&mut self, proposal: &StoredProposal) -> Result<bool, StoreError> {
+        self.inner.replace_proposal(proposal)
+    }
+    fn proposal(&mut self, id: &str) -> Result<Option<StoredProposal>, StoreError> {
+        self.inner.proposal(id)
+    }
+    fn proposals(&mut self) -> Result<Vec<StoredProposal>, StoreError> {
+        self.inner.proposals()
+    }
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
         self.inner.entitlements()
     }

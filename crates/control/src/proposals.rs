@@ -1,0 +1,425 @@
+//! Change-sets on a protected mesh, from being asked for to being in the ledger: what the gate asks of their author, what waits
+//! for a factor or for other operators, and what became of it.
+//!
+//! A proposal is bound to its base, the ledger's root there and its digest, and is good once: what it would apply was stored
+//! when it was asked for, and an entry since then voids it. No answer of the gate is given here, and no factor verified.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use countersign_api::local::{Applied, Apply, ApplyAs, Problem, Proposal, ProposalDetail, ProposalState, Shown};
+use countersign_core::{
+    assurance::{FactorKind, Proof},
+    canonical::Digest,
+    change::{Change, Revision},
+    gate::{Answer, Requires},
+    identity::OperatorName,
+};
+
+use crate::{
+    Plane,
+    gate::{Petitioner, Refused},
+    ledger::Head,
+    local_api::{gate_problem, problem, refusal, store_problem},
+    mfa::{self, CodeRefused},
+    store::StoredProposal,
+};
+
+/// How long a proposal waits for its author's factor.
+pub const STEP_UP_LIFETIME_MS: u64 = 5 * 60 * 1000;
+/// How long a proposal waits for other operators.
+pub const COUNTERSIGN_LIFETIME_MS: u64 = 24 * 60 * 60 * 1000;
+/// Changes of a proposal that its summary names at most.
+const NAMED_MAX: usize = 1_000;
+
+/// Tells those who wait that a proposal was decided.
+pub struct Decided(watch::Sender<()>);
+
+impl Default for Decided {
+    fn default() -> Self {
+        Self(watch::Sender::new(()))
+    }
+}
+
+/// All that is kept of a proposal.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Document {
+    proposal: Proposal,
+    apply: Apply,
+    /// What its author has shown for it.
+    proofs: Vec<ShownFactor>,
+}
+
+/// One factor that was shown.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct ShownFactor {
+    kind: FactorKind,
+    at_seconds: i64,
+}
+
+/// A change-set that the gate did not let through as it was asked for.
+struct Held {
+    answer: Answer,
+    digest: Digest,
+    petitioner: Petitioner,
+}
+
+/// Asks for a change-set: as `local` while the mesh is unprotected, and then as an operator who shows what the gate asks for.
+pub async fn apply(plane: &Plane, asked: ApplyAs) -> Result<Applied, Problem> {
+    let ApplyAs { apply, shown } = asked;
+    let head = plane.ledger.head();
+    if !head.follower.state().is_protected() {
+        return plane.enter(apply, Petitioner::default()).await;
+    }
+    let operator = mfa::named(head.follower.state(), shown.operator.as_ref())?;
+    let (held, why) = match attempt(plane, &apply, operator.clone(), &shown).await? {
+        Ok(applied) => return Ok(applied),
+        Err(held) => held,
+    };
+    let state = match &held.answer {
+        Answer::StepUp(_) => ProposalState::StepUp,
+        Answer::NeedsCountersign(_) => ProposalState::NeedsCountersign,
+        Answer::Permit | Answer::Deny(_) => return Err(refusal(&held.answer, held.digest, None, None)),
+    };
+    let id = propose(plane, &head, apply, operator, state, &held).await?;
+    Err(refusal(&held.answer, held.digest, Some(id), why.as_ref()))
+}
+
+/// One attempt to bring a change-set in: asked without a factor first, so that none is used up on what the gate denies anyway.
+async fn attempt(
+    plane: &Plane,
+    apply: &Apply,
+    operator: OperatorName,
+    shown: &Shown,
+) -> Result<Result<Applied, (Held, Option<CodeRefused>)>, Problem> {
+    let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
+    let mut petitioner = Petitioner { operator: Some(operator.clone()), asked_at_seconds, ..Petitioner::default() };
+    let held = match enter(plane, apply, &petitioner).await? {
+        Ok(applied) => return Ok(Ok(applied)),
+        Err((answer, digest)) => Held { answer, digest, petitioner: petitioner.clone() },
+    };
+    if !matches!(held.answer, Answer::StepUp(_)) {
+        return Ok(Err((held, None)));
+    }
+    match mfa::prove(plane, &operator, shown).await {
+        Ok(None) => Ok(Err((held, None))),
+        Err(CodeRefused::Store(error)) => Err(store_problem(&error)),
+        Err(why) => Ok(Err((held, Some(why)))),
+        Ok(Some(proof)) => {
+            petitioner.assurance.add(proof);
+            Ok(match enter(plane, apply, &petitioner).await? {
+                Ok(applied) => Ok(applied),
+                Err((answer, digest)) => Err((Held { answer, digest, petitioner }, None)),
+            })
+        }
+    }
+}
+
+type Entered = Result<Applied, (Answer, Digest)>;
+
+/// Puts it to the gate, and appends it if it passes. What the gate says is an answer; everything else a problem.
+async fn enter(plane: &Plane, apply: &Apply, petitioner: &Petitioner) -> Result<Entered, Problem> {
+    match plane.try_enter(apply.clone(), petitioner.clone()).await? {
+        Ok(applied) => Ok(Ok(applied)),
+        Err(Refused::Gate { answer, digest }) => Ok(Err((answer, digest))),
+        Err(refused) => Err(gate_problem(refused)),
+    }
+}
+
+/// Keeps a change-set that waits. One that waits already, of the same author and digest, is not kept twice.
+async fn propose(
+    plane: &Plane,
+    head: &Head,
+    apply: Apply,
+    author: OperatorName,
+    state: ProposalState,
+    held: &Held,
+) -> Result<String, Problem> {
+    let now_ms = plane.clock.now_ms();
+    let is_same = |document: &Document| {
+        let known = &document.proposal;
+        (&known.author, known.digest, &known.state) == (&author, held.digest, &state) && known.expires_at_ms > now_ms
+    };
+    if let Some((_, known)) = documents(plane).await?.into_iter().find(|(_, document)| is_same(document)) {
+        return Ok(known.proposal.id);
+    }
+    let lifetime_ms = match state {
+        ProposalState::StepUp => STEP_UP_LIFETIME_MS,
+        _ => COUNTERSIGN_LIFETIME_MS,
+    };
+    let mut bytes = [0; 8];
+    aws_lc_rs::rand::fill(&mut bytes).expect("INVARIANT: the system's random source does not fail");
+    let named = |change: &Change| format!("{} {}", change.kind(), change.subject());
+    let proposal = Proposal {
+        id: format!("p{}", hex::encode(bytes)),
+        author,
+        digest: held.digest,
+        base: apply.change_set.base,
+        root: head.follower.root(),
+        requires: requires(&held.answer),
+        state,
+        approvals: BTreeSet::new(),
+        changes: apply.change_set.changes.iter().take(NAMED_MAX).map(named).collect(),
+        asked_at_ms: now_ms,
+        expires_at_ms: now_ms + lifetime_ms,
+    };
+    let id = proposal.id.clone();
+    let proofs = shown_factors(&held.petitioner);
+    let stored = stored(&Document { proposal, apply, proofs }, 1);
+    let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
+    match kept.map_err(|error| store_problem(&error))? {
+        true => Ok(id),
+        false => {
+            let help = "reject or withdraw some (`countersign change list --pending`), or wait until they expire";
+            Err(problem(429, "too many changes wait already", None, Some(help)))
+        }
+    }
+}
+
+/// The author shows what the gate asks for: what was proposed, exactly that, becomes an entry, once.
+pub async fn apply_pending(plane: &Plane, id: &str, shown: Shown) -> Result<Applied, Problem> {
+    let (version, mut document) = pending(plane, id).await?;
+    let author = document.proposal.author.clone();
+    if shown.operator.as_ref().is_some_and(|operator| *operator != author) {
+        let help = "another operator countersigns it: `countersign change countersign ID --otp CODE`";
+        return Err(problem(403, format!("`{author}` asked for it, and only they apply it"), None, Some(help)));
+    }
+    match attempt(plane, &document.apply, author, &shown).await? {
+        Ok(applied) => {
+            document.proposal.state = ProposalState::Applied { revision: applied.revision };
+            save(plane, version, &document).await?;
+            Ok(applied)
+        }
+        Err((held, why)) => {
+            if let Answer::NeedsCountersign(requires) = held.answer
+                && document.proposal.state == ProposalState::StepUp
+            {
+                document.proofs = shown_factors(&held.petitioner);
+                document.proposal.requires = requires;
+                document.proposal.state = ProposalState::NeedsCountersign;
+                document.proposal.asked_at_ms = plane.clock.now_ms();
+                document.proposal.expires_at_ms = document.proposal.asked_at_ms + COUNTERSIGN_LIFETIME_MS;
+                save(plane, version, &document).await?;
+            }
+            Err(refusal(&held.answer, held.digest, Some(id.to_owned()), why.as_ref()))
+        }
+    }
+}
+
+/// Another operator stands behind it, with a factor of their own. When nobody is missing any more it becomes an entry.
+///
+/// INVARIANT (not-ones-own): the author of a change countersigns it under no name of theirs, and nobody does whom the gate would
+/// not let ask for the same.
+pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Proposal, Problem> {
+    let (version, mut document) = pending(plane, id).await?;
+    if document.proposal.state != ProposalState::NeedsCountersign {
+        let help = "first its author shows a factor: `countersign apply --change ID --otp CODE`";
+        return Err(problem(409, "it does not wait for a countersignature yet", None, Some(help)));
+    }
+    let approver = approver(plane, &document, &shown)?;
+    agree(plane, &document, &approver, &shown).await?;
+    document.proposal.approvals.insert(approver.clone());
+    save(plane, version, &document).await?;
+    tracing::info!(proposal = id, by = %approver, digest = %document.proposal.digest.short(), "a change was countersigned");
+    let mut petitioner = Petitioner {
+        operator: Some(document.proposal.author.clone()),
+        asked_at_seconds: mfa::seconds(document.proposal.asked_at_ms),
+        approvals: document.proposal.approvals.clone(),
+        ..Petitioner::default()
+    };
+    for ShownFactor { kind, at_seconds } in &document.proofs {
+        petitioner.assurance.add(Proof::of_code(*kind, *at_seconds));
+    }
+    match enter(plane, &document.apply, &petitioner).await? {
+        Ok(applied) => document.proposal.state = ProposalState::Applied { revision: applied.revision },
+        Err((Answer::NeedsCountersign(requires), _)) => document.proposal.requires = requires,
+        Err((answer, digest)) => return Err(refusal(&answer, digest, Some(id.to_owned()), None)),
+    }
+    save(plane, version + 1, &document).await?;
+    Ok(document.proposal)
+}
+
+/// An operator who could countersign it says no.
+pub async fn reject(plane: &Plane, id: &str, shown: Shown) -> Result<Proposal, Problem> {
+    let (version, mut document) = pending(plane, id).await?;
+    let by = approver(plane, &document, &shown)?;
+    agree(plane, &document, &by, &shown).await?;
+    document.proposal.state = ProposalState::Rejected { by };
+    save(plane, version, &document).await?;
+    Ok(document.proposal)
+}
+
+/// Its author takes it back.
+pub async fn withdraw(plane: &Plane, id: &str, shown: Shown) -> Result<Proposal, Problem> {
+    let (version, mut document) = pending(plane, id).await?;
+    let author = document.proposal.author.clone();
+    if shown.operator.as_ref().is_some_and(|operator| *operator != author) {
+        let help = "another operator rejects it: `countersign change reject ID --otp CODE`";
+        return Err(problem(403, format!("`{author}` asked for it, and only they withdraw it"), None, Some(help)));
+    }
+    show_one(plane, &author, &shown).await?;
+    document.proposal.state = ProposalState::Withdrawn;
+    save(plane, version, &document).await?;
+    Ok(document.proposal)
+}
+
+/// All proposals, newest first.
+pub async fn list(plane: &Plane) -> Result<Vec<Proposal>, Problem> {
+    Ok(documents(plane).await?.into_iter().map(|(_, document)| document.proposal).collect())
+}
+
+/// One proposal with what it asks for.
+pub async fn show(plane: &Plane, id: &str) -> Result<ProposalDetail, Problem> {
+    let (_, Document { proposal, apply, .. }) = document(plane, id).await?;
+    Ok(ProposalDetail { proposal, change_set: apply.change_set, bodies: apply.bodies })
+}
+
+/// Returns when it waits for nothing any more, or at the `deadline`.
+pub async fn wait(plane: &Plane, id: &str, deadline: tokio::time::Instant) -> Result<Proposal, Problem> {
+    let mut decided = plane.decided.0.subscribe();
+    loop {
+        decided.borrow_and_update();
+        let (_, Document { proposal, .. }) = document(plane, id).await?;
+        if !is_open(&proposal.state) || tokio::time::Instant::now() >= deadline {
+            return Ok(proposal);
+        }
+        // Its end of time, and an entry that voids it, tell nobody.
+        let look_again = deadline.min(tokio::time::Instant::now() + Duration::from_secs(1));
+        let _ = tokio::time::timeout_at(look_again, decided.changed()).await;
+    }
+}
+
+/// The operator who answers for somebody else's proposal.
+fn approver(plane: &Plane, document: &Document, shown: &Shown) -> Result<OperatorName, Problem> {
+    let head = plane.ledger.head();
+    let author = &document.proposal.author;
+    let mut others =
+        head.follower.state().operators.iter().filter(|(name, o)| *name != author && !o.factors.is_empty());
+    let approver = match (&shown.operator, others.next(), others.next()) {
+        (Some(named), ..) => named.clone(),
+        (None, Some((only, _)), None) => only.clone(),
+        (None, None, _) => author.clone(),
+        (None, Some(_), Some(_)) => mfa::named(head.follower.state(), None)?,
+    };
+    if approver == *author {
+        let help = "another operator has to; `countersign operator list` shows who there is";
+        return Err(problem(403, format!("`{author}` asked for it and cannot answer for it"), None, Some(help)));
+    }
+    Ok(approver)
+}
+
+/// `approver` shows a factor, and the gate would let them ask for the same.
+async fn agree(plane: &Plane, document: &Document, approver: &OperatorName, shown: &Shown) -> Result<(), Problem> {
+    let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
+    let mut petitioner = Petitioner { operator: Some(approver.clone()), asked_at_seconds, ..Petitioner::default() };
+    let change_set = &document.apply.change_set;
+    let digest = document.proposal.digest;
+    let head = plane.ledger.head();
+    let refused = |answer: &Answer| refusal(answer, digest, Some(document.proposal.id.clone()), None);
+    // First without a factor: none is used up on what would be denied.
+    let answer = plane.gate.answer(change_set, &petitioner, &head, asked_at_seconds);
+    if matches!(answer, Answer::Deny(_)) {
+        return Err(refused(&answer));
+    }
+    petitioner.assurance.add(show_one(plane, approver, shown).await?);
+    match plane.gate.answer(change_set, &petitioner, &head, asked_at_seconds) {
+        Answer::Permit | Answer::NeedsCountersign(_) => Ok(()),
+        answer => Err(refused(&answer)),
+    }
+}
+
+async fn show_one(plane: &Plane, operator: &OperatorName, shown: &Shown) -> Result<Proof, Problem> {
+    // A recovery code opens the way to a new factor only, and is not used up here.
+    let shown = Shown { otp: shown.otp.clone(), ..Shown::default() };
+    match mfa::prove(plane, operator, &shown).await {
+        Ok(Some(proof)) => Ok(proof),
+        Ok(None) => {
+            let help = "give the code of your authenticator app: `--otp CODE`";
+            Err(problem(403, format!("operator `{operator}` has to show a factor"), None, Some(help)))
+        }
+        Err(why) => Err(why.problem()),
+    }
+}
+
+/// A proposal that waits for something, with its version.
+async fn pending(plane: &Plane, id: &str) -> Result<(u64, Document), Problem> {
+    let (version, document) = document(plane, id).await?;
+    let what = match &document.proposal.state {
+        ProposalState::StepUp | ProposalState::NeedsCountersign => return Ok((version, document)),
+        ProposalState::Applied { revision } => format!("it was applied, as revision {revision}"),
+        ProposalState::Rejected { by } => format!("`{by}` rejected it"),
+        ProposalState::Withdrawn => "its author withdrew it".to_owned(),
+        ProposalState::Expired => "its time is over".to_owned(),
+        ProposalState::Void { revision } => format!("the mesh has changed since, to revision {revision}"),
+    };
+    Err(problem(410, format!("change {id} waits for nothing any more: {what}"), None, Some("plan and apply again")))
+}
+
+async fn document(plane: &Plane, id: &str) -> Result<(u64, Document), Problem> {
+    let wanted = id.to_owned();
+    let found = plane.storage.run("proposal", move |store| store.proposal(&wanted)).await;
+    let found = found.map_err(|error| store_problem(&error))?.and_then(|stored| read(plane, &stored));
+    let help = "`countersign change list --pending` shows those that are there";
+    found.ok_or_else(|| problem(404, format!("there is no pending change `{id}`"), None, Some(help)))
+}
+
+async fn documents(plane: &Plane) -> Result<Vec<(u64, Document)>, Problem> {
+    let stored =
+        plane.storage.run("proposals", |store| store.proposals()).await.map_err(|error| store_problem(&error))?;
+    Ok(stored.iter().filter_map(|stored| read(plane, stored)).collect())
+}
+
+/// What is kept, as it stands now: time and the ledger go on without telling it.
+fn read(plane: &Plane, stored: &StoredProposal) -> Option<(u64, Document)> {
+    let mut document: Document = serde_json::from_slice(&stored.document).ok()?;
+    let proposal = &mut document.proposal;
+    let held = plane.ledger.head().follower.revision();
+    if is_open(&proposal.state) {
+        if proposal.base != held || plane.ledger.root_at(held) != Some(proposal.root) {
+            proposal.state = ProposalState::Void { revision: Revision(proposal.base.0 + 1).min(held) };
+        } else if plane.clock.now_ms() > proposal.expires_at_ms {
+            proposal.state = ProposalState::Expired;
+        }
+    }
+    Some((stored.version, document))
+}
+
+async fn save(plane: &Plane, version: u64, document: &Document) -> Result<(), Problem> {
+    let stored = stored(document, version + 1);
+    let saved = plane.storage.run("replace_proposal", move |store| store.replace_proposal(&stored)).await;
+    let saved = saved.map_err(|error| store_problem(&error))?;
+    plane.decided.0.send_replace(());
+    // Applied is applied, whoever wrote in between.
+    if saved || matches!(document.proposal.state, ProposalState::Applied { .. }) {
+        return Ok(());
+    }
+    Err(problem(409, "somebody else answered at the same moment", None, Some("look at it, and answer again")))
+}
+
+fn stored(document: &Document, version: u64) -> StoredProposal {
+    StoredProposal {
+        id: document.proposal.id.clone(),
+        version,
+        expires_at_ms: document.proposal.expires_at_ms,
+        is_open: is_open(&document.proposal.state),
+        document: serde_json::to_vec(document).expect("INVARIANT: a proposal is JSON with string keys"),
+    }
+}
+
+fn is_open(state: &ProposalState) -> bool {
+    matches!(state, ProposalState::StepUp | ProposalState::NeedsCountersign)
+}
+
+fn shown_factors(petitioner: &Petitioner) -> Vec<ShownFactor> {
+    let proofs = petitioner.assurance.proofs().iter();
+    proofs.map(|proof| ShownFactor { kind: proof.kind, at_seconds: proof.at_seconds }).collect()
+}
+
+fn requires(answer: &Answer) -> Requires {
+    match answer {
+        Answer::StepUp(requires) | Answer::NeedsCountersign(requires) => *requires,
+        Answer::Permit | Answer::Deny(_) => Requires::default(),
+    }
+}

@@ -1,0 +1,489 @@
+//! A protected mesh through the socket: who enrols, what a code is good for, what waits and what becomes of it.
+
+mod support;
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use countersign_api::local::{
+    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, Mesh, Problem, Proposal,
+    ProposalDetail, ProposalState, Shown,
+};
+use countersign_control::{clock::Clock, mfa, start_with_clock};
+use countersign_core::{
+    change::{Bodies, Change, ChangeSet, Revision},
+    identity::{FactorId, OperatorName},
+    operator::EnrolledFactor,
+    policy::Factor,
+};
+use countersign_testkit::authenticator::App;
+use support::{Plane, config, declare, name, trust_domain};
+
+fn operator(given: &str) -> OperatorName {
+    OperatorName::parse(given).unwrap()
+}
+
+/// A control plane whose time is ours.
+struct Clocked {
+    plane: Plane,
+    now_ms: Arc<AtomicU64>,
+}
+
+impl Clocked {
+    async fn start() -> Self {
+        let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+        let now_ms = Arc::new(AtomicU64::new(now_ms));
+        let dir = tempfile::tempdir().unwrap();
+        let told = now_ms.clone();
+        let clock = Clock::from_fn(move || told.load(Ordering::Relaxed));
+        let control = start_with_clock(config(dir.path().into()), clock).await.unwrap();
+        Self { plane: Plane { control, dir }, now_ms }
+    }
+
+    async fn restart(self) -> Self {
+        let Self { plane: Plane { control, dir }, now_ms } = self;
+        control.stop().await;
+        let told = now_ms.clone();
+        let clock = Clock::from_fn(move || told.load(Ordering::Relaxed));
+        let control = start_with_clock(config(dir.path().into()), clock).await.unwrap();
+        Self { plane: Plane { control, dir }, now_ms }
+    }
+
+    fn now(&self) -> u64 {
+        self.now_ms.load(Ordering::Relaxed)
+    }
+
+    fn pass(&self, seconds: u64) {
+        self.now_ms.fetch_add(seconds * 1000, Ordering::Relaxed);
+    }
+
+    async fn begin(&self, who: &str, invitation: Option<String>) -> Result<Enrolment, Problem> {
+        let asked = Enrol { operator: operator(who), invitation: invitation.map(Code), shown: Shown::default() };
+        self.plane.post("/v1/enrolments", &asked).await
+    }
+
+    async fn confirm(&self, enrolment: &Enrolment, code: String) -> Result<Enrolled, Problem> {
+        self.plane.post(&format!("/v1/enrolments/{}", enrolment.id), &Confirm { code: Code(code) }).await
+    }
+
+    /// Enrols, and lets the time of the code that did it pass.
+    async fn enrol(&self, who: &str, invitation: Option<String>) -> (App, Enrolled) {
+        let enrolment = self.begin(who, invitation).await.unwrap();
+        let app = app_of(&enrolment);
+        let enrolled = self.confirm(&enrolment, app.code(self.now() / 1000)).await.unwrap();
+        self.pass(60);
+        (app, enrolled)
+    }
+
+    /// A mesh with two services whose owner is alice.
+    async fn protected() -> (Self, App, Enrolled) {
+        let mesh = Self::start().await;
+        mesh.plane.create(&["web", "catalog"]).await;
+        let (alice, enrolled) = mesh.enrol("alice", None).await;
+        (mesh, alice, enrolled)
+    }
+
+    /// Invites somebody with these roles, as alice, and enrols them.
+    async fn another(&self, alice: &App, who: &str, role: &str) -> App {
+        let invite = Change::InviteOperator { name: operator(who), roles: [role.into()].into() };
+        let applied = self.apply(vec![invite], &self.shown(alice)).await.unwrap();
+        let token = applied.invitations[0].token.clone();
+        let (app, _) = self.enrol(who, Some(token)).await;
+        app
+    }
+
+    /// What `app` shows for the next question: a code that was not used yet.
+    fn shown(&self, app: &App) -> Shown {
+        self.pass(60);
+        let code = Code(app.code(self.now() / 1000));
+        Shown { operator: Some(operator(&app.account)), otp: Some(code), recovery_code: None }
+    }
+
+    async fn mesh(&self) -> Mesh {
+        self.plane.get("/v1/mesh").await
+    }
+
+    async fn apply(&self, changes: Vec<Change>, shown: &Shown) -> Result<Applied, Problem> {
+        self.apply_with(changes, Bodies::default(), shown).await
+    }
+
+    async fn apply_with(&self, changes: Vec<Change>, bodies: Bodies, shown: &Shown) -> Result<Applied, Problem> {
+        let apply = Apply { change_set: ChangeSet { base: self.mesh().await.revision, changes }, bodies };
+        self.plane.post("/v1/changes", &ApplyAs { apply, shown: shown.clone() }).await
+    }
+
+    /// A gate of these policies, in place of the shipped one, before anybody enrols.
+    async fn put_up(&self, gate: &str) {
+        let (policies, mistakes) = countersign_core::gate::read_file("gate/own.cedar", gate);
+        assert!(mistakes.is_empty(), "{mistakes:?}");
+        let mut bodies = Bodies::default();
+        let changes = policies
+            .into_iter()
+            .map(|policy| Change::SetGatePolicy {
+                id: policy.id,
+                file: "gate/own.cedar".into(),
+                body: bodies.insert(policy.text),
+            })
+            .collect();
+        self.apply_with(changes, bodies, &Shown::default()).await.unwrap();
+    }
+
+    async fn answer(&self, id: &str, verb: &str, shown: &Shown) -> Result<Proposal, Problem> {
+        self.plane.post(&format!("/v1/proposals/{id}/{verb}"), shown).await
+    }
+}
+
+fn app_of(enrolment: &Enrolment) -> App {
+    App::read(enrolment.operator.as_str(), &enrolment.otpauth)
+}
+
+fn named(who: &str) -> Shown {
+    Shown { operator: Some(operator(who)), ..Shown::default() }
+}
+
+fn outcome(problem: &Problem) -> GateOutcome {
+    problem.refusal.as_ref().unwrap_or_else(|| panic!("{problem:?}")).outcome
+}
+
+fn waits(problem: &Problem) -> String {
+    problem.refusal.as_ref().and_then(|refusal| refusal.change.clone()).unwrap_or_else(|| panic!("{problem:?}"))
+}
+
+const TWO_OF_US: &str = "@id(\"all\") permit (principal, action, resource);
+    @id(\"code\") @step_up(\"mfa\") @max_age(\"300\") forbid (principal, action, resource);
+    @id(\"two\") @countersign(\"1\") forbid (principal, action in Action::\"registrations\", resource);";
+
+#[tokio::test]
+async fn whoever_enrols_first_owns_the_mesh_and_from_then_on_nothing_passes_without_a_factor() {
+    let mesh = Clocked::start().await;
+    assert_eq!(mesh.begin("alice", None).await.unwrap_err().status, 409, "there is no mesh yet");
+    mesh.plane.create(&["web"]).await;
+    let before = mesh.plane.status().await;
+    assert!(!before.protected && before.warnings.iter().any(|warning| warning.contains("unprotected")));
+
+    let (_, enrolled) = mesh.enrol("alice", None).await;
+    assert!(enrolled.anchor);
+    let codes: BTreeSet<_> = enrolled.recovery_codes.iter().collect();
+    assert_eq!(codes.len(), mfa::RECOVERY_CODES);
+    let state = mesh.mesh().await.state;
+    let alice = &state.operators[&operator("alice")];
+    assert_eq!(alice.roles, ["owner".into()].into());
+    assert_eq!(alice.factors[&enrolled.factor], EnrolledFactor::Totp);
+
+    let after = mesh.plane.status().await;
+    assert!(after.protected && !after.warnings.iter().any(|warning| warning.contains("unprotected")), "{after:?}");
+    let refused = mesh.apply(vec![declare("more")], &Shown::default()).await.unwrap_err();
+    assert_eq!((refused.status, outcome(&refused)), (403, GateOutcome::StepUp));
+    let requires = refused.refusal.unwrap().requires.unwrap();
+    assert_eq!((requires.factor, requires.max_age_seconds, requires.countersign), (Some(Factor::Mfa), Some(300), 0));
+    assert_eq!(mesh.begin("mallory", None).await.unwrap_err().status, 403, "nobody else enrols without being invited");
+
+    let mesh = mesh.restart().await;
+    assert!(mesh.plane.status().await.protected, "also after a restart");
+    let refused = mesh.apply(vec![declare("more")], &Shown::default()).await.unwrap_err();
+    assert_eq!(outcome(&refused), GateOutcome::StepUp);
+}
+
+/// PROVES (gated)
+#[tokio::test]
+async fn only_what_the_gate_permits_to_who_has_proven_it_becomes_an_entry() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let bob = mesh.another(&alice, "bob", "deployer").await;
+    let at = mesh.mesh().await.revision;
+    for (case, changes, shown, expected) in [
+        ("nothing shown", vec![declare("a")], named("alice"), GateOutcome::StepUp),
+        (
+            "somebody else's code",
+            vec![declare("a")],
+            Shown { operator: Some(operator("alice")), ..mesh.shown(&bob) },
+            GateOutcome::StepUp,
+        ),
+        ("nobody", vec![declare("a")], named("mallory"), GateOutcome::Denied),
+        ("what they may not", vec![declare("a")], mesh.shown(&bob), GateOutcome::Denied),
+        (
+            "roles of their own",
+            vec![Change::SetOperatorRoles { name: operator("bob"), roles: ["owner".into()].into() }],
+            mesh.shown(&bob),
+            GateOutcome::Denied,
+        ),
+    ] {
+        let refused = mesh.apply(changes, &shown).await.unwrap_err();
+        assert_eq!(outcome(&refused), expected, "{case}: {refused:?}");
+        assert_eq!(mesh.mesh().await.revision, at, "{case}");
+    }
+    // What was denied used no code up.
+    let shown = mesh.shown(&bob);
+    assert_eq!(outcome(&mesh.apply(vec![declare("a")], &shown).await.unwrap_err()), GateOutcome::Denied);
+    let deploy =
+        Change::Deploy { service: name("web"), artifacts: [countersign_core::canonical::Digest::of(b"web")].into() };
+    mesh.apply(vec![deploy], &shown).await.unwrap();
+    let applied = mesh.apply(vec![declare("a")], &mesh.shown(&alice)).await.unwrap();
+    let change: countersign_api::local::ChangeDetail =
+        mesh.plane.get(&format!("/v1/changes/{}", applied.revision)).await;
+    assert_eq!(change.summary.actor, "alice");
+
+    // A factor comes in by an enrolment only, whoever asks.
+    let factor = Change::AddFactor {
+        operator: operator("alice"),
+        id: FactorId::parse("x").unwrap(),
+        factor: EnrolledFactor::Totp,
+    };
+    assert_eq!(mesh.apply(vec![factor], &mesh.shown(&alice)).await.unwrap_err().status, 422);
+}
+
+/// PROVES (code-once)
+#[tokio::test]
+async fn a_code_is_good_once_also_after_a_restart_and_guessing_is_throttled_also_after_one() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let code = alice.code(mesh.now() / 1000);
+    let shown = Shown { operator: None, otp: Some(Code(code)), recovery_code: None };
+    mesh.apply(vec![declare("a")], &shown).await.unwrap();
+    let again = mesh.apply(vec![declare("b")], &shown).await.unwrap_err();
+    assert!(again.title.contains("used already"), "{again:?}");
+    assert_eq!(outcome(&again), GateOutcome::StepUp);
+    let mesh = mesh.restart().await;
+    let again = mesh.apply(vec![declare("b")], &shown).await.unwrap_err();
+    assert!(again.title.contains("used already"), "{again:?}");
+
+    mesh.pass(16 * 60);
+    let wrong = |mesh: &Clocked| {
+        let right = alice.code(mesh.now() / 1000);
+        let wrong = format!("{}{}", if right.starts_with('0') { '1' } else { '0' }, &right[1..]);
+        Shown { operator: None, otp: Some(Code(wrong)), recovery_code: None }
+    };
+    for n in 0..mfa::GUESSES_MAX {
+        let refused = mesh.apply(vec![declare("b")], &wrong(&mesh)).await.unwrap_err();
+        assert!(refused.title.contains("wrong"), "{n}: {refused:?}");
+    }
+    let right = Shown { operator: None, otp: Some(Code(alice.code(mesh.now() / 1000))), recovery_code: None };
+    let throttled = mesh.apply(vec![declare("b")], &right).await.unwrap_err();
+    assert_eq!(throttled.status, 429, "the right one is not looked at either: {throttled:?}");
+    let mesh = mesh.restart().await;
+    assert_eq!(mesh.apply(vec![declare("b")], &right).await.unwrap_err().status, 429, "a restart forgets no guess");
+    mesh.pass(15 * 60 + 1);
+    mesh.apply(vec![declare("b")], &mesh.shown(&alice)).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_secrets_of_factors_are_sealed_and_nowhere_in_the_ledger() {
+    let (mesh, alice, enrolled) = Clocked::protected().await;
+    let dir = mesh.plane.dir.path().to_owned();
+    let mut everything = Vec::new();
+    for file in ["control.db", "control.db-wal"] {
+        everything.extend(std::fs::read(dir.join(file)).unwrap_or_default());
+    }
+    let holds = |needle: &[u8]| everything.windows(needle.len()).any(|window| window == needle);
+    assert!(holds(b"alice"), "we look where things are");
+    assert!(!holds(&alice.secret));
+    for code in &enrolled.recovery_codes {
+        assert!(!holds(code.as_bytes()) && !holds(code.replace('-', "").as_bytes()));
+    }
+}
+
+#[tokio::test]
+async fn a_recovery_code_is_good_once_for_a_new_factor_and_for_nothing_else() {
+    let (mesh, _, enrolled) = Clocked::protected().await;
+    let [first, second, ..] = &enrolled.recovery_codes[..] else { panic!("two codes") };
+    let with =
+        |code: &str| Shown { operator: Some(operator("alice")), otp: None, recovery_code: Some(Code(code.into())) };
+    let refused = mesh.apply(vec![declare("a")], &with(first)).await.unwrap_err();
+    assert_eq!(outcome(&refused), GateOutcome::StepUp, "it opens no change: {refused:?}");
+
+    let begin = |shown: Shown| {
+        let asked = Enrol { operator: operator("alice"), invitation: None, shown };
+        let plane = &mesh.plane;
+        async move { plane.post::<Enrolment>("/v1/enrolments", &asked).await }
+    };
+    assert_eq!(begin(with(first)).await.unwrap_err().status, 403, "it was used up by that");
+    assert_eq!(begin(with("1111-2222-3333-4444-5555")).await.unwrap_err().status, 403);
+    let enrolment = begin(with(&second.to_uppercase().replace('-', " "))).await.unwrap();
+    let app = app_of(&enrolment);
+    let added = mesh.confirm(&enrolment, app.code(mesh.now() / 1000)).await.unwrap();
+    assert!(!added.anchor && added.recovery_codes.is_empty(), "the others are still good");
+    assert_eq!(begin(with(second)).await.unwrap_err().status, 403);
+    mesh.pass(60);
+    mesh.apply(vec![declare("a")], &mesh.shown(&app)).await.unwrap();
+    // The lost one goes.
+    let lost = Change::RemoveFactor { operator: operator("alice"), id: enrolled.factor };
+    mesh.apply(vec![lost], &mesh.shown(&app)).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_invitation_is_good_once_for_whom_it_names_and_a_day() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let invite = |who: &str| Change::InviteOperator { name: operator(who), roles: ["editor".into()].into() };
+    let applied = mesh.apply(vec![invite("bob"), invite("carol")], &mesh.shown(&alice)).await.unwrap();
+    let token = |who: &str| {
+        let found = applied.invitations.iter().find(|invitation| invitation.operator == operator(who));
+        Some(found.unwrap().token.clone())
+    };
+    assert_eq!(mesh.begin("bob", None).await.unwrap_err().status, 403);
+    assert_eq!(mesh.begin("bob", token("carol")).await.unwrap_err().status, 403);
+    assert_eq!(mesh.begin("bob", Some("cso1.00".into())).await.unwrap_err().status, 403);
+    let (first, second) =
+        (mesh.begin("bob", token("bob")).await.unwrap(), mesh.begin("bob", token("bob")).await.unwrap());
+    let wrong = mesh.confirm(&first, "000000".into()).await;
+    assert!(wrong.is_err() || app_of(&first).code(mesh.now() / 1000) == "000000");
+    mesh.confirm(&second, app_of(&second).code(mesh.now() / 1000)).await.unwrap();
+    assert_eq!(
+        mesh.confirm(&first, app_of(&first).code(mesh.now() / 1000)).await.unwrap_err().status,
+        403,
+        "it is used up"
+    );
+    mesh.pass(24 * 60 * 60 + 1);
+    assert_eq!(mesh.begin("carol", token("carol")).await.unwrap_err().status, 403, "its day is over");
+}
+
+#[tokio::test]
+async fn the_last_owner_and_an_operators_last_factor_stay_and_a_gate_that_locks_out_is_refused() {
+    let (mesh, alice, enrolled) = Clocked::protected().await;
+    mesh.another(&alice, "bob", "editor").await;
+    let bobs = mesh.mesh().await.state.operators[&operator("bob")].factors.keys().next_back().unwrap().clone();
+    let mut bodies = Bodies::default();
+    let body = bodies.insert("@id(\"nobody\") permit (principal in Role::\"root\", action, resource);");
+    let locked = Change::SetGatePolicy { id: "nobody".into(), file: "gate/nobody.cedar".into(), body };
+    let broken = Bodies::default();
+    for (case, change, bodies, part) in [
+        ("the owner", Change::RemoveOperator { name: operator("alice") }, &broken, "the last owner stays"),
+        (
+            "the owner's role",
+            Change::SetOperatorRoles { name: operator("alice"), roles: ["editor".into()].into() },
+            &broken,
+            "the last owner stays",
+        ),
+        (
+            "the owner's factor",
+            Change::RemoveFactor { operator: operator("alice"), id: enrolled.factor.clone() },
+            &broken,
+            "without a factor",
+        ),
+        ("bob's factor", Change::RemoveFactor { operator: operator("bob"), id: bobs }, &broken, "without a factor"),
+        ("a gate of nobody", locked, &bodies, "the last owner stays"),
+    ] {
+        let refused = mesh.apply_with(vec![change], bodies.clone(), &mesh.shown(&alice)).await.unwrap_err();
+        assert_eq!(refused.status, 422, "{case}: {refused:?}");
+        assert!(refused.detail.as_ref().unwrap().contains(part), "{case}: {refused:?}");
+    }
+    let mut bodies = Bodies::default();
+    let body = bodies.insert("@id(\"x\") permit (principal, action, resource) when { context.nothing };");
+    let broken = Change::SetGatePolicy { id: "x".into(), file: "gate/x.cedar".into(), body };
+    let refused = mesh.apply_with(vec![broken], bodies, &mesh.shown(&alice)).await.unwrap_err();
+    assert!(refused.detail.unwrap().contains("nothing"), "a policy that is not valid");
+}
+
+/// PROVES (not-ones-own)
+#[tokio::test]
+async fn a_change_that_needs_two_is_applied_by_the_second_exactly_once_and_never_by_its_author() {
+    let mesh = Clocked::start().await;
+    mesh.plane.create(&["web"]).await;
+    mesh.put_up(TWO_OF_US).await;
+    let (alice, _) = mesh.enrol("alice", None).await;
+    let bob = mesh.another(&alice, "bob", "owner").await;
+    let refused = mesh.apply(vec![declare("a")], &named("alice")).await.unwrap_err();
+    assert_eq!(outcome(&refused), GateOutcome::StepUp, "first its author shows a factor");
+    let stepping = waits(&refused);
+    assert_eq!(mesh.answer(&stepping, "countersign", &mesh.shown(&bob)).await.unwrap_err().status, 409);
+
+    let refused = mesh.apply(vec![declare("a")], &mesh.shown(&alice)).await.unwrap_err();
+    assert_eq!(outcome(&refused), GateOutcome::NeedsCountersign);
+    let id = waits(&refused);
+    let detail: ProposalDetail = mesh.plane.get(&format!("/v1/proposals/{id}")).await;
+    assert_eq!(detail.change_set.digest(), refused.refusal.as_ref().unwrap().digest);
+    for (case, shown) in [
+        ("the author", mesh.shown(&alice)),
+        ("nothing shown", named("bob")),
+        ("the author's code", Shown { operator: Some(operator("bob")), ..mesh.shown(&alice) }),
+        ("nobody", named("mallory")),
+    ] {
+        let refused = mesh.answer(&id, "countersign", &shown).await.unwrap_err();
+        assert_eq!(refused.status, 403, "{case}: {refused:?}");
+    }
+    // An hour later: how old the author's code is counts up to when they asked.
+    mesh.pass(60 * 60);
+    let done = mesh.answer(&id, "countersign", &mesh.shown(&bob)).await.unwrap();
+    let revision = mesh.mesh().await.revision;
+    assert_eq!(done.state, ProposalState::Applied { revision });
+    assert_eq!(mesh.answer(&id, "countersign", &mesh.shown(&bob)).await.unwrap_err().status, 410, "once");
+    let change: countersign_api::local::ChangeDetail = mesh.plane.get(&format!("/v1/changes/{revision}")).await;
+    assert_eq!((change.summary.actor.as_str(), change.summary.digest), ("alice", done.digest));
+    let waited: Proposal = mesh.plane.get(&format!("/v1/proposals/{id}/wait?timeout_ms=0")).await;
+    assert_eq!(waited, done);
+}
+
+#[tokio::test]
+async fn what_waits_is_bound_to_its_base_its_author_and_its_time_and_kept_across_a_restart() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let refused = mesh.apply(vec![declare("a")], &named("alice")).await.unwrap_err();
+    let id = waits(&refused);
+    assert_eq!(
+        waits(&mesh.apply(vec![declare("a")], &named("alice")).await.unwrap_err()),
+        id,
+        "the same is not kept twice"
+    );
+    let mesh = mesh.restart().await;
+    let path = format!("/v1/proposals/{id}/apply");
+    assert_eq!(mesh.plane.post::<Applied>(&path, &named("bob")).await.unwrap_err().status, 403);
+    assert_eq!(outcome(&mesh.plane.post::<Applied>(&path, &named("alice")).await.unwrap_err()), GateOutcome::StepUp);
+    let applied: Applied = mesh.plane.post(&path, &mesh.shown(&alice)).await.unwrap();
+    assert_eq!(applied.digest, refused.refusal.unwrap().digest);
+    assert_eq!(mesh.plane.post::<Applied>(&path, &mesh.shown(&alice)).await.unwrap_err().status, 410, "once");
+
+    let state = async |id: &str| mesh.plane.get::<ProposalDetail>(&format!("/v1/proposals/{id}")).await.proposal.state;
+    let late = waits(&mesh.apply(vec![declare("b")], &named("alice")).await.unwrap_err());
+    mesh.pass(5 * 60 + 1);
+    assert_eq!(state(&late).await, ProposalState::Expired);
+    let post =
+        async |id: &str, shown: Shown| mesh.plane.post::<Applied>(&format!("/v1/proposals/{id}/apply"), &shown).await;
+    assert_eq!(post(&late, mesh.shown(&alice)).await.unwrap_err().status, 410);
+
+    let overtaken = waits(&mesh.apply(vec![declare("c")], &named("alice")).await.unwrap_err());
+    let revision = mesh.apply(vec![declare("d")], &mesh.shown(&alice)).await.unwrap().revision;
+    assert_eq!(state(&overtaken).await, ProposalState::Void { revision });
+    assert_eq!(post(&overtaken, mesh.shown(&alice)).await.unwrap_err().status, 410);
+
+    let taken_back = waits(&mesh.apply(vec![declare("e")], &named("alice")).await.unwrap_err());
+    assert_eq!(mesh.answer(&taken_back, "withdraw", &named("alice")).await.unwrap_err().status, 403);
+    assert_eq!(
+        mesh.answer(&taken_back, "withdraw", &mesh.shown(&alice)).await.unwrap().state,
+        ProposalState::Withdrawn
+    );
+    let bob = mesh.another(&alice, "bob", "editor").await;
+    let unwanted = waits(&mesh.apply(vec![declare("f")], &named("alice")).await.unwrap_err());
+    assert_eq!(mesh.answer(&unwanted, "reject", &mesh.shown(&alice)).await.unwrap_err().status, 403);
+    let rejected = mesh.answer(&unwanted, "reject", &mesh.shown(&bob)).await.unwrap();
+    assert_eq!(rejected.state, ProposalState::Rejected { by: operator("bob") });
+    assert_eq!(post(&unwanted, mesh.shown(&alice)).await.unwrap_err().status, 410);
+    let all: Vec<Proposal> = mesh.plane.get("/v1/proposals").await;
+    assert_eq!(all.len(), 5, "what became of each is kept");
+}
+
+#[tokio::test]
+async fn waiting_changes_are_bounded() {
+    let (mesh, _, _) = Clocked::protected().await;
+    for n in 0..countersign_control::store::PROPOSALS_OPEN_MAX {
+        waits(&mesh.apply(vec![declare(&format!("s{n}"))], &named("alice")).await.unwrap_err());
+    }
+    let full = mesh.apply(vec![declare("more")], &named("alice")).await.unwrap_err();
+    assert_eq!(full.status, 429, "{full:?}");
+    mesh.pass(5 * 60 + 1);
+    waits(&mesh.apply(vec![declare("more")], &named("alice")).await.unwrap_err());
+}
+
+#[tokio::test]
+async fn two_who_enrol_first_at_the_same_time_are_not_both_first() {
+    let mesh = Clocked::start().await;
+    mesh.plane.create(&["web"]).await;
+    let (alice, mallory) = (mesh.begin("alice", None).await.unwrap(), mesh.begin("mallory", None).await.unwrap());
+    let (a, m) = (app_of(&alice).code(mesh.now() / 1000), app_of(&mallory).code(mesh.now() / 1000));
+    let (a, m) = tokio::join!(mesh.confirm(&alice, a), mesh.confirm(&mallory, m));
+    assert!(a.is_ok() != m.is_ok(), "{a:?} {m:?}");
+    assert_eq!(mesh.mesh().await.state.operators.len(), 1);
+    assert_eq!(mesh.mesh().await.state.trust_domain, Some(trust_domain()));
+    assert_eq!(mesh.mesh().await.revision, Revision(2));
+}

@@ -1,0 +1,139 @@
+//! The real binary of a mesh that is protected: enrol, be refused, show a code, and what is remembered.
+
+mod support;
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    process::{Output, Stdio},
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use countersign_testkit::authenticator::App;
+use serde_json::Value;
+
+use support::{Mesh, binary, said};
+
+fn now_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// Enrols with `operator enroll` or `factor add`, as a script would.
+fn enrol(mesh: &Mesh, arguments: &[&str]) -> (App, Value) {
+    let mut child = binary()
+        .arg("-C")
+        .arg(&mesh.dir)
+        .args(["-o", "json"])
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let Some(first) = lines.next() else { panic!("{}", said(&child.wait_with_output().unwrap())) };
+    let first: Value = serde_json::from_str(&first.unwrap()).unwrap();
+    let app = App::read(first["operator"].as_str().unwrap(), first["otpauth"].as_str().unwrap());
+    writeln!(child.stdin.take().unwrap(), "{}", app.code(now_seconds())).unwrap();
+    let last = lines.next().map(|line| serde_json::from_str(&line.unwrap()).unwrap());
+    let ended = child.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{}", said(&ended));
+    (app, last.expect("a second line"))
+}
+
+/// A code that was not used yet, as soon as there is one that is taken now: of this step or of the next.
+fn next_code(app: &App, used: &mut u64) -> String {
+    loop {
+        let now = now_seconds() / 30;
+        let step = now.max(*used + 1);
+        if step <= now + 1 {
+            *used = step;
+            return app.code(step * 30);
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn json_of(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(output)))
+}
+
+#[test]
+fn a_protected_mesh_takes_a_change_with_a_code_once_and_nothing_without_one() {
+    let mut mesh = Mesh::init();
+    mesh.spawn(&["--no-watch"]);
+    mesh.until("the mesh is up", |mesh| mesh.run_file().is_some());
+    assert!(said(&mesh.run(&["status"])).contains("unprotected"));
+    let nothing = mesh.run(&["operator", "enroll", "--totp", "--operator", "alice"]);
+    assert_eq!(nothing.status.code(), Some(1), "no code came: {}", said(&nothing));
+    assert!(said(&mesh.run(&["status"])).contains("unprotected"), "an enrolment without a code is none");
+
+    let (app, enrolled) = enrol(&mesh, &["operator", "enroll", "--totp", "--operator", "alice"]);
+    assert_eq!((&enrolled["operator"], &enrolled["anchor"]), (&"alice".into(), &true.into()));
+    assert_eq!(enrolled["recovery_codes"].as_array().unwrap().len(), 10);
+    let mut used = now_seconds() / 30;
+    for command in [&["status"][..], &["operator", "list"], &["factor", "list"]] {
+        assert!(!said(&mesh.run(command)).contains("unprotected"), "{command:?}");
+    }
+    assert_eq!(mesh.json(&["status"])["protected"], true);
+    assert_eq!(mesh.json(&["operator", "list"])[0]["roles"][0], "owner");
+
+    mesh.permit_all();
+    let refused = mesh.run(&["-o", "json", "apply"]);
+    assert_eq!(refused.status.code(), Some(3), "{}", said(&refused));
+    let refusal = json_of(&refused);
+    let members: Vec<&String> = refusal.as_object().unwrap().keys().collect();
+    for member in ["outcome", "change", "digest", "requires", "url"] {
+        assert!(members.iter().any(|found| *found == member), "{member}: {refusal}");
+    }
+    assert_eq!((&refusal["outcome"], &refusal["requires"]["factor"]), (&"step_up".into(), &"mfa".into()));
+    let shown = said(&mesh.run(&["change", "show", refusal["change"].as_str().unwrap()]));
+    assert!(shown.contains("waits for") && shown.contains("policy guests-are-greeted"), "{shown}");
+
+    let code = next_code(&app, &mut used);
+    let wrong = format!("{}{}", if code.starts_with('0') { '1' } else { '0' }, &code[1..]);
+    let refused = mesh.run(&["-o", "json", "apply", "--otp", &wrong]);
+    assert_eq!((refused.status.code(), &json_of(&refused)["outcome"]), (Some(3), &"step_up".into()));
+    let applied = mesh.json(&["apply", "--otp", &code, "--wait", "30s"]);
+    assert_eq!((&applied["outcome"], &applied["protected"]), (&"applied".into(), &true.into()), "{applied}");
+    assert_eq!(applied["digest"], refusal["digest"], "what waited is what was applied");
+    assert_eq!(mesh.json(&["change", "list"])[0]["actor"], "alice");
+    mesh.until("what was applied is enforced", |mesh| mesh.ask("/secret").0 == "200");
+
+    let policy = mesh.dir.join("policies/greeter.cedar");
+    let open = fs::read_to_string(&policy).unwrap();
+    fs::write(&policy, open.replace("guests-are-greeted", "guests-are-welcome")).unwrap();
+    let again = mesh.run(&["apply", "--otp", &code]);
+    assert_eq!(again.status.code(), Some(3), "{}", said(&again));
+    assert!(said(&again).contains("the code was used already"), "{}", said(&again));
+
+    mesh.signal("-KILL");
+    mesh.gone();
+    mesh.start();
+    assert_eq!(mesh.json(&["status"])["protected"], true, "there is no way back");
+    assert!(mesh.log().contains("the change needs"), "what differs waits, and the mesh runs on\n{}", mesh.log());
+    let again = mesh.run(&["apply", "--otp", &code]);
+    assert!(said(&again).contains("the code was used already"), "also after a kill: {}", said(&again));
+
+    fs::write(&policy, open.replace("guests-are-greeted", "guests-are-expected")).unwrap();
+    mesh.until("a save becomes a proposal", |mesh| {
+        mesh.log().contains("guests-are-expected")
+            || mesh.json(&["change", "list", "--pending"])[0]["changes"].to_string().contains("guests-are-expected")
+    });
+    let pending = mesh.json(&["change", "list", "--pending"]);
+    let id = pending[0]["id"].as_str().unwrap().to_owned();
+    let code = next_code(&app, &mut used);
+    assert_eq!(mesh.json(&["apply", "--change", &id, "--otp", &code])["outcome"], "applied");
+    assert_eq!(mesh.json(&["change", "wait", &id])["state"]["state"], "applied");
+    assert_eq!(mesh.json(&["ledger", "verify"])["revision"], 4);
+
+    for n in 0..6 {
+        let wrong = format!("{:06}", n);
+        let refused = mesh.run(&["operator", "invite", "bob", "--otp", &wrong]);
+        assert_eq!(refused.status.code(), Some(3), "{}", said(&refused));
+        assert_eq!(said(&refused).contains("too many codes were tried"), n == 5, "{n}: {}", said(&refused));
+    }
+    mesh.signal("-INT");
+    mesh.gone();
+}
