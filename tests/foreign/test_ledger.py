@@ -3,12 +3,13 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
 
 import pytest
-from conftest import BINARY
+from conftest import BINARY, ROOT
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -308,6 +309,23 @@ def test_a_tampered_export_is_refused_here_and_by_countersign(exported, tmp_path
         verify_export(copy, vkey)
     said = ours(copy, vkey)
     assert said.returncode == 1 and "does not hold" in said.stderr, said
+
+
+def test_the_commands_that_check_it_by_hand_are_those_of_the_document(exported, tmp_path):
+    directory, vkey = exported
+    copy = tmp_path / "ledger"
+    shutil.copytree(directory, copy)
+    by_hand = (ROOT / "docs/ledger.md").read_text().split("## By hand")[1].split("\n## ")[0]
+    commands = "".join(by_hand.split("```text\n")[n].split("```")[0] for n in (1, 2))
+    bundle = bundle_of(copy).relative_to(copy).as_posix()
+    commands = commands.replace("tile/entries/000.p/4", bundle)
+    said = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands], cwd=copy, env={**os.environ, "VKEY": vkey}, capture_output=True, text=True, timeout=60
+    )
+    lines = said.stdout.splitlines()
+    assert said.returncode == 0 and lines[0] == "Signature Verified Successfully", said
+    assert lines[1].split()[0] == tile_of(copy).read_bytes()[:32].hex()
+    assert len(lines) > 3 and all(line.split()[0] == line.split("/")[-1] for line in lines[2:]), said.stdout
 
 
 def test_a_foreign_key_and_a_missing_witness_are_refused(exported):

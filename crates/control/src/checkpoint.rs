@@ -230,12 +230,13 @@ pub async fn follow(plane: Arc<Plane>) {
         if let Err(error) = &signed {
             tracing::error!(error = %crate::error_chain(error), "the checkpoint could not be signed");
         }
+        let is_signed = signed.is_ok();
         plane.note("checkpoint", signed.err().map(|error| format!("no checkpoint: {}", crate::error_chain(&error))));
         let missing = plane.checkpoints.ask(&plane).await;
         if let Some(missing) = &missing {
             tracing::warn!(%missing, "a witness did not cosign");
         }
-        let all_there = missing.is_none();
+        let all_there = is_signed && missing.is_none();
         plane.note("witnesses", missing);
         let growing = async { growth.changed().await.expect("INVARIANT: the ledger lives in `plane`") };
         if all_there {

@@ -431,6 +431,11 @@ impl Control {
         move || plane.upgrade().map(|plane| plane.metrics.page(plane.levels()))
     }
 
+    /// The origin of the ledger, once there is a mesh.
+    pub fn ledger_origin(&self) -> Option<String> {
+        self.plane.authority().map(|authority| authority.log().verifier().name().to_owned())
+    }
+
     /// Returns, with what ended, when a part of the control plane has ended by itself: then it is of no use any more.
     pub async fn wait_failed(&self) -> String {
         let ended = std::future::poll_fn(|cx| self.tasks.lock().poll_join_next(cx)).await;

@@ -103,6 +103,7 @@ pub fn run_file(place: &Place, control: &Control) -> RunFile {
         api: Some(format!("unix://{}", place.data_dir.join(CONTROL_SOCKET).display())),
         control: Some(format!("https://{}", control.listen)),
         metrics: control.metrics.map(|address| format!("http://{address}/metrics")),
+        ledger_origin: control.ledger_origin(),
         services: Default::default(),
     }
 }

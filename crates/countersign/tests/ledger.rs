@@ -55,6 +55,7 @@ fn an_outsider_checks_an_export_with_keys_alone_and_a_witness_stands_by() {
     let mut mesh = Mesh::started();
     let log_key = mesh.json(&["authority", "show"])["log_key"].as_str().unwrap().to_owned();
     assert!(log_key.starts_with("countersign/mesh.example+"), "{log_key}");
+    assert_eq!(mesh.run_file().unwrap()["ledger_origin"], "countersign/mesh.example");
     mesh.signal("-INT");
     mesh.gone();
 
