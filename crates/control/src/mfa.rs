@@ -143,6 +143,9 @@ pub async fn prove(plane: &Plane, operator: &OperatorName, shown: &Shown) -> Res
         (None, Some(code)) => (code.clone(), FactorKind::Recovery),
         (None, None) => return Ok(None),
     };
+    let head = plane.ledger.head();
+    // One who does not exist is answered like one whose code is wrong, and leaves nothing behind.
+    let Some(enrolled) = head.follower.state().operators.get(operator) else { return Err(CodeRefused::Wrong) };
     let now_ms = plane.clock.now_ms();
     let who = operator.clone();
     let since_ms = now_ms.saturating_sub(GUESSES_WITHIN_MS);
@@ -152,10 +155,6 @@ pub async fn prove(plane: &Plane, operator: &OperatorName, shown: &Shown) -> Res
         tracing::warn!(%operator, again_in_seconds, "too many codes were tried");
         return Err(CodeRefused::Throttled { again_in_seconds });
     }
-    let head = plane.ledger.head();
-    let unknown = Operator::default();
-    // One who does not exist is answered like one whose code is wrong.
-    let enrolled = head.follower.state().operators.get(operator).unwrap_or(&unknown);
     let accepted = match kind {
         FactorKind::Totp => accept_totp(plane, operator, enrolled, &code, now_ms).await,
         _ => accept_recovery(plane, enrolled, &code).await,
@@ -289,6 +288,9 @@ pub async fn confirm(plane: &Plane, id: &str, asked: Confirm) -> Result<Enrolled
         Ok((applied, anchor, with_recovery)) => {
             tracing::info!(%operator, factor = factor.as_str(), anchor, "an operator enrolled a factor");
             let recovery_codes = if with_recovery { codes } else { Vec::new() };
+            if !with_recovery {
+                let _ = plane.storage.run("forget_factors", move |store| store.forget_factors(&[recovery])).await;
+            }
             Ok(Enrolled { operator, factor, revision: applied.revision, anchor, recovery_codes })
         }
         Err(refused) => {

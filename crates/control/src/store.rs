@@ -31,6 +31,8 @@ pub const EDGES_MAX: u32 = 50_000;
 pub const PROPOSALS_OPEN_MAX: u32 = 256;
 /// Proposals that are kept, those that wait for nothing any more among them.
 pub const PROPOSALS_MAX: u32 = 1_024;
+/// Bytes that all proposals that wait may have together.
+pub const PROPOSALS_OPEN_BYTES_MAX: u64 = 256 << 20;
 
 /// One ledger entry as it lies on the disk; unverified until the ledger has folded it.
 #[derive(Debug, Clone, PartialEq, Eq)]

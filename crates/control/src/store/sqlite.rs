@@ -22,8 +22,9 @@ use countersign_core::{
 };
 
 use super::{
-    EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, Spent, Store,
-    StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance, StoredProposal,
+    EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX,
+    RECORDS_MAX, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance,
+    StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -468,10 +469,16 @@ impl Store for SqliteStore {
 
     fn put_proposal(&mut self, proposal: &StoredProposal, now_ms: u64) -> Result<bool, StoreError> {
         self.write(|t| {
-            let sql = "SELECT count(*) FROM proposals WHERE is_open AND expires_at_ms >= ?1";
-            let open: u32 = t.query_row(sql, [signed(now_ms)], |row| row.get(0))?;
-            if open >= PROPOSALS_OPEN_MAX {
+            let sql = "SELECT count(*), coalesce(sum(length(document)), 0) FROM proposals
+                       WHERE is_open AND expires_at_ms >= ?1";
+            let (open, bytes) =
+                t.query_row(sql, [signed(now_ms)], |row| Ok((row.get::<_, u32>(0)?, unsigned(row, 1)?)))?;
+            if open >= PROPOSALS_OPEN_MAX || bytes + proposal.document.len() as u64 > PROPOSALS_OPEN_BYTES_MAX {
                 return Ok(false);
+            }
+            let sql = "SELECT coalesce(sum(length(document)), 0) FROM proposals";
+            if t.query_row(sql, [], |row| unsigned(row, 0))? > 2 * PROPOSALS_OPEN_BYTES_MAX {
+                t.execute("DELETE FROM proposals WHERE NOT (is_open AND expires_at_ms >= ?1)", [signed(now_ms)])?;
             }
             t.execute(
                 "INSERT INTO proposals (id, version, expires_at_ms, is_open, document) VALUES (?1, ?2, ?3, ?4, ?5)",
