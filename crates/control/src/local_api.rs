@@ -32,7 +32,9 @@ use countersign_core::{
 };
 
 use crate::{
-    Plane, decisions, enrol, gate,
+    Plane,
+    authority::log_key::SignError,
+    decisions, enrol, gate,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused},
     proposals,
@@ -479,6 +481,9 @@ async fn ledger_bodies(State(plane): State<Arc<Plane>>) -> Response {
 
 async fn newest(plane: &Plane) -> Result<CheckpointView, Refusal> {
     let newest = plane.checkpoints.newest(plane).await.map_err(|error| {
+        if let SignError::Store(error) = &error {
+            return Refusal(store_problem(error));
+        }
         let help = "compare the data directory with a backup and with what agents hold before anything else";
         Refusal(problem(500, error.to_string(), None, Some(help)))
     })?;

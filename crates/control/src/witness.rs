@@ -128,6 +128,23 @@ pub enum WitnessError {
     Logs,
 }
 
+impl WitnessError {
+    /// What to do about it.
+    pub fn help(&self) -> String {
+        match self {
+            Self::Io { path, .. } => format!("check that {} is there for this user, or free", path.display()),
+            Self::Running(_) => "stop it first, or use another directory; two of them must not share one memory".into(),
+            Self::KeyFile(error) => error.help(),
+            Self::Sealed(_) => "put back the `kek` that its key was sealed with".into(),
+            Self::Key(_) => "choose another `--name`".into(),
+            Self::Forgot(_) | Self::State { .. } => {
+                "begin anew in another directory, with a new key that verifiers are told of; never put back an older copy".into()
+            }
+            Self::Logs => "give each log's key as `countersign authority show` prints it".into(),
+        }
+    }
+}
+
 /// What it remembers, as it is written.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields)]

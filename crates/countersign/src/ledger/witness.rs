@@ -78,8 +78,10 @@ pub async fn witness(arguments: WitnessServer, output: Output) -> Done {
     let shown = dir.display().to_string();
     let config = WitnessConfig { dir, listen, name, logs: arguments.log };
     let started = witness::start(config, Clock::system()).await;
-    let mut running =
-        started.map_err(|e| Failure::new(format!("could not start a witness in `{shown}`")).because(&e))?;
+    let failed = |e: witness::WitnessError| {
+        Failure::new(format!("could not start a witness in `{shown}`")).because(&e).help(e.help())
+    };
+    let mut running = started.map_err(failed)?;
     let said = Started { url: format!("http://{}", running.listen), key: running.key.to_string() };
     render::answer(output, &said, |said, paint| {
         let ask = "a control plane asks it with";
