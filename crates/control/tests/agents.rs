@@ -294,6 +294,10 @@ async fn denials_are_kept_hosts_are_asked_for_the_rest_and_a_report_that_cannot_
     let ((denial_json, denial), (permit_json, permit)) = (record("0a", "deny"), record("0b", "permit"));
     let records_json = vec![denial_json, Bytes::from_static(b"{"), vec![b'9'; 70_000].into()];
     stream.say(Said::Report(mesh::Report { records_json, ..Default::default() })).await;
+    let kept = "countersign_control_store_job_seconds_count{job=\"put_report\"} 1";
+    while !metrics_of(plane.control.metrics.unwrap()).await.contains(kept) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 
     let asked = plane.get::<Vec<DecisionRecord>>("/v1/decisions?service=catalog&principal=web");
     let (found, ()) = tokio::join!(asked, async {
