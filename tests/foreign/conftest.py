@@ -110,6 +110,21 @@ class Mesh:
         self.write_policy(name)
         self.command("apply", "--wait", "10s")
 
+    def sidecars(self):
+        """The processes of this mesh's sidecars."""
+        found = []
+        for entry in pathlib.Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == self.process.pid and words[1:2] == [b"sidecar"]:
+                found.append(int(entry.name))
+        return found
+
     def stop(self):
         self.process.send_signal(signal.SIGINT)
         self.process.wait(20)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import re
 import time
 
@@ -66,6 +67,27 @@ def test_a_large_upload_arrives_whole(mesh, tmp_path, words):
     (tmp_path / "body").write_bytes(data)
     answer = json.loads(curl(mesh, "client", *words, "--data-binary", f"@{tmp_path}/body", "http://web.mesh/up").stdout)
     assert answer == {"length": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def most_resident(pid):
+    """The most memory that a process ever held, in bytes."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+
+
+def test_a_gigabyte_passes_each_way_and_no_sidecar_grows_by_it(mesh, tmp_path):
+    size = 1 << 30
+    with open(tmp_path / "body", "wb") as body:
+        body.truncate(size)
+    before = {pid: most_resident(pid) for pid in mesh.sidecars()}
+    assert len(before) >= 2
+    for words, expected in [
+        (["-o", "/dev/null", "-w", "%{size_download}", f"http://web.mesh/bytes/{size}"], str(size)),
+        (["-T", tmp_path / "body", "http://web.mesh/up"], f'"length": {size}'),
+    ]:
+        curling = mesh.start("client", "curl", "-sS", "--max-time", "200", *words)
+        assert expected in curling.communicate(timeout=240)[0]
+    for pid, held in before.items():
+        assert most_resident(pid) - held < 32 << 20, "32 MB more than before"
 
 
 def test_a_large_download_arrives_whole(mesh):

@@ -33,7 +33,14 @@ class Web(BaseHTTPRequestHandler):
             except OSError:
                 pass
         elif self.path.startswith("/bytes/"):
-            self.answer(b"x" * int(self.path.rsplit("/", 1)[1]), "application/octet-stream")
+            left = int(self.path.rsplit("/", 1)[1])
+            self.send_response(200)
+            self.send_header("content-type", "application/octet-stream")
+            self.send_header("content-length", str(left))
+            self.end_headers()
+            block = b"x" * (1 << 20)
+            while left:
+                left -= self.wfile.write(block[: min(left, len(block))])
         else:
             self.answer({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}})
 

@@ -410,8 +410,8 @@ impl Instance {
         }
     }
 
-    /// INVARIANT (sidecar-first): returns when the sidecar listens and has either answered to its view, or none is to be had
-    /// for now: then it answers 503. Nothing of a workload runs before.
+    /// INVARIANT (sidecar-first): returns when the sidecar listens and has answered to its view; or when neither control nor
+    /// what the agent holds can give one, and it answers 503. Nothing of a workload runs before.
     async fn served(&self, host: &Host) {
         let (mut status, mut contact) = (self.watch(), host.contact.subscribe());
         loop {

@@ -233,7 +233,7 @@ impl Talk<'_> {
     }
 }
 
-/// Waits until an identity was issued, or none is to be had for now.
+/// Waits until an identity was issued, or control cannot be reached to issue one.
 async fn identity_is_settled(host: &Host, instance: &Instance, mut identity: watch::Receiver<Option<Arc<Issued>>>) {
     let (mut status, mut contact) = (instance.watch(), host.contact.subscribe());
     tokio::select! {
