@@ -168,6 +168,19 @@ pub struct StoredProposal {
     pub document: Vec<u8>,
 }
 
+/// A small document beside the ledger, found by its kind and key: a session, a ceremony, a count of signatures.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document {
+    /// What it is: `session`.
+    pub kind: &'static str,
+    /// Which: unique among those of its kind.
+    pub key: String,
+    /// All of it, JSON. Secrets are hashed or sealed in it.
+    pub bytes: Vec<u8>,
+    /// When it is void, in milliseconds since 1970; then it is read by nobody any more.
+    pub expires_at_ms: u64,
+}
+
 /// What became of the attempt to use a join token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Spent {
@@ -308,6 +321,19 @@ pub trait Store: Send {
     fn proposal(&mut self, id: &str) -> Result<Option<StoredProposal>, StoreError>;
     /// All proposals, newest first.
     fn proposals(&mut self) -> Result<Vec<StoredProposal>, StoreError>;
+
+    /// Adds a document; false when one of its kind and key is there, or `max` of its kind are. Those that are void make room.
+    fn put_document(&mut self, document: &Document, now_ms: u64, max: u32) -> Result<bool, StoreError>;
+    /// Puts `bytes` in the place of `seen`, if that is what it still holds; false when somebody else was faster.
+    fn swap_document(&mut self, kind: &str, key: &str, seen: &[u8], new: &Document) -> Result<bool, StoreError>;
+    /// What a document holds, unless it is void.
+    fn document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError>;
+    /// The same, and forgets it: of several who ask, one gets it.
+    fn take_document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError>;
+    /// All of a kind that are not void, by key.
+    fn documents(&mut self, kind: &str, now_ms: u64) -> Result<Vec<(String, Vec<u8>)>, StoreError>;
+    /// Forgets some of a kind.
+    fn forget_documents(&mut self, kind: &str, keys: &[String]) -> Result<(), StoreError>;
 
     /// The hosts that may run some services only, with those.
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError>;

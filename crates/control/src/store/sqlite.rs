@@ -22,9 +22,9 @@ use countersign_core::{
 };
 
 use super::{
-    EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX,
-    RECORDS_MAX, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance,
-    StoredProposal,
+    Document, EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX,
+    PROPOSALS_OPEN_MAX, RECORDS_MAX, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost,
+    StoredInstance, StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -142,6 +142,17 @@ const SCHEMA: &[&str] = &[
         is_open       INTEGER NOT NULL,
         document      BLOB NOT NULL
     ) STRICT;
+",
+    "
+    -- Sessions, ceremonies and other small things beside the ledger.
+    CREATE TABLE documents (
+        kind          TEXT NOT NULL,
+        key           TEXT NOT NULL,
+        bytes         BLOB NOT NULL,
+        expires_at_ms INTEGER NOT NULL,
+        PRIMARY KEY (kind, key)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX documents_expiry ON documents (kind, expires_at_ms);
 ",
 ];
 
@@ -527,6 +538,55 @@ impl Store for SqliteStore {
         self.rows(sql, &[], stored_proposal)
     }
 
+    fn put_document(&mut self, document: &Document, now_ms: u64, max: u32) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let (kind, now) = (document.kind, signed(now_ms));
+            t.execute("DELETE FROM documents WHERE kind = ?1 AND expires_at_ms < ?2", params![kind, now])?;
+            let count: u32 = t.query_row("SELECT count(*) FROM documents WHERE kind = ?1", [kind], |row| row.get(0))?;
+            if count >= max {
+                return Ok(false);
+            }
+            let sql = "INSERT INTO documents VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING";
+            let expires = signed(document.expires_at_ms);
+            Ok(t.execute(sql, params![kind, document.key, document.bytes, expires])? == 1)
+        })
+    }
+
+    fn swap_document(&mut self, kind: &str, key: &str, seen: &[u8], new: &Document) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let sql = "UPDATE documents SET bytes = ?4, expires_at_ms = ?5 WHERE kind = ?1 AND key = ?2 AND bytes = ?3";
+            Ok(t.execute(sql, params![kind, key, seen, new.bytes, signed(new.expires_at_ms)])? == 1)
+        })
+    }
+
+    fn document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let sql = "SELECT bytes FROM documents WHERE kind = ?1 AND key = ?2 AND expires_at_ms >= ?3";
+        Ok(self.rows(sql, &[&kind, &key, &signed(now_ms)], |row| row.get(0))?.into_iter().next())
+    }
+
+    fn take_document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.write(|t| {
+            let sql = "DELETE FROM documents WHERE kind = ?1 AND key = ?2 RETURNING bytes, expires_at_ms";
+            let found =
+                t.query_row(sql, [kind, key], |row| Ok((row.get::<_, Vec<u8>>(0)?, unsigned(row, 1)?))).optional()?;
+            Ok(found.filter(|(_, expires_at_ms)| *expires_at_ms >= now_ms).map(|(bytes, _)| bytes))
+        })
+    }
+
+    fn documents(&mut self, kind: &str, now_ms: u64) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let sql = "SELECT key, bytes FROM documents WHERE kind = ?1 AND expires_at_ms >= ?2 ORDER BY key";
+        self.rows(sql, &[&kind, &signed(now_ms)], |row| Ok((row.get(0)?, row.get(1)?)))
+    }
+
+    fn forget_documents(&mut self, kind: &str, keys: &[String]) -> Result<(), StoreError> {
+        self.write(|t| {
+            for key in keys {
+                t.execute("DELETE FROM documents WHERE kind = ?1 AND key = ?2", [kind, key])?;
+            }
+            Ok(())
+        })
+    }
+
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
         self.rows("SELECT host, services FROM entitlements ORDER BY host", &[], |row| {
             Ok((name(row, 0, ServiceName::parse)?, names_of_text(1, &row.get::<_, String>(1)?)?))
@@ -893,6 +953,35 @@ mod tests {
         );
         assert_eq!(store.entries(1, 10).unwrap()[0].change_set, b"set");
         assert_eq!(store.bodies(&[Digest::of(b"text"), Digest::of(b"none")]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_document_is_found_by_kind_and_key_until_it_is_void_and_taken_by_one() {
+        let (mut store, _dir) = open();
+        let document = |key: &str, bytes: &[u8], expires_at_ms| Document {
+            kind: "session",
+            key: key.into(),
+            bytes: bytes.into(),
+            expires_at_ms,
+        };
+        assert!(store.put_document(&document("a", b"1", 1_000), 0, 2).unwrap());
+        assert!(!store.put_document(&document("a", b"2", 1_000), 0, 2).unwrap(), "it is there");
+        assert!(store.put_document(&document("b", b"1", 500), 0, 2).unwrap());
+        assert!(!store.put_document(&document("c", b"1", 1_000), 500, 2).unwrap(), "no room");
+        assert!(store.put_document(&document("c", b"1", 1_000), 501, 2).unwrap(), "what is void makes room");
+        assert_eq!(store.document("session", "a", 1_000).unwrap().as_deref(), Some(&b"1"[..]));
+        assert_eq!(store.document("session", "a", 1_001).unwrap(), None);
+        assert_eq!(store.document("ceremony", "a", 0).unwrap(), None);
+        assert!(!store.swap_document("session", "a", b"0", &document("a", b"2", 2_000)).unwrap());
+        assert!(store.swap_document("session", "a", b"1", &document("a", b"2", 2_000)).unwrap());
+        let all = store.documents("session", 1_001).unwrap();
+        assert_eq!(all, [("a".to_owned(), b"2".to_vec())]);
+        assert_eq!(store.take_document("session", "c", 2_000).unwrap(), None, "too late, and gone");
+        assert_eq!(store.take_document("session", "a", 2_000).unwrap().as_deref(), Some(&b"2"[..]));
+        assert_eq!(store.take_document("session", "a", 2_000).unwrap(), None);
+        assert!(store.put_document(&document("d", b"1", 9_000), 2_000, 2).unwrap());
+        store.forget_documents("session", &["d".into(), "e".into()]).unwrap();
+        assert_eq!(store.documents("session", 0).unwrap(), []);
     }
 
     #[test]

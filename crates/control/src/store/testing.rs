@@ -160,6 +160,24 @@ impl Store for Faulty {
     fn proposals(&mut self) -> Result<Vec<StoredProposal>, StoreError> {
         self.inner.proposals()
     }
+    fn put_document(&mut self, document: &Document, now_ms: u64, max: u32) -> Result<bool, StoreError> {
+        self.inner.put_document(document, now_ms, max)
+    }
+    fn swap_document(&mut self, kind: &str, key: &str, seen: &[u8], new: &Document) -> Result<bool, StoreError> {
+        self.inner.swap_document(kind, key, seen, new)
+    }
+    fn document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.inner.document(kind, key, now_ms)
+    }
+    fn take_document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.inner.take_document(kind, key, now_ms)
+    }
+    fn documents(&mut self, kind: &str, now_ms: u64) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        self.inner.documents(kind, now_ms)
+    }
+    fn forget_documents(&mut self, kind: &str, keys: &[String]) -> Result<(), StoreError> {
+        self.inner.forget_documents(kind, keys)
+    }
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
         self.inner.entitlements()
     }
