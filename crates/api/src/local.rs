@@ -22,6 +22,7 @@
 //! | `GET /v1/proposals` | | `[`[`Proposal`]`]`, newest first |
 //! | `GET /v1/proposals/{id}` | | [`ProposalDetail`] |
 //! | `GET /v1/proposals/{id}/wait?timeout_ms=N` | | [`Proposal`], once it is decided or the time is over |
+//! | `POST /v1/proposals/{id}/ceremony` | [`Shown`]: the operator | [`Ceremony`]: what makes their signature good once |
 //! | `POST /v1/proposals/{id}/apply` | [`Shown`] | [`Applied`]: its author shows what the gate asks for |
 //! | `POST /v1/proposals/{id}/countersign` | [`Shown`] | [`Proposal`]; applied when it was the last that was missing |
 //! | `POST /v1/proposals/{id}/reject` | [`Shown`] | [`Proposal`] |
@@ -37,8 +38,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use countersign_core::{
+    assurance::challenge::Purpose,
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
+    countersignature::Countersignature,
     gate::Requires,
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
@@ -109,6 +112,9 @@ pub struct Shown {
     /// A recovery code, which opens the way to a new factor and to nothing else.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recovery_code: Option<Code>,
+    /// What a passkey or a security key signed for the very change-set; it goes into the ledger's entry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub countersignature: Option<Box<Countersignature>>,
 }
 
 /// Asks for one change-set, with what is shown for it.
@@ -187,6 +193,19 @@ pub struct ProposalDetail {
     pub change_set: ChangeSet,
     /// The texts that it brings.
     pub bodies: Bodies,
+}
+
+/// A ceremony in which an operator signs a change that waits. All else that is signed, they know themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ceremony {
+    /// Who signs.
+    pub operator: OperatorName,
+    /// What for: whoever asked for the change steps up, others countersign.
+    pub purpose: Purpose,
+    /// The number that makes the signature good once.
+    pub nonce: Digest,
+    /// Until when, in milliseconds since 1970.
+    pub expires_at_ms: u64,
 }
 
 /// Asks for the enrolment of an authenticator app.

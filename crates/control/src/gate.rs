@@ -17,9 +17,10 @@ use countersign_core::{
     assurance::{Assurance, FactorKind},
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Member, PolicyId, Revision},
-    gate::{Answer, Asked, Author, ChangeGate, Origin},
+    countersignature::Countersignature,
+    gate::{Answer, Asked, Author, ChangeGate, Origin, Requires},
     identity::{OperatorName, TrustDomain},
-    policy::{self, Library, ParsedPolicy, PolicyError},
+    policy::{self, Factor, Library, ParsedPolicy, PolicyError},
     state::{MeshState, PolicyRef},
 };
 
@@ -54,6 +55,7 @@ pub struct Admitted {
     change_set: ChangeSet,
     bodies: Bodies,
     actor: String,
+    countersignatures: Vec<Countersignature>,
 }
 
 /// Why a change-set does not pass.
@@ -90,6 +92,8 @@ pub struct Petitioner {
     pub approvals: BTreeSet<OperatorName>,
     /// Whether factors in the change-set were verified by the control plane itself, in an enrolment.
     pub enrols: bool,
+    /// What the author and those who countersigned have signed, each verified: it goes into the entry.
+    pub countersignatures: Vec<Countersignature>,
 }
 
 impl Admitted {
@@ -98,9 +102,9 @@ impl Admitted {
         &self.actor
     }
 
-    /// The change-set, the texts it brings, and who asked for it.
-    pub fn into_parts(self) -> (ChangeSet, Bodies, String) {
-        (self.change_set, self.bodies, self.actor)
+    /// The change-set, the texts it brings, who asked for it, and what was signed for it.
+    pub fn into_parts(self) -> (ChangeSet, Bodies, String, Vec<Countersignature>) {
+        (self.change_set, self.bodies, self.actor, self.countersignatures)
     }
 }
 
@@ -124,9 +128,11 @@ impl Gate {
         now_seconds: i64,
     ) -> Result<Admitted, Refused> {
         let Apply { change_set, bodies } = asked;
-        let held = head.follower.revision();
-        if change_set.base != held {
-            return Err(Refused::Moved { base: change_set.base, held });
+        let (base, held) = (change_set.base, head.follower.revision());
+        let moved = Err(Refused::Moved { base, held });
+        // What is signed outlives entries that do not concern it; nothing else does.
+        if base != held && (!head.follower.state().is_protected() || head.keyring.still_holds(&change_set).is_err()) {
+            return moved;
         }
         let mut mistakes = mistakes_of_texts(&change_set, &bodies, head);
         for change in &change_set.changes {
@@ -157,11 +163,16 @@ impl Gate {
             return Err(Refused::Unlawful(mistakes));
         }
         if !head.follower.state().is_protected() {
-            return Ok(Admitted { change_set, bodies, actor: LOCAL.into() });
+            return Ok(Admitted { change_set, bodies, actor: LOCAL.into(), countersignatures: Vec::new() });
         }
         let answer = self.answer(&change_set, petitioner, head, now_seconds);
+        let answer = with_seal(answer, head, petitioner);
         match (answer, &petitioner.operator) {
-            (Answer::Permit, Some(operator)) => Ok(Admitted { change_set, bodies, actor: operator.to_string() }),
+            (Answer::Permit, Some(_)) if base != held && petitioner.countersignatures.is_empty() => moved,
+            (Answer::Permit, Some(operator)) => {
+                let (actor, countersignatures) = (operator.to_string(), petitioner.countersignatures.clone());
+                Ok(Admitted { change_set, bodies, actor, countersignatures })
+            }
             (answer, _) => Err(Refused::Gate { answer, digest: change_set.digest() }),
         }
     }
@@ -223,6 +234,25 @@ impl Gate {
         let in_force: BTreeSet<_> = head.follower.state().bodies().chain(next.bodies()).collect();
         library.retain(|digest| in_force.contains(digest));
         mistakes
+    }
+}
+
+/// What the gate says and the seal asks for beside it: signatures, the author's first.
+fn with_seal(answer: Answer, head: &Head, petitioner: &Petitioner) -> Answer {
+    let Some(seal) = head.keyring.seal() else { return answer };
+    let signers: BTreeSet<_> = petitioner.countersignatures.iter().map(|signed| &signed.operator).collect();
+    let missing = seal.quorum.saturating_sub(signers.len() as u32);
+    let author_signed = petitioner.operator.as_ref().is_some_and(|author| signers.contains(author));
+    let of_author = || Requires { factor: Some(Factor::Phr), max_age_seconds: None, countersign: missing - 1 };
+    let of_others = Requires { countersign: missing, ..Requires::default() };
+    match answer {
+        _ if missing == 0 => answer,
+        Answer::Deny(_) => answer,
+        Answer::StepUp(requires) if author_signed => Answer::StepUp(requires.strictest(of_others)),
+        Answer::StepUp(requires) => Answer::StepUp(requires.strictest(of_author())),
+        Answer::NeedsCountersign(requires) => Answer::NeedsCountersign(requires.strictest(of_others)),
+        Answer::Permit if author_signed => Answer::NeedsCountersign(of_others),
+        Answer::Permit => Answer::StepUp(of_author()),
     }
 }
 

@@ -13,6 +13,8 @@ use countersign_api::mesh;
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
+    countersignature::CountersignatureRefused,
+    keyring::{Keyring, KeyringError},
     ledger::{Batch, Draft, DraftError, Entry, Follower, Frontier, LedgerError, TileHashes, TileReader, hash_leaf},
 };
 
@@ -35,6 +37,8 @@ pub const CLOCK_BEHIND_MAX_MS: u64 = 5 * 60 * 1000;
 pub struct Head {
     /// State, tree and texts in force.
     pub follower: Follower,
+    /// The operators' keys and the seal: what signatures are made over, and judged by.
+    pub keyring: Keyring,
     /// When the newest entry was admitted, in milliseconds since 1970.
     pub newest_at_ms: u64,
 }
@@ -55,6 +59,13 @@ impl Past {
     }
 }
 
+/// An entry that follows, and the keys after it.
+#[derive(Clone)]
+struct Followed {
+    draft: Draft,
+    keyring: Keyring,
+}
+
 /// Told of each new entry.
 type Publish = Box<dyn Fn(&Arc<Head>, mesh::Entries) + Send + Sync>;
 
@@ -68,7 +79,7 @@ pub struct Ledger {
     /// Held while appending: positions are given out one by one.
     appending: tokio::sync::Mutex<()>,
     /// An entry of which the store did not say whether it kept it.
-    uncertain: Mutex<Option<Draft>>,
+    uncertain: Mutex<Option<Followed>>,
     publish: Publish,
 }
 
@@ -116,6 +127,12 @@ pub enum AppendError {
     /// It does not fold, or is too large.
     #[error("the change-set cannot become an entry: {0}")]
     Draft(DraftError),
+    /// The mesh is sealed, and an agent would refuse it.
+    #[error(transparent)]
+    Unsigned(#[from] KeyringError),
+    /// A countersignature that counts for nothing.
+    #[error("a countersignature counts for nothing: {0}")]
+    Countersignature(CountersignatureRefused),
     /// It could not be written. Nothing changed.
     #[error("the change could not be written")]
     Store(#[from] StoreError),
@@ -224,8 +241,11 @@ impl Ledger {
         TileReader::new(size, |tile| past.tree.tile(tile).ok_or(())).consistency(old).ok()
     }
 
-    /// Appends one admitted change-set on exactly the base it was planned on.
+    /// Appends one admitted change-set on exactly the base it was planned on; a countersigned one also later, while it means what
+    /// it meant to those who signed it.
     ///
+    /// INVARIANT (signed-or-not-appended): what agents of a sealed mesh would refuse, and a countersignature that counts for
+    /// nothing, is not appended.
     /// INVARIANT (acknowledged-is-durable): it returns, and publishes, only after the store has fsynced the entry.
     pub async fn append(self: &Arc<Self>, admitted: Admitted) -> Result<Arc<Head>, AppendError> {
         let ledger = self.clone();
@@ -241,21 +261,34 @@ impl Ledger {
         if now_ms + CLOCK_BEHIND_MAX_MS < head.newest_at_ms {
             return Err(AppendError::Clock { behind_seconds: (head.newest_at_ms - now_ms) / 1000 });
         }
-        let (change_set, bodies, actor) = admitted.into_parts();
+        let (change_set, bodies, actor, countersignatures) = admitted.into_parts();
         // Small steps back of the clock do not make time run backwards in the ledger.
         let at_ms = now_ms.max(head.newest_at_ms);
-        let draft = head.follower.draft(at_ms, &actor, &change_set, &bodies).map_err(|error| match error {
+        let draft = if countersignatures.is_empty() {
+            head.follower.draft(at_ms, &actor, &change_set, &bodies)
+        } else {
+            let (base, held) = (change_set.base, head.follower.revision());
+            let holds = head.keyring.still_holds(&change_set).map_err(|_| AppendError::Moved { base, held })?;
+            head.follower.draft_countersigned(at_ms, &actor, &change_set, &bodies, countersignatures, holds)
+        };
+        let draft = draft.map_err(|error| match error {
             DraftError::Moved { base, held } => AppendError::Moved { base, held },
             other => AppendError::Draft(other),
         })?;
+        let mut keyring = head.keyring.clone();
+        let judged = keyring.take(&draft.bytes, &draft.change_set)?;
+        if let Some(refused) = judged.refused.into_iter().next() {
+            return Err(AppendError::Countersignature(refused));
+        }
+        let draft = Followed { draft, keyring };
         let entry = NewEntry {
-            index: draft.entry.index,
-            entry: draft.bytes.clone(),
-            leaf: hash_leaf(&draft.bytes),
-            root: draft.next.root(),
-            seal: self.sealer.seal(HEAD_PURPOSE, &head_bytes(draft.next.revision().0, draft.next.root())),
-            digest: draft.entry.digest,
-            change_set: draft.change_set.clone(),
+            index: draft.draft.entry.index,
+            entry: draft.draft.bytes.clone(),
+            leaf: hash_leaf(&draft.draft.bytes),
+            root: draft.keyring.root(),
+            seal: self.sealer.seal(HEAD_PURPOSE, &head_bytes(draft.keyring.revision().0, draft.keyring.root())),
+            digest: draft.draft.entry.digest,
+            change_set: draft.draft.change_set.clone(),
             bodies: bodies.iter().map(|(digest, text)| (*digest, text.clone())).collect(),
         };
         match self.storage.run("append", move |store| store.append(&entry)).await {
@@ -273,15 +306,16 @@ impl Ledger {
         let Some(draft) = self.uncertain.lock().clone() else { return Ok(false) };
         let stored = self.storage.run("head", |store| store.head()).await?;
         self.uncertain.lock().take();
-        let kept = stored.is_some_and(|stored| stored.root == draft.next.root());
+        let kept = stored.is_some_and(|stored| stored.root == draft.keyring.root());
         if kept {
-            let bodies = draft.next.bodies().clone();
+            let bodies = draft.draft.next.bodies().clone();
             self.take_up(draft, &bodies);
         }
         Ok(kept)
     }
 
-    fn take_up(&self, draft: Draft, bodies: &Bodies) -> Arc<Head> {
+    fn take_up(&self, followed: Followed, bodies: &Bodies) -> Arc<Head> {
+        let Followed { draft, keyring } = followed;
         let leaf = hash_leaf(&draft.bytes);
         let entries = mesh::Entries {
             first_index: draft.entry.index,
@@ -292,7 +326,7 @@ impl Ledger {
             root: Bytes::copy_from_slice(&draft.next.root().0),
         };
         self.past.write().append(leaf, draft.next.root());
-        let head = Arc::new(Head { follower: draft.next, newest_at_ms: draft.entry.at_ms });
+        let head = Arc::new(Head { follower: draft.next, keyring, newest_at_ms: draft.entry.at_ms });
         self.head.send_replace(head.clone());
         (self.publish)(&head, entries);
         head
@@ -408,6 +442,9 @@ fn fold_page(
         root: tree.root(),
     };
     let followed = head.follower.extend(&batch).map_err(|error| chain(&error))?;
+    for entry in page {
+        head.keyring.take(&entry.entry, &entry.change_set).map_err(|error| error.to_string())?;
+    }
     head.newest_at_ms = followed.last().map_or(head.newest_at_ms, |entry: &Entry| entry.at_ms);
     Ok(())
 }

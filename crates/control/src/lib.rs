@@ -53,6 +53,7 @@ use countersign_core::{
 pub mod advertise;
 pub mod agents;
 pub mod authority;
+pub mod ceremony;
 pub mod checkpoint;
 pub mod clock;
 pub mod decisions;

@@ -19,9 +19,10 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    Applied, ApplyAs, AuthorityView, Caller, ChangeDetail, ChangeSummary, CheckpointView, Confirm, DecisionDetail,
-    Enrol, Enrolled, Enrolment, GateOutcome, GateRefusal, Invitation, Invite, LedgerLine, Mesh, Problem, ProofView,
-    Proposal, ProposalDetail, ProxyRevision, RecordFilter, ServiceView, Shown, Status, TailEvent, Waited,
+    Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView, Confirm,
+    DecisionDetail, Enrol, Enrolled, Enrolment, GateOutcome, GateRefusal, Invitation, Invite, LedgerLine, Mesh,
+    Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RecordFilter, ServiceView, Shown, Status, TailEvent,
+    Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -34,7 +35,7 @@ use countersign_core::{
 use crate::{
     Plane,
     authority::log_key::SignError,
-    decisions, enrol, gate,
+    ceremony, decisions, enrol, gate,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused},
     proposals,
@@ -113,6 +114,7 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/proposals", get(list_proposals))
         .route("/v1/proposals/{id}", get(proposal))
         .route("/v1/proposals/{id}/wait", get(wait_for_proposal))
+        .route("/v1/proposals/{id}/ceremony", post(begin_ceremony))
         .route("/v1/proposals/{id}/apply", post(apply_proposal))
         .route("/v1/proposals/{id}/countersign", post(countersign))
         .route("/v1/proposals/{id}/reject", post(reject))
@@ -281,6 +283,11 @@ pub fn append_problem(error: AppendError) -> Problem {
             detail: Some(error.to_string()),
             ..store_problem(&error)
         },
+        AppendError::Unsigned(_) => {
+            let help = "nothing was changed; in a sealed mesh each change is signed, with `countersign apply`";
+            problem(403, "the mesh is sealed, and agents would refuse the change", Some(error.to_string()), Some(help))
+        }
+        AppendError::Countersignature(why) => ceremony::refused(&why),
         AppendError::Clock { .. } => {
             problem(500, error.to_string(), None, Some("set this machine's clock; nothing was changed"))
         }
@@ -554,6 +561,14 @@ async fn wait_for_proposal(
 ) -> Answered<Proposal> {
     let within = Duration::from_millis(timeout_ms.unwrap_or(10_000)).min(WAIT_MAX);
     Ok(Json(proposals::wait(&plane, &id, tokio::time::Instant::now() + within).await?))
+}
+
+async fn begin_ceremony(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(id): UrlPath<String>,
+    Json(shown): Json<Shown>,
+) -> Answered<Ceremony> {
+    Ok(Json(proposals::begin_ceremony(&plane, &id, &shown).await?))
 }
 
 async fn apply_proposal(

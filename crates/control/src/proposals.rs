@@ -2,24 +2,27 @@
 //! for a factor or for other operators, and what became of it.
 //!
 //! A proposal is bound to its base, the ledger's root there and its digest, and is good once: what it would apply was stored
-//! when it was asked for, and an entry since then voids it. No answer of the gate is given here, and no factor verified.
+//! when it was asked for, and an entry since then that wrote what it reads or writes voids it. No answer of the gate is given here, and no factor verified.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use countersign_api::local::{Applied, Apply, ApplyAs, Problem, Proposal, ProposalDetail, ProposalState, Shown};
+use countersign_api::local::{
+    Applied, Apply, ApplyAs, Ceremony, Problem, Proposal, ProposalDetail, ProposalState, Shown,
+};
 use countersign_core::{
     assurance::{FactorKind, Proof},
     canonical::Digest,
-    change::{Change, Revision},
+    change::{Change, ChangeSet, Revision},
+    countersignature::Countersignature,
     gate::{Answer, Requires},
     identity::OperatorName,
 };
 
 use crate::{
-    Plane,
+    Plane, ceremony,
     gate::{Petitioner, Refused},
     ledger::Head,
     local_api::{gate_problem, problem, refusal, store_problem},
@@ -50,6 +53,9 @@ struct Document {
     apply: Apply,
     /// What its author has shown for it.
     proofs: Vec<ShownFactor>,
+    /// What was signed for it.
+    #[serde(default)]
+    countersignatures: Vec<Countersignature>,
 }
 
 /// One factor that was shown.
@@ -57,6 +63,10 @@ struct Document {
 struct ShownFactor {
     kind: FactorKind,
     at_seconds: i64,
+    #[serde(default)]
+    user_verified: bool,
+    #[serde(default)]
+    device_bound: bool,
 }
 
 /// A change-set that the gate did not let through as it was asked for.
@@ -102,6 +112,15 @@ async fn attempt(
     };
     if !matches!(held.answer, Answer::StepUp(_)) {
         return Ok(Err((held, None)));
+    }
+    if let Some(given) = &shown.countersignature {
+        let proof = ceremony::verify(plane, &operator, &operator, &apply.change_set, given).await?;
+        petitioner.assurance.add(proof);
+        petitioner.countersignatures.push((**given).clone());
+        return Ok(match enter(plane, apply, &petitioner).await? {
+            Ok(applied) => Ok(applied),
+            Err((answer, digest)) => Err((Held { answer, digest, petitioner }, None)),
+        });
     }
     match mfa::prove(plane, &operator, shown).await {
         Ok(None) => Ok(Err((held, None))),
@@ -166,8 +185,8 @@ async fn propose(
         expires_at_ms: now_ms + lifetime_ms,
     };
     let id = proposal.id.clone();
-    let proofs = shown_factors(&held.petitioner);
-    let stored = stored(&Document { proposal, apply, proofs }, 1);
+    let (proofs, countersignatures) = (shown_factors(&held.petitioner), held.petitioner.countersignatures.clone());
+    let stored = stored(&Document { proposal, apply, proofs, countersignatures }, 1);
     let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
     match kept.map_err(|error| store_problem(&error))? {
         true => Ok(id),
@@ -176,6 +195,13 @@ async fn propose(
             Err(problem(429, "too many changes wait already", None, Some(help)))
         }
     }
+}
+
+/// Begins the ceremony in which an operator signs it: its author, unless another is named.
+pub async fn begin_ceremony(plane: &Plane, id: &str, shown: &Shown) -> Result<Ceremony, Problem> {
+    let (_, document) = pending(plane, id).await?;
+    let operator = shown.operator.clone().unwrap_or_else(|| document.proposal.author.clone());
+    ceremony::begin(plane, &document.proposal, operator).await
 }
 
 /// The author shows what the gate asks for: what was proposed, exactly that, becomes an entry, once.
@@ -197,6 +223,7 @@ pub async fn apply_pending(plane: &Plane, id: &str, shown: Shown) -> Result<Appl
                 && document.proposal.state == ProposalState::StepUp
             {
                 document.proofs = shown_factors(&held.petitioner);
+                document.countersignatures = held.petitioner.countersignatures;
                 document.proposal.requires = requires;
                 document.proposal.state = ProposalState::NeedsCountersign;
                 document.proposal.asked_at_ms = plane.clock.now_ms();
@@ -221,16 +248,18 @@ pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Propos
     let approver = approver(plane, &document, &shown)?;
     agree(plane, &document, &approver, &shown).await?;
     document.proposal.approvals.insert(approver.clone());
+    document.countersignatures.extend(shown.countersignature.as_deref().cloned());
     save(plane, version, &document).await?;
     tracing::info!(proposal = id, by = %approver, digest = %document.proposal.digest.short(), "a change was countersigned");
     let mut petitioner = Petitioner {
         operator: Some(document.proposal.author.clone()),
         asked_at_seconds: mfa::seconds(document.proposal.asked_at_ms),
         approvals: document.proposal.approvals.clone(),
+        countersignatures: document.countersignatures.clone(),
         ..Petitioner::default()
     };
-    for ShownFactor { kind, at_seconds } in &document.proofs {
-        petitioner.assurance.add(Proof::of_code(*kind, *at_seconds));
+    for &ShownFactor { kind, at_seconds, user_verified, device_bound } in &document.proofs {
+        petitioner.assurance.add(Proof { kind, at_seconds, user_verified, device_bound });
     }
     match enter(plane, &document.apply, &petitioner).await? {
         Ok(applied) => document.proposal.state = ProposalState::Applied { revision: applied.revision },
@@ -323,7 +352,10 @@ async fn agree(plane: &Plane, document: &Document, approver: &OperatorName, show
     if matches!(answer, Answer::Deny(_)) {
         return Err(refused(&answer));
     }
-    petitioner.assurance.add(show_one(plane, approver, shown).await?);
+    petitioner.assurance.add(match &shown.countersignature {
+        Some(given) => ceremony::verify(plane, approver, &document.proposal.author, change_set, given).await?,
+        None => show_one(plane, approver, shown).await?,
+    });
     match plane.gate.answer(change_set, &petitioner, &head, asked_at_seconds) {
         Answer::Permit | Answer::NeedsCountersign(_) => Ok(()),
         answer => Err(refused(&answer)),
@@ -375,15 +407,26 @@ async fn documents(plane: &Plane) -> Result<Vec<(u64, Document)>, Problem> {
 fn read(plane: &Plane, stored: &StoredProposal) -> Option<(u64, Document)> {
     let mut document: Document = serde_json::from_slice(&stored.document).ok()?;
     let proposal = &mut document.proposal;
-    let held = plane.ledger.head().follower.revision();
     if is_open(&proposal.state) {
-        if proposal.base != held || plane.ledger.root_at(held) != Some(proposal.root) {
-            proposal.state = ProposalState::Void { revision: Revision(proposal.base.0 + 1).min(held) };
+        if let Some(revision) = voided(&plane.ledger.head(), proposal, &document.apply.change_set) {
+            proposal.state = ProposalState::Void { revision };
         } else if plane.clock.now_ms() > proposal.expires_at_ms {
             proposal.state = ProposalState::Expired;
         }
     }
     Some((stored.version, document))
+}
+
+/// The revision that made of the change-set something else than what was asked for; `None` while it means the same.
+fn voided(head: &Head, proposal: &Proposal, change_set: &ChangeSet) -> Option<Revision> {
+    let root = head.keyring.root_at(proposal.base);
+    // What nobody can sign is good on its own base only.
+    let may_lag = proposal.base == head.follower.revision() || head.keyring.signers().next().is_some();
+    match (root, head.keyring.still_holds(change_set)) {
+        (Some(root), Ok(_)) if root == proposal.root && may_lag => None,
+        (Some(_), Err((revision, _))) => Some(revision),
+        _ => Some(Revision(proposal.base.0 + 1).min(head.follower.revision())),
+    }
 }
 
 async fn save(plane: &Plane, version: u64, document: &Document) -> Result<(), Problem> {
@@ -414,7 +457,13 @@ fn is_open(state: &ProposalState) -> bool {
 
 fn shown_factors(petitioner: &Petitioner) -> Vec<ShownFactor> {
     let proofs = petitioner.assurance.proofs().iter();
-    proofs.map(|proof| ShownFactor { kind: proof.kind, at_seconds: proof.at_seconds }).collect()
+    let shown = |&Proof { kind, at_seconds, user_verified, device_bound }: &Proof| ShownFactor {
+        kind,
+        at_seconds,
+        user_verified,
+        device_bound,
+    };
+    proofs.map(shown).collect()
 }
 
 fn requires(answer: &Answer) -> Requires {

@@ -513,7 +513,7 @@ mod tests {
         let grown = |head: &Head, changes: Vec<Change>, bodies: &Bodies| {
             let change_set = ChangeSet { base: head.follower.revision(), changes };
             let draft = head.follower.draft(0, "local", &change_set, bodies).unwrap();
-            (Head { follower: draft.next, newest_at_ms: 0 }, draft.change_set)
+            (Head { follower: draft.next, ..Head::default() }, draft.change_set)
         };
         let (before, _) = grown(&Head::default(), changes, &bodies);
 

@@ -102,7 +102,7 @@ impl Clocked {
     fn shown(&self, app: &App) -> Shown {
         self.pass(60);
         let code = Code(app.code(self.now() / 1000));
-        Shown { operator: Some(operator(&app.account)), otp: Some(code), recovery_code: None }
+        Shown { operator: Some(operator(&app.account)), otp: Some(code), recovery_code: None, countersignature: None }
     }
 
     async fn mesh(&self) -> Mesh {
@@ -242,7 +242,7 @@ async fn only_what_the_gate_permits_to_who_has_proven_it_becomes_an_entry() {
 async fn a_code_is_good_once_also_after_a_restart_and_guessing_is_throttled_also_after_one() {
     let (mesh, alice, _) = Clocked::protected().await;
     let code = alice.code(mesh.now() / 1000);
-    let shown = Shown { operator: None, otp: Some(Code(code)), recovery_code: None };
+    let shown = Shown { operator: None, otp: Some(Code(code)), recovery_code: None, countersignature: None };
     mesh.apply(vec![declare("a")], &shown).await.unwrap();
     let again = mesh.apply(vec![declare("b")], &shown).await.unwrap_err();
     assert!(again.title.contains("used already"), "{again:?}");
@@ -255,13 +255,18 @@ async fn a_code_is_good_once_also_after_a_restart_and_guessing_is_throttled_also
     let wrong = |mesh: &Clocked| {
         let right = alice.code(mesh.now() / 1000);
         let wrong = format!("{}{}", if right.starts_with('0') { '1' } else { '0' }, &right[1..]);
-        Shown { operator: None, otp: Some(Code(wrong)), recovery_code: None }
+        Shown { operator: None, otp: Some(Code(wrong)), recovery_code: None, countersignature: None }
     };
     for n in 0..mfa::GUESSES_MAX {
         let refused = mesh.apply(vec![declare("b")], &wrong(&mesh)).await.unwrap_err();
         assert!(refused.title.contains("wrong"), "{n}: {refused:?}");
     }
-    let right = Shown { operator: None, otp: Some(Code(alice.code(mesh.now() / 1000))), recovery_code: None };
+    let right = Shown {
+        operator: None,
+        otp: Some(Code(alice.code(mesh.now() / 1000))),
+        recovery_code: None,
+        countersignature: None,
+    };
     let throttled = mesh.apply(vec![declare("b")], &right).await.unwrap_err();
     assert_eq!(throttled.status, 429, "the right one is not looked at either: {throttled:?}");
     let mesh = mesh.restart().await;
@@ -290,8 +295,12 @@ async fn the_secrets_of_factors_are_sealed_and_nowhere_in_the_ledger() {
 async fn a_recovery_code_is_good_once_for_a_new_factor_and_for_nothing_else() {
     let (mesh, _, enrolled) = Clocked::protected().await;
     let [first, second, ..] = &enrolled.recovery_codes[..] else { panic!("two codes") };
-    let with =
-        |code: &str| Shown { operator: Some(operator("alice")), otp: None, recovery_code: Some(Code(code.into())) };
+    let with = |code: &str| Shown {
+        operator: Some(operator("alice")),
+        otp: None,
+        recovery_code: Some(Code(code.into())),
+        countersignature: None,
+    };
     let refused = mesh.apply(vec![declare("a")], &with(first)).await.unwrap_err();
     assert_eq!(outcome(&refused), GateOutcome::StepUp, "it opens no change: {refused:?}");
 

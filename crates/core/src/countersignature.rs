@@ -14,8 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     assurance::{
+        FactorKind,
         challenge::{Challenge, Nonce, Purpose},
-        webauthn::{self, AssertionRefused, PresentedAssertion},
+        webauthn::{self, AssertionRefused, PresentedAssertion, VerifiedAssertion},
     },
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, Revision, RouteName},
@@ -68,6 +69,14 @@ pub struct Signed<'a> {
     pub base: Revision,
     /// The ledger's root at that revision, as the verifier knows it.
     pub root: Digest,
+}
+
+/// A countersignature that counts. Only [`verify`] makes one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Countersigned {
+    operator: OperatorName,
+    kind: FactorKind,
+    assertion: VerifiedAssertion,
 }
 
 /// Why a countersignature counts for nothing.
@@ -133,7 +142,7 @@ pub fn verify(
     countersignature: &Countersignature,
     keyring: &Keyring,
     signed: &Signed<'_>,
-) -> Result<OperatorName, CountersignatureRefused> {
+) -> Result<Countersigned, CountersignatureRefused> {
     let signer = &countersignature.operator;
     let factor = keyring
         .factor(signer, &countersignature.credential)
@@ -171,8 +180,25 @@ pub fn verify(
         backup_eligible: signing.backup_eligible,
         sign_count: None,
     };
-    webauthn::verify(&assertion, &credential, &signing.relying_party, &challenge)?;
-    Ok(signer.clone())
+    let assertion = webauthn::verify(&assertion, &credential, &signing.relying_party, &challenge)?;
+    Ok(Countersigned { operator: signer.clone(), kind: factor.kind(), assertion })
+}
+
+impl Countersigned {
+    /// Who signed.
+    pub fn operator(&self) -> &OperatorName {
+        &self.operator
+    }
+
+    /// With what.
+    pub fn kind(&self) -> FactorKind {
+        self.kind
+    }
+
+    /// What the authenticator said. Its count of signatures is compared with nothing yet.
+    pub fn assertion(&self) -> &VerifiedAssertion {
+        &self.assertion
+    }
 }
 
 /// The operators who signed, each once, and why the other countersignatures count for nothing.
@@ -184,8 +210,8 @@ pub fn signers(
     let (mut signers, mut refused) = (BTreeSet::new(), Vec::new());
     for countersignature in countersignatures.iter().take(COUNTERSIGNATURES_MAX) {
         match verify(countersignature, keyring, signed) {
-            Ok(signer) => {
-                signers.insert(signer);
+            Ok(counted) => {
+                signers.insert(counted.operator);
             }
             Err(why) => refused.push(why),
         }

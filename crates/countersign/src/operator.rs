@@ -41,7 +41,12 @@ pub struct Who {
 impl Who {
     /// As it travels.
     pub fn shown(&self) -> Shown {
-        Shown { operator: self.operator.clone(), otp: self.otp.clone().map(Code), recovery_code: None }
+        Shown {
+            operator: self.operator.clone(),
+            otp: self.otp.clone().map(Code),
+            recovery_code: None,
+            countersignature: None,
+        }
     }
 }
 

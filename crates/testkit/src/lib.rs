@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`authority`] | a root, an intermediate, and SVIDs with any defect |
 //! | [`authenticator`] | an authenticator app, as on the phone of an operator |
+//! | [`security_key`] | a WebAuthn authenticator that does what it is told |
 //! | [`agent`] | an agent that does what the test says, for a sidecar on the other end |
 //!
 //! A whole mesh in one process, on a clock of its own, stands in `tests/simulation`: it is made of what is tested.
@@ -12,3 +13,4 @@
 pub mod agent;
 pub mod authenticator;
 pub mod authority;
+pub mod security_key;

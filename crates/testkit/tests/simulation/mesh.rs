@@ -251,11 +251,13 @@ impl Mesh {
         let head = self.control.head.clone();
         let asked = self.plan(&head);
         let admitted = self.spare.gate.admit(asked, &head, None).unwrap();
-        let (change_set, bodies, actor) = admitted.into_parts();
+        let (change_set, bodies, actor, _) = admitted.into_parts();
         let draft = head.follower.draft(self.now_ms, &actor, &change_set, &bodies).unwrap();
         let entries = entries_of(&draft, &bodies);
         self.control.stored.push(entries.clone());
-        self.control.head = Arc::new(Head { follower: draft.next, newest_at_ms: draft.entry.at_ms });
+        let mut keyring = head.keyring.clone();
+        keyring.take(&draft.bytes, &draft.change_set).unwrap();
+        self.control.head = Arc::new(Head { follower: draft.next, keyring, newest_at_ms: draft.entry.at_ms });
         self.truth.append(self.control.head.follower.clone());
         entries
     }
@@ -268,7 +270,7 @@ impl Mesh {
         self.apply();
         let head = self.control.head.clone();
         assert!(matches!(self.spare.gate.admit(late, &head, None), Err(Refused::Moved { .. })));
-        let (change_set, bodies, actor) = passed.into_parts();
+        let (change_set, bodies, actor, _) = passed.into_parts();
         assert!(head.follower.draft(self.now_ms, &actor, &change_set, &bodies).is_err());
     }
 
