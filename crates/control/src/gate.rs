@@ -20,6 +20,7 @@ use countersign_core::{
     countersignature::Countersignature,
     gate::{Answer, Asked, Author, ChangeGate, Origin, Requires},
     identity::{OperatorName, TrustDomain},
+    pipeline,
     policy::{self, Factor, Library, ParsedPolicy, PolicyError},
     state::{MeshState, PolicyRef},
 };
@@ -324,6 +325,14 @@ fn mistakes_of_references(next: &MeshState) -> Vec<String> {
                 mistakes.push(format!("role `{role}` has member `{service}`, which is not declared"));
             }
         }
+    }
+    for (name, pipeline) in &next.pipelines {
+        if !next.issuers.contains_key(&pipeline.issuer) {
+            mistakes.push(format!("pipeline `{name}` names issuer `{}`, which is not declared", pipeline.issuer));
+        }
+        let issuer = next.issuers.get(&pipeline.issuer);
+        let refusals = pipeline::refusals(issuer.map(|issuer| issuer.url.as_str()), &pipeline.claims);
+        mistakes.extend(refusals.into_iter().map(|refusal| format!("pipeline `{name}`: {}", refusal.what)));
     }
     for (name, route) in &next.routes {
         for service in std::iter::once(&route.service).chain(route.split.keys()).filter(|service| !declared(service)) {

@@ -15,6 +15,7 @@ use crate::{
     canonical::Digest,
     identity::{FactorId, NameError, OperatorName, ServiceName, SpiffeId, TrustDomain},
     operator::EnrolledFactor,
+    pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     route::Route,
     service::ServiceSpec,
 };
@@ -160,6 +161,30 @@ pub enum Change {
         /// The SHA-256 of each.
         artifacts: BTreeSet<Digest>,
     },
+    /// Believes the tokens of an OpenID Connect provider, or replaces what is known of it.
+    SetIssuer {
+        /// Its name.
+        name: IssuerName,
+        /// What is known of it.
+        issuer: Issuer,
+    },
+    /// Believes an issuer no more.
+    RemoveIssuer {
+        /// Its name.
+        name: IssuerName,
+    },
+    /// Lets an automation propose changes, or replaces what it is matched by.
+    SetPipeline {
+        /// Its name.
+        name: PipelineName,
+        /// What it is matched by.
+        pipeline: Pipeline,
+    },
+    /// Lets an automation propose no more.
+    RemovePipeline {
+        /// Its name.
+        name: PipelineName,
+    },
 }
 
 /// Who can have a role: a service of the own trust domain by its name, or any workload by its full SPIFFE ID.
@@ -189,7 +214,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 19] = [
+    pub const KINDS: [&str; 23] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -209,6 +234,10 @@ impl Change {
         "remove_gate_policy",
         "seal_settings",
         "deploy",
+        "set_issuer",
+        "remove_issuer",
+        "set_pipeline",
+        "remove_pipeline",
     ];
 
     /// The kind as the ledger and the change gate spell it.
@@ -233,6 +262,10 @@ impl Change {
             Self::RemoveGatePolicy { .. } => "remove_gate_policy",
             Self::SealSettings { .. } => "seal_settings",
             Self::Deploy { .. } => "deploy",
+            Self::SetIssuer { .. } => "set_issuer",
+            Self::RemoveIssuer { .. } => "remove_issuer",
+            Self::SetPipeline { .. } => "set_pipeline",
+            Self::RemovePipeline { .. } => "remove_pipeline",
         }
     }
 
@@ -255,6 +288,8 @@ impl Change {
             Self::SetGatePolicy { id, .. } | Self::RemoveGatePolicy { id } => format!("gate policy {id}"),
             Self::SealSettings { .. } => "seal".to_owned(),
             Self::Deploy { service, .. } => format!("deployment of service {service}"),
+            Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),
+            Self::SetPipeline { name, .. } | Self::RemovePipeline { name } => format!("pipeline {name}"),
         }
     }
 

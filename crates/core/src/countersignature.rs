@@ -120,7 +120,7 @@ pub struct StillHolds {
 pub enum Part {
     /// The mesh itself: nothing else exists before it.
     Mesh,
-    /// The change gate, the operators, who has which role, and the seal: what every admission reads.
+    /// The change gate, operators, pipelines, who has which role, and the seal: what every admission reads.
     Gate,
     /// One service.
     Service(ServiceName),
@@ -284,7 +284,11 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::SetOperatorRoles { .. }
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
-            | Change::SealSettings { .. } => {}
+            | Change::SealSettings { .. }
+            | Change::SetIssuer { .. }
+            | Change::RemoveIssuer { .. }
+            | Change::SetPipeline { .. }
+            | Change::RemovePipeline { .. } => {}
         }
     }
     touched
@@ -314,7 +318,11 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::SetOperatorRoles { .. }
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
-            | Change::SealSettings { .. } => Part::Gate,
+            | Change::SealSettings { .. }
+            | Change::SetIssuer { .. }
+            | Change::RemoveIssuer { .. }
+            | Change::SetPipeline { .. }
+            | Change::RemovePipeline { .. } => Part::Gate,
         };
         written.insert(part);
     }

@@ -5,6 +5,7 @@
 //! other. No file is opened here, and nothing is asked of a host: whether a program exists is for `up` to find out.
 
 mod mesh;
+mod pipelines;
 mod plan;
 mod read;
 mod reference;
@@ -28,11 +29,13 @@ use crate::{
     gate,
     identity::{ServiceName, TrustDomain},
     ledger::BODY_BYTES_MAX,
+    pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     policy::{self, FilePolicy},
     route::Route,
     service::{Recorded, ServiceSpec},
 };
 use read::Source;
+pub(crate) use read::{PLAIN_NAME, is_plain_name};
 
 /// The file that makes a directory a mesh directory.
 pub const MESH_FILE: &str = "mesh.toml";
@@ -67,6 +70,10 @@ pub struct Directory {
     pub gate: BTreeMap<PolicyId, PolicyText>,
     /// The traffic rules.
     pub routes: BTreeMap<RouteName, Route>,
+    /// Whose tokens are believed.
+    pub issuers: BTreeMap<IssuerName, Issuer>,
+    /// The automations that may propose changes.
+    pub pipelines: BTreeMap<PipelineName, Pipeline>,
     /// The policy tests: text by file. [`crate::policy`] reads them.
     pub tests: BTreeMap<Arc<str>, Arc<str>>,
 }
@@ -198,6 +205,8 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             policies,
             gate,
             routes,
+            issuers: mesh.issuers,
+            pipelines: mesh.pipelines,
             tests,
         }),
         _ => Err(Mistakes(mistakes)),

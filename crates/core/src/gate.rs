@@ -32,6 +32,7 @@ use crate::{
     change::{Change, ChangeSet, PolicyId},
     identity::OperatorName,
     operator::Operator,
+    pipeline::PipelineName,
     policy::{self, Factor, FilePolicy, JudgedBy, Mistake, Obligation, PolicyError},
     service::ServiceSpec,
     state::MeshState,
@@ -56,9 +57,11 @@ pub enum Author {
 }
 
 /// An automation that proposes changes, as its token said and was verified.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pipeline {
-    /// Who vouches for it.
+    /// What the mesh calls it; its roles are those that the mesh gives to this name.
+    pub name: PipelineName,
+    /// Who vouches for it: the URL.
     pub issuer: String,
     /// How the issuer names it, in a way that is never given again.
     pub subject: String,
@@ -228,6 +231,8 @@ impl ChangeGate {
     ///
     /// INVARIANT (nobody-unproven): no policy lets an operator through who has shown nothing, whatever it says; and a
     /// recovery code alone opens the way to a new factor of one's own and to nothing else.
+    ///
+    /// INVARIANT (bots-not-exempt): no policy lets a pipeline through whom no operator has countersigned.
     pub fn decide(&self, asked: &Asked<'_>) -> Answer {
         let (mut requires, mut denied) = (Requires::default(), Vec::new());
         let questions = match Questions::of(asked) {
@@ -249,6 +254,9 @@ impl ChangeGate {
             && !proves_enough(asked, author)
         {
             requires.factor = Some(Factor::Mfa);
+        }
+        if matches!(asked.author, Author::Pipeline(_)) && asked.approvals.is_empty() {
+            requires.countersign = requires.countersign.max(1);
         }
         if requires.asks_author() {
             Answer::StepUp(requires)
@@ -402,7 +410,7 @@ impl Questions {
         let unfit = |error: &dyn fmt::Display| format!("the question cannot be put to the gate: {error}");
         let principal = match asked.author {
             Author::Operator(name) => uid("Operator", name.as_str()),
-            Author::Pipeline(pipeline) => uid("Pipeline", &pipeline.subject),
+            Author::Pipeline(pipeline) => uid("Pipeline", &pipeline.name),
         };
         let context = context(asked).map_err(|error| unfit(&error))?;
         let after = services(asked, |change, held| match change {
@@ -415,7 +423,10 @@ impl Questions {
         });
         let before = if before == after { None } else { Some(before) };
         let entities = |services: BTreeMap<String, Option<ServiceSpec>>| {
-            let all = people(asked).into_iter().chain(services.iter().map(|(name, spec)| service(name, spec.as_ref())));
+            let all = people(asked)
+                .into_iter()
+                .chain(pipelines(asked))
+                .chain(services.iter().map(|(name, spec)| service(name, spec.as_ref())));
             Entities::from_entities(all, Some(schema())).map_err(|error| unfit(&error))
         };
         Ok(Self { principal, context, after: entities(after)?, before: before.map(entities).transpose()? })
@@ -471,6 +482,14 @@ fn people(asked: &Asked<'_>) -> Vec<Entity> {
         .collect()
 }
 
+/// The pipelines, with what the mesh trusts them with.
+fn pipelines(asked: &Asked<'_>) -> impl Iterator<Item = Entity> {
+    asked.state.pipelines.iter().map(|(name, pipeline)| {
+        let roles: HashSet<EntityUid> = pipeline.roles.iter().map(|role| uid("Role", role)).collect();
+        Entity::new_no_attrs(uid("Pipeline", name), roles)
+    })
+}
+
 fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
     match change {
         Change::CreateMesh { trust_domain } => uid("Mesh", trust_domain.as_str()),
@@ -488,6 +507,8 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         | Change::SetOperatorRoles { name, .. }
         | Change::AddFactor { operator: name, .. }
         | Change::RemoveFactor { operator: name, .. } => uid("Operator", name.as_str()),
+        Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => uid("Issuer", name),
+        Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => uid("Pipeline", name),
     }
 }
 
@@ -550,7 +571,7 @@ impl fmt::Display for Author {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Operator(name) => write!(f, "operator `{name}`"),
-            Self::Pipeline(pipeline) => write!(f, "pipeline `{}`", pipeline.subject),
+            Self::Pipeline(pipeline) => write!(f, "pipeline `{}`", pipeline.name),
         }
     }
 }

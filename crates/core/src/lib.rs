@@ -15,6 +15,7 @@
 //! | [`ledger`] | the Merkle log: entries, proofs, notes, checkpoints, tiles, witnesses |
 //! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
 //! | [`operator`] | operators as the ledger knows them: roles, factors, public keys, the seal |
+//! | [`pipeline`] | whose tokens are believed, and which automations may propose changes |
 //! | [`gate`] | the change gate: who may change what, and what they have to show for it |
 //! | [`policy`] | the request gate: the schema, the compiled law, the decision and its explanation, lint and tests |
 //! | [`route`] | traffic rules as data |
@@ -33,6 +34,7 @@ pub mod keyring;
 pub mod ledger;
 pub mod operator;
 pub mod path;
+pub mod pipeline;
 pub mod policy;
 pub mod record;
 pub mod route;

@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
+    directory::{PLAIN_NAME, is_plain_name},
     identity::{FactorId, OperatorName, ServiceName, TrustDomain},
     operator::{EnrolledFactor, FACTORS_MAX, Operator, QUORUM_MAX, Seal},
+    pipeline::{self, Issuer, IssuerName, PIPELINES_MAX, Pipeline, PipelineName},
     route::Route,
     service::ServiceSpec,
 };
@@ -47,6 +49,12 @@ pub struct MeshState {
     /// The executables and images that may be instances of a service, by their SHA-256; a service that is not here takes any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub deployments: BTreeMap<ServiceName, BTreeSet<Digest>>,
+    /// Whose tokens are believed.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub issuers: BTreeMap<IssuerName, Issuer>,
+    /// The automations that may propose changes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pipelines: BTreeMap<PipelineName, Pipeline>,
 }
 
 /// Executables and images of one service at the same time: the old ones and the new ones of a rollout.
@@ -108,6 +116,9 @@ pub enum FoldError {
     /// None, or too many, executables and images.
     #[error("a deployment names 1 to {ARTIFACTS_MAX} executables or images")]
     Artifacts,
+    /// An issuer or a pipeline that nobody should believe.
+    #[error("{0}: {1}")]
+    Pipeline(String, String),
     /// No loopback address is left.
     #[error("a mesh holds at most {SERVICES_MAX} services")]
     Full,
@@ -166,6 +177,19 @@ impl MeshState {
                 }
                 self.deployments.insert(service.clone(), artifacts.clone());
             }
+            Change::SetIssuer { name, issuer } => {
+                let refusals = issuer.refusals();
+                taken(change, name, refusals, self.issuers.keys().filter(|held| *held != name).count())?;
+                self.issuers.insert(name.clone(), issuer.clone());
+            }
+            Change::RemoveIssuer { name } => known(self.issuers.remove(name).is_some())?,
+            Change::SetPipeline { name, pipeline } => {
+                let issuer = self.issuers.get(&pipeline.issuer);
+                let refusals = pipeline::refusals(issuer.map(|issuer| issuer.url.as_str()), &pipeline.claims);
+                taken(change, name, refusals, self.pipelines.keys().filter(|held| *held != name).count())?;
+                self.pipelines.insert(name.clone(), pipeline.clone());
+            }
+            Change::RemovePipeline { name } => known(self.pipelines.remove(name).is_some())?,
             Change::InviteOperator { .. }
             | Change::EnrollOperator { .. }
             | Change::AddFactor { .. }
@@ -256,6 +280,21 @@ impl MeshState {
         let taken: BTreeSet<u16> = self.services.values().map(|service| service.slot).collect();
         let from = usize::from(self.next_slot);
         (from..from + SERVICES_MAX).map(|n| (n % SERVICES_MAX) as u16).find(|slot| !taken.contains(slot))
+    }
+}
+
+/// Whether an issuer or a pipeline is taken up beside `count` others.
+fn taken(change: &Change, name: &str, refusals: Vec<pipeline::Refusal>, count: usize) -> Result<(), FoldError> {
+    let refuse = |what: String| Err(FoldError::Pipeline(change.subject(), what));
+    if !is_plain_name(name) {
+        return refuse(format!("not a name: {PLAIN_NAME}"));
+    }
+    if count >= PIPELINES_MAX {
+        return refuse(format!("a mesh has at most {PIPELINES_MAX} of them"));
+    }
+    match refusals.into_iter().next() {
+        Some(refusal) => refuse(refusal.what),
+        None => Ok(()),
     }
 }
 
@@ -451,6 +490,43 @@ mod tests {
             assert_eq!(folded(&[&alice[..], then].concat()).map(|_| ()), expected, "{case}");
         }
         assert!(!folded(&[invite("alice")]).unwrap().is_protected(), "invited is not enrolled");
+    }
+
+    #[test]
+    fn only_pipelines_that_are_matched_by_ids_fold_and_old_histories_keep_their_digests() {
+        let issuer = |url: &str| Change::SetIssuer {
+            name: "ci".into(),
+            issuer: Issuer { url: url.into(), audience: "mesh".into() },
+        };
+        let pipeline = |named: &str, claim: &str| Change::SetPipeline {
+            name: named.into(),
+            pipeline: Pipeline {
+                issuer: "ci".into(),
+                claims: [(claim.to_owned(), "7".to_owned())].into(),
+                roles: BTreeSet::new(),
+            },
+        };
+        let trusted = issuer("https://ci.example");
+        for (case, changes, refused) in [
+            ("an id", vec![trusted.clone(), pipeline("deploy", "project_id")], None),
+            ("again", vec![trusted.clone(), pipeline("deploy", "project_id"), pipeline("deploy", "sub")], None),
+            (
+                "a name",
+                vec![trusted.clone(), pipeline("deploy", "project_path")],
+                Some("pipeline deploy: a project is"),
+            ),
+            ("no name for it", vec![trusted, pipeline("a b", "project_id")], Some("pipeline a b: not a name")),
+            ("in the clear", vec![issuer("http://ci.example")], Some("issuer ci: an issuer is an https URL")),
+            ("gone", vec![Change::RemovePipeline { name: "deploy".into() }], Some("pipeline deploy does not exist")),
+        ] {
+            let told = folded(&changes).map(|_| ()).map_err(|error| error.to_string());
+            match refused {
+                None => assert_eq!(told, Ok(()), "{case}"),
+                Some(what) => assert!(told.clone().unwrap_err().starts_with(what), "{case}: {told:?}"),
+            }
+        }
+        let gone = [issuer("https://ci.example"), Change::RemoveIssuer { name: "ci".into() }];
+        assert_eq!(folded(&gone).unwrap().digest(), created().digest());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use countersign_core::{
     gate::{self, Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires},
     identity::{FactorId, OperatorName, ServiceName, TrustDomain},
     operator::{EnrolledFactor, SigningKey},
+    pipeline::{self, Issuer},
     policy::Factor,
     route::Route,
     service::{Protocol, ServiceSpec},
@@ -114,6 +115,21 @@ fn own(text: &str) -> Arc<ChangeGate> {
     ChangeGate::of(&state, |digest| bodies.get(digest).cloned()).unwrap()
 }
 
+fn pipeline(roles: &[&str]) -> pipeline::Pipeline {
+    let claims = [("project_id".to_owned(), "7".to_owned())].into();
+    pipeline::Pipeline { issuer: "ci".into(), claims, roles: roles.iter().map(|role| (*role).into()).collect() }
+}
+
+/// The author that a pipeline of this name is.
+fn proposer(named: &str) -> Author {
+    Author::Pipeline(Pipeline {
+        name: named.into(),
+        issuer: "https://ci.example".into(),
+        subject: "repo-1".into(),
+        claims: ["ref=main".into()].into(),
+    })
+}
+
 /// One change of each kind, about somebody or something that is there.
 fn one_of(kind: &str, author: &str) -> Change {
     let (id, body): (Arc<str>, _) = ("any".into(), Digest::default());
@@ -140,6 +156,12 @@ fn one_of(kind: &str, author: &str) -> Change {
         "remove_gate_policy" => Change::RemoveGatePolicy { id },
         "seal_settings" => Change::SealSettings { quorum: 1 },
         "deploy" => Change::Deploy { service: service("web"), artifacts: [body].into() },
+        "set_issuer" => {
+            Change::SetIssuer { name: id, issuer: Issuer { url: "https://ci.example".into(), audience: "mesh".into() } }
+        }
+        "remove_issuer" => Change::RemoveIssuer { name: id },
+        "set_pipeline" => Change::SetPipeline { name: id, pipeline: pipeline(&[]) },
+        "remove_pipeline" => Change::RemovePipeline { name: id },
         other => panic!("no change of kind {other}"),
     }
 }
@@ -162,11 +184,6 @@ fn the_shipped_gate_is_this_matrix() {
     let codes = mesh(&[("alice", "owner", false), ("bob", "editor", false), ("dan", "deployer", false)]);
     let keys = mesh(&[("alice", "owner", true), ("bob", "owner", false), ("eve", "editor", true)]);
     let (totp, roaming) = ([FactorKind::Totp], [FactorKind::Roaming]);
-    let pipeline = Author::Pipeline(Pipeline {
-        issuer: "https://ci.example".into(),
-        subject: "repo-1".into(),
-        claims: ["ref=main".into()].into(),
-    });
     let operator = |given: &str| Author::Operator(name(given));
     let columns: Vec<(&str, &MeshState, Author, &[FactorKind])> = vec![
         ("owner, nothing shown", &codes, operator("alice"), &[]),
@@ -174,7 +191,7 @@ fn the_shipped_gate_is_this_matrix() {
         ("editor, code", &codes, operator("bob"), &totp),
         ("deployer, code", &codes, operator("dan"), &totp),
         ("nobody, code", &codes, operator("zoe"), &totp),
-        ("pipeline", &codes, pipeline, &[]),
+        ("pipeline", &codes, proposer("deploy"), &[]),
         ("owner with a key, code", &keys, operator("alice"), &totp),
         ("owner with a key, key", &keys, operator("alice"), &roaming),
         ("owner without one, code", &keys, operator("bob"), &totp),
@@ -254,6 +271,33 @@ fn nobody_is_let_through_who_has_shown_nothing_whatever_the_policies_say() {
             _ => state.clone(),
         };
         assert_eq!(cell(&decide(&open, &state, &alice, &shown(kinds), changes)), expected, "{case}");
+    }
+}
+
+/// PROVES (bots-not-exempt)
+#[test]
+fn a_pipeline_is_let_through_by_nobody_alone_and_never_widens_itself() {
+    let mut state = mesh(&[("alice", "owner", false), ("bob", "owner", false)]);
+    state.pipelines.insert("root".into(), pipeline(&["owner"]));
+    let open = own("@id(\"open\") permit (principal, action, resource);");
+    let two = own("@id(\"open\") permit (principal, action, resource);
+        @id(\"two\") @countersign(\"2\") forbid (principal in Role::\"owner\", action, resource);");
+    let nothing = Assurance::default();
+    for (case, gate, who, kind, approvals, expected) in [
+        ("an open gate", &open, "deploy", "set_policy", &[][..], "countersign 1"),
+        ("and somebody", &open, "deploy", "set_policy", &["bob"], "permit"),
+        ("its roles are those that the mesh gives", &two, "root", "set_policy", &["bob"], "countersign 2"),
+        ("a name without them", &two, "deploy", "set_policy", &["bob"], "permit"),
+        ("the shipped gate", &ChangeGate::shipped(), "deploy", "set_policy", &["bob"], "permit"),
+        ("itself", &ChangeGate::shipped(), "root", "set_pipeline", &["alice", "bob"], "deny"),
+        ("whom to believe", &ChangeGate::shipped(), "root", "set_issuer", &["alice", "bob"], "deny"),
+        ("the gate", &ChangeGate::shipped(), "root", "set_gate_policy", &["alice", "bob"], "deny"),
+        ("operators", &ChangeGate::shipped(), "root", "set_operator_roles", &["alice", "bob"], "deny"),
+        ("factors", &ChangeGate::shipped(), "root", "remove_factor", &["alice", "bob"], "deny"),
+        ("the seal", &ChangeGate::shipped(), "root", "seal_settings", &["alice", "bob"], "deny"),
+    ] {
+        let answer = decide_with(gate, &state, &proposer(who), &nothing, vec![one_of(kind, "")], approvals);
+        assert_eq!(cell(&answer), expected, "{case}");
     }
 }
 

@@ -61,6 +61,8 @@ fn text_before(change: &Change, mesh: &Mesh) -> Option<String> {
         }
         Change::SealSettings { .. } => state.seal.map(|seal| sealed(seal.quorum)),
         Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
+        Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
+        Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => state.pipelines.get(name).map(toml),
     }
 }
 
@@ -78,18 +80,22 @@ fn text_after(change: &Change, bodies: &Bodies) -> Option<String> {
         Change::SetGatePolicy { body: digest, .. } => Some(body(digest, bodies)),
         Change::SealSettings { quorum } => Some(sealed(*quorum)),
         Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
+        Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
+        Change::SetPipeline { pipeline, .. } => Some(toml(pipeline)),
         Change::RemoveService { .. }
         | Change::RemoveRole { .. }
         | Change::RemovePolicy { .. }
         | Change::RemoveRoute { .. }
         | Change::RemoveFactor { .. }
         | Change::RemoveOperator { .. }
-        | Change::RemoveGatePolicy { .. } => None,
+        | Change::RemoveGatePolicy { .. }
+        | Change::RemoveIssuer { .. }
+        | Change::RemovePipeline { .. } => None,
     }
 }
 
 fn toml<T: Serialize>(value: &T) -> String {
-    toml::to_string(value).expect("INVARIANT: specs and routes were read from TOML")
+    toml::to_string(value).expect("INVARIANT: specs, routes, issuers and pipelines were read from TOML")
 }
 
 fn lines<'a, T: ToString + 'a>(members: impl IntoIterator<Item = &'a T>) -> String {

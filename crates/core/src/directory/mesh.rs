@@ -8,12 +8,13 @@ use std::{
 use toml::{Spanned, de::DeValue};
 
 use super::{
-    Defaults, INSTANCES_MAX, Isolate, LocalService, WORKERS_MAX,
+    Defaults, INSTANCES_MAX, Isolate, LocalService, WORKERS_MAX, pipelines,
     read::{At, Help, PLAIN_NAME, Source, Table, as_string, as_table, is_plain_name, shortened, suggest},
     reference,
 };
 use crate::{
     identity::{ServiceName, TrustDomain},
+    pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     service::{EXCHANGES_MAX_DEFAULT, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
     state::SERVICES_MAX,
 };
@@ -23,6 +24,8 @@ pub(super) struct Mesh {
     pub(super) trust_domain: Option<TrustDomain>,
     pub(super) defaults: Defaults,
     pub(super) services: BTreeMap<ServiceName, LocalService>,
+    pub(super) issuers: BTreeMap<IssuerName, Issuer>,
+    pub(super) pipelines: BTreeMap<PipelineName, Pipeline>,
     /// Whether it is TOML at all: otherwise nobody can say that a service does not exist.
     pub(super) is_readable: bool,
 }
@@ -39,8 +42,14 @@ struct Reference<'t> {
 }
 
 pub(super) fn read(source: &Source) -> Mesh {
-    let mut mesh =
-        Mesh { trust_domain: None, defaults: Defaults::default(), services: BTreeMap::new(), is_readable: false };
+    let mut mesh = Mesh {
+        trust_domain: None,
+        defaults: Defaults::default(),
+        services: BTreeMap::new(),
+        issuers: BTreeMap::new(),
+        pipelines: BTreeMap::new(),
+        is_readable: false,
+    };
     let Some(document) = source.document() else { return mesh };
     mesh.is_readable = true;
     if source.text.is_empty() {
@@ -76,6 +85,7 @@ pub(super) fn read(source: &Source) -> Mesh {
             source.mistake(service.at, what, suggest(service.value, mesh.services.keys().map(ServiceName::as_str)));
         }
     }
+    (mesh.issuers, mesh.pipelines) = pipelines::read(&top);
     if mesh.services.len() > SERVICES_MAX {
         let what = format!("a mesh has at most {SERVICES_MAX} services, this one {}", mesh.services.len());
         source.mistake(top.at_key("services"), what, "split it into several trust domains");

@@ -69,6 +69,18 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             changes.push(Change::SetRoute { name: name.clone(), route: route.clone() });
         }
     }
+    for (name, issuer) in &directory.issuers {
+        if state.issuers.get(name) != Some(issuer) {
+            changes.push(Change::SetIssuer { name: name.clone(), issuer: issuer.clone() });
+        }
+    }
+    for (name, pipeline) in &directory.pipelines {
+        if state.pipelines.get(name) != Some(pipeline) {
+            changes.push(Change::SetPipeline { name: name.clone(), pipeline: pipeline.clone() });
+        }
+    }
+    changes.extend(gone(&state.pipelines, &directory.pipelines).map(|name| Change::RemovePipeline { name }));
+    changes.extend(gone(&state.issuers, &directory.issuers).map(|name| Change::RemoveIssuer { name }));
     changes.extend(gone(&state.routes, &directory.routes).map(|name| Change::RemoveRoute { name }));
     changes.extend(gone(&state.gate, &directory.gate).map(|id| Change::RemoveGatePolicy { id }));
     changes.extend(gone(&state.policies, &directory.policies).map(|id| Change::RemovePolicy { id }));
@@ -196,6 +208,18 @@ mod tests {
         );
         let mistakes = parse(&files).unwrap_err();
         assert_eq!(mistakes.all()[0].to_string(), "policy id `all` is taken");
+    }
+
+    #[test]
+    fn pipelines_are_planned_after_the_issuers_that_they_name_and_go_before_them() {
+        let bare = directory(TWO, "", "", "");
+        let ci = "[issuers.ci]\nurl = \"https://ci.example\"\naudience = \"mesh\"\n\
+            [pipelines.deploy]\nissuer = \"ci\"\nclaims = { project_id = \"7\" }\n";
+        let with = directory(&format!("{TWO}{ci}"), "", "", "");
+        assert_eq!(planned(&bare, &with), ["set_issuer issuer ci", "set_pipeline pipeline deploy"]);
+        assert_eq!(planned(&with, &bare), ["remove_pipeline pipeline deploy", "remove_issuer issuer ci"]);
+        let other = directory(&format!("{TWO}{}", ci.replace("\"7\"", "\"8\"")), "", "", "");
+        assert_eq!(planned(&with, &other), ["set_pipeline pipeline deploy"]);
     }
 
     #[test]

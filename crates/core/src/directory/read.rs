@@ -280,11 +280,11 @@ pub(super) fn shortened(given: &str) -> Cow<'_, str> {
     }
 }
 
-/// Whether `given` is fit for the name of a role, a route, a namespace or a sensitivity.
-pub(super) fn is_plain_name(given: &str) -> bool {
+/// Whether `given` is fit for the name of a role, a route, a namespace, a sensitivity, an issuer or a pipeline.
+pub(crate) fn is_plain_name(given: &str) -> bool {
     (1..=64).contains(&given.len())
         && given.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
 /// What [`is_plain_name`] asks for.
-pub(super) const PLAIN_NAME: &str = "use 1 to 64 letters, digits, `-`, `_` and `.`";
+pub(crate) const PLAIN_NAME: &str = "use 1 to 64 letters, digits, `-`, `_` and `.`";

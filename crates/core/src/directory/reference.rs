@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 7] {
+pub fn reference() -> [Section; 9] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -43,6 +43,18 @@ pub fn reference() -> [Section; 7] {
             table: "[services.NAME]",
             says: "A service. NAME is one DNS label: `a`-`z`, `0`-`9` and `-`. Its workloads are `spiffe://TRUST_DOMAIN/NAME`.",
             keys: SERVICE,
+        },
+        Section {
+            file: mesh,
+            table: "[issuers.NAME]",
+            says: "An OpenID Connect provider whose tokens are believed. NAME has 1 to 64 letters, digits, `-`, `_` and `.`.",
+            keys: ISSUER,
+        },
+        Section {
+            file: mesh,
+            table: "[pipelines.NAME]",
+            says: "An automation that may propose changes, which an operator countersigns. It is matched by\nclaims that its issuer gives to nobody else. A `*`, the `sub` of GitHub or GitLab, and names without their ids are refused: a\nname that is given up can be registered by a stranger.",
+            keys: PIPELINE,
         },
         Section {
             file: roles,
@@ -75,6 +87,29 @@ pub(super) const MESH: &[Key] = &[
     key("trust_domain", "string", "required", "The namespace of the mesh, like `shop.example`. It can never change."),
     key("defaults", "table", "", "See below."),
     key("services", "table", "", "See below."),
+    key("issuers", "table", "", "See below."),
+    key("pipelines", "table", "", "See below."),
+];
+
+pub(super) const ISSUER: &[Key] = &[
+    key(
+        "url",
+        "URL",
+        "required",
+        "The issuer, exactly as its tokens and its discovery document say it. `https`; `http` only for this machine itself.",
+    ),
+    key("audience", "string", "required", "Whom its tokens must be meant for: a name that is this mesh's own."),
+];
+
+pub(super) const PIPELINE: &[Key] = &[
+    key("issuer", "issuer", "required", "Who vouches for it: one of `[issuers.*]`."),
+    key(
+        "claims",
+        "table of strings",
+        "required",
+        "What its token must say, each exactly. At least one is an id: `repository_id` or `repository_owner_id` at GitHub, `project_id` or `namespace_id` at GitLab.",
+    ),
+    key("roles", "array of strings", "none", "What the change gate knows it as: `principal in Role::\"…\"`."),
 ];
 
 pub(super) const DEFAULTS: &[Key] = &[
