@@ -70,6 +70,7 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
                 let retry_in = backoff.next_delay();
                 let revision = host.held.head().0;
                 tracing::error!(target: TOLD, control = %host.control, why, revision, ?retry_in, "refused the control plane's history; the last good state stays");
+                *host.refused.lock() = Some(why.clone());
                 host.tell(AgentEvent::HistoryRefused { why });
                 retry_in
             }
@@ -131,8 +132,13 @@ async fn stream(
     let discovery = mesh::Discovery { full: true, ..welcome.discovery.unwrap_or_default() };
     host.discovery.take_in(discovery).map_err(|gap| Ended::Lost(gap.to_string()))?;
     // Before the views: a proxy must not get a view that looks stale.
-    if welcome.head.is_some_and(|head| holds(host, &head)) {
+    let in_step = welcome.head.is_some_and(|head| holds(host, &head));
+    if in_step {
         host.fresh.in_step(asked_at);
+    }
+    // What is held follows from what control holds: a refusal is over, and control is told so.
+    if in_step && host.refused.lock().take().is_some() {
+        let _ = say.try_send(hello(host));
     }
     take_up_views(host);
 
@@ -164,6 +170,7 @@ fn hello(host: &Host) -> FollowRequest {
         root: root.0.to_vec().into(),
         isolation: isolation.into(),
         isolation_note: host.isolation.note.clone(),
+        refused: host.refused.lock().clone().unwrap_or_default(),
     };
     FollowRequest { message: Some(Message::Hello(hello)) }
 }

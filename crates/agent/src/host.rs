@@ -42,6 +42,8 @@ pub(crate) struct Host {
     pub(crate) channel: watch::Sender<Option<Channel>>,
     /// How the last attempt to follow control went.
     pub(crate) contact: watch::Sender<Contact>,
+    /// Why what control said last was refused, until it is followed again.
+    pub(crate) refused: Mutex<Option<String>>,
     /// The agent has a new identity: the stream must be opened again with it.
     pub(crate) renewed: Notify,
     pub(crate) held: Held,
@@ -101,6 +103,7 @@ impl Host {
             address: parts.address,
             channel: watch::Sender::new(None),
             contact: watch::Sender::new(Contact::Sought),
+            refused: Mutex::default(),
             renewed: Notify::new(),
             views: Views::default(),
             discovery: Discovery::new(),

@@ -1,9 +1,12 @@
 //! How a host becomes part of the mesh, and stays it: a single-use join token is traded once for the agent's own SVID,
 //! which the agent then renews by itself at half life.
 //!
-//! The token is `csj1.<secret>.<SHA-256 of the root certificate>`, each part in base64url. Its last part pins the root:
+//! The token is `csj1.<secret>.<SHA-256 of the root certificate>`, each part in base64url. Its third part pins the root:
 //! the first connection, made without a certificate of our own, is accepted only from a control plane whose chain ends
 //! in exactly that root, so the secret is shown to no one else. The private key is made here and never leaves.
+//!
+//! A token of a protected mesh has a fourth part, the digest of its anchor; one of a sealed mesh a fifth, that of the entry which
+//! sealed it. They pin the operators: no ledger with another anchor or seal is ever followed.
 
 use std::path::Path;
 
@@ -16,6 +19,7 @@ use countersign_api::{
 use countersign_core::{
     canonical::Digest,
     identity::{ServiceName, SpiffeId, TrustDomain},
+    keyring::Pins,
 };
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls_pki_types::{CertificateDer, UnixTime};
@@ -34,6 +38,8 @@ const FILE: &str = "identity.json";
 pub(crate) struct JoinToken {
     text: Zeroizing<String>,
     root_sha256: Digest,
+    /// The entries that the mesh's ledger must have.
+    pub(crate) pins: Pins,
 }
 
 /// The token given is none.
@@ -112,16 +118,23 @@ impl JoinToken {
     pub(crate) fn parse(given: &str) -> Result<Self, JoinTokenError> {
         let given = given.trim();
         let mut parts = given.split('.');
-        let (Some("csj1"), Some(secret), Some(root), None) = (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
+        let (Some("csj1"), Some(secret), Some(root)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(JoinTokenError("it must be `csj1.<secret>.<root>`"));
         };
+        let digest = |part: &str| {
+            let bytes = URL_SAFE_NO_PAD.decode(part).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+            bytes.map(Digest).ok_or(JoinTokenError("a part of it is not a SHA-256 in base64url"))
+        };
+        let pins = Pins { anchor: parts.next().map(digest).transpose()?, seal: parts.next().map(digest).transpose()? };
+        if parts.next().is_some() {
+            return Err(JoinTokenError("it has more than five parts"));
+        }
         if secret.len() < 16 || secret.len() > 200 || URL_SAFE_NO_PAD.decode(secret).is_err() {
             return Err(JoinTokenError("its second part is not a secret in base64url"));
         }
         let root = URL_SAFE_NO_PAD.decode(root).ok().and_then(|root| <[u8; 32]>::try_from(root).ok());
         let root_sha256 = Digest(root.ok_or(JoinTokenError("its third part is not a SHA-256 in base64url"))?);
-        Ok(Self { text: Zeroizing::new(given.to_owned()), root_sha256 })
+        Ok(Self { text: Zeroizing::new(given.to_owned()), root_sha256, pins })
     }
 }
 

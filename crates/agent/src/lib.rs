@@ -260,6 +260,9 @@ pub enum StartError {
         #[source]
         source: KeptError,
     },
+    /// What it pinned cannot be read: it would follow whoever comes first.
+    #[error("what this host pinned of the mesh cannot be used: {0}; remove the agent's directory and join again")]
+    Anchor(String),
     /// Joining failed.
     #[error(transparent)]
     Join(#[from] JoinError),
@@ -287,8 +290,11 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
     let control = ControlAddress::parse(&config.control)?;
     let token = config.join.as_deref().map(JoinToken::parse).transpose()?;
     let dir = config.data_dir.join("agent");
-    let unusable = |source| StartError::Dir { dir: dir.clone(), source };
-    keep::directory(&dir).map_err(unusable)?;
+    let unusable = {
+        let dir = dir.clone();
+        move |source| StartError::Dir { dir: dir.clone(), source }
+    };
+    keep::directory(&dir).map_err(&unusable)?;
     let socket = config.data_dir.join(countersign_api::run_file::AGENT_SOCKET);
     let listener = local_api::bind(&config.data_dir, &dir).map_err(|source| StartError::Socket { socket, source })?;
     let isolation = isolation(&config).await?;
@@ -315,10 +321,14 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
         reports,
         telemetry: config.telemetry,
     }));
+    let pins = token.as_ref().map(|token| token.pins).unwrap_or_default();
     if joined {
         // What was held before belongs to an earlier life of this host, perhaps of another mesh.
         host.keep_identity();
+        host.held.pin(pins).map_err(unusable)?;
         host.tell(AgentEvent::Joined { trust_domain: host.trust_domain.clone() });
+    } else if let Err(error) = host.held.load_pins() {
+        return Err(StartError::Anchor(link::chain(&error)));
     } else if let Err(error) = host.held.load() {
         tracing::error!(error = link::chain(&error), "what this host held is not used; it begins cold");
     }

@@ -1,5 +1,6 @@
 //! How a host becomes part of the mesh: a join token that an operator hands out is traded, once, for the agent's own
-//! SVID. Of a token only the hash of its secret is kept; the token also names our root, so that the newcomer knows us.
+//! SVID. Of a token only the hash of its secret is kept; the token also names our root, so that the newcomer knows us, and, once
+//! there are any, the entries that protected and sealed the mesh, so that it follows no other ledger.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,7 +10,7 @@ use countersign_api::{
     local::{Invitation, Invite, Problem},
     mesh,
 };
-use countersign_core::{canonical::Digest, identity::ServiceName};
+use countersign_core::{canonical::Digest, identity::ServiceName, keyring::Pins};
 
 use crate::{
     Plane,
@@ -60,17 +61,29 @@ pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem>
         let help = "wait until some have expired";
         return Err(problem(429, "too many join tokens are open", None, Some(help)));
     }
-    let token =
+    let mut token =
         format!("{PREFIX}.{}.{}", URL_SAFE_NO_PAD.encode(*secret), URL_SAFE_NO_PAD.encode(authority.root_sha256().0));
+    let Pins { anchor, seal } = plane.ledger.head().keyring.pins();
+    for pin in [anchor, seal].into_iter().flatten() {
+        token = format!("{token}.{}", URL_SAFE_NO_PAD.encode(pin.0));
+    }
     Ok(Invitation { token, expires_at_ms, control: plane.advertised.url.clone(), note: plane.advertised.note.clone() })
 }
 
-/// The hash of the secret of a well-formed token for our root.
-fn hash_of(token: &str, root: Digest) -> Option<Digest> {
+/// The hash of the secret of a well-formed token for our root, and for our anchor and seal if it names them.
+fn hash_of(token: &str, root: Digest, pins: Pins) -> Option<Digest> {
     if token.len() > TOKEN_BYTES_MAX {
         return None;
     }
-    let [PREFIX, secret, claimed_root] = token.split('.').collect::<Vec<_>>()[..] else { return None };
+    let parts: Vec<_> = token.split('.').collect();
+    let [PREFIX, secret, claimed_root, ref claimed_pins @ ..] = parts[..] else { return None };
+    let own = [pins.anchor, pins.seal];
+    let is_own = |(claimed, own): (&&str, &Option<Digest>)| {
+        own.is_some_and(|own| URL_SAFE_NO_PAD.decode(claimed).is_ok_and(|claimed| claimed == own.0))
+    };
+    if claimed_pins.len() > own.len() || !claimed_pins.iter().zip(&own).all(is_own) {
+        return None;
+    }
     let secret = zeroize::Zeroizing::new(URL_SAFE_NO_PAD.decode(secret).ok()?);
     let claimed_root = URL_SAFE_NO_PAD.decode(claimed_root).ok()?;
     (secret.len() == SECRET_BYTES && claimed_root == root.0).then(|| Digest::of(&secret))
@@ -102,7 +115,8 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
     let request = SigningRequest::parse(&asked.csr_der).map_err(|e| tonic::Status::invalid_argument(e.to_string()))?;
     let unknown = || tonic::Status::unauthenticated("the join token is not one of this mesh");
     // The secret has 256 random bits and is looked up by its hash: how long the lookup takes tells nothing of it.
-    let hash = hash_of(&asked.token, authority.root_sha256()).ok_or_else(unknown)?;
+    let hash =
+        hash_of(&asked.token, authority.root_sha256(), plane.ledger.head().keyring.pins()).ok_or_else(unknown)?;
     let now_ms = plane.clock.now_ms();
     let for_host = host.clone();
     let spent = plane
@@ -132,4 +146,38 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
 
 fn unavailable(error: StoreError) -> tonic::Status {
     tonic::Status::unavailable(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_read_with_as_many_pins_as_there_were_when_it_was_made_if_they_are_ours() {
+        let part = |of: &[u8]| URL_SAFE_NO_PAD.encode(Digest::of(of).0);
+        let (root, anchor, seal) = (Digest::of(b"root"), Digest::of(b"anchor"), Digest::of(b"seal"));
+        let secret = URL_SAFE_NO_PAD.encode([7; SECRET_BYTES]);
+        let pins = |anchor, seal| Pins { anchor, seal };
+        let sealed = pins(Some(anchor), Some(seal));
+        for (case, parts, own, good) in [
+            ("unprotected", vec![part(b"root")], Pins::default(), true),
+            ("made before the anchor", vec![part(b"root")], sealed, true),
+            ("made before the seal", vec![part(b"root"), part(b"anchor")], sealed, true),
+            ("sealed", vec![part(b"root"), part(b"anchor"), part(b"seal")], sealed, true),
+            ("another anchor", vec![part(b"root"), part(b"x"), part(b"seal")], sealed, false),
+            ("another seal", vec![part(b"root"), part(b"anchor"), part(b"x")], sealed, false),
+            ("a pin that is not there", vec![part(b"root"), part(b"anchor")], Pins::default(), false),
+            (
+                "a seal before there is one",
+                vec![part(b"root"), part(b"anchor"), part(b"seal")],
+                pins(Some(anchor), None),
+                false,
+            ),
+            ("a part too many", vec![part(b"root"), part(b"anchor"), part(b"seal"), part(b"seal")], sealed, false),
+            ("another root", vec![part(b"x"), part(b"anchor"), part(b"seal")], sealed, false),
+        ] {
+            let token = format!("csj1.{secret}.{}", parts.join("."));
+            assert_eq!(hash_of(&token, root, own).is_some(), good, "{case}");
+        }
+    }
 }

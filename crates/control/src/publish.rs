@@ -211,8 +211,9 @@ impl Publisher {
                 inner.discover(moved);
             }
             Said::Records(answer) => inner.answered(host, answer),
-            // A second hello changes nothing; reports go to the decisions room.
-            Said::Hello(_) | Said::Report(_) => {}
+            Said::Hello(hello) => inner.registry.hear_refusal(&hello, host),
+            // Reports go to the decisions room.
+            Said::Report(_) => {}
         }
         drop(inner);
         self.bump();

@@ -150,6 +150,15 @@ impl Registry {
         }
     }
 
+    /// What an agent says of what it refused of us last, or that it follows again.
+    pub fn hear_refusal(&mut self, hello: &mesh::FollowHello, host: &ServiceName) {
+        if hello.refused.is_empty() {
+            self.refused.remove(host);
+        } else {
+            self.refuse(host, &hello.refused);
+        }
+    }
+
     /// An agent's stream opened. It will speak of each of its instances; those it does not speak of leave.
     pub fn connect(&mut self, hello: &mesh::FollowHello, host: &ServiceName, now_ms: u64) -> StoredHost {
         let joined_at_ms = self.hosts.get(host).map_or(now_ms, |known| known.stored.joined_at_ms);
@@ -162,7 +171,7 @@ impl Registry {
             isolation_note: short(&hello.isolation_note),
         };
         self.hosts.insert(host.clone(), Host { stored: stored.clone(), connected: true });
-        self.refused.remove(host);
+        self.hear_refusal(hello, host);
         self.expect_again(host, now_ms);
         stored
     }

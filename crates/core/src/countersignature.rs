@@ -116,7 +116,8 @@ pub struct StillHolds {
 }
 
 /// A part of the mesh that a change reads or writes.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Part {
     /// The mesh itself: nothing else exists before it.
     Mesh,

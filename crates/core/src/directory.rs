@@ -29,6 +29,7 @@ use crate::{
     gate,
     identity::{ServiceName, TrustDomain},
     ledger::BODY_BYTES_MAX,
+    operator::Seal,
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     policy::{self, FilePolicy},
     route::Route,
@@ -60,6 +61,8 @@ pub struct Directory {
     pub trust_domain: TrustDomain,
     /// What holds for services that say nothing else.
     pub defaults: Defaults,
+    /// How many operators sign each change, once so many can; `None`: it says nothing.
+    pub seal: Option<Seal>,
     /// Every service.
     pub services: BTreeMap<ServiceName, LocalService>,
     /// Who has which role.
@@ -200,6 +203,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
         Some(trust_domain) if mistakes.is_empty() => Ok(Directory {
             trust_domain,
             defaults: mesh.defaults,
+            seal: mesh.seal,
             services: mesh.services,
             roles: roles.unwrap_or_default(),
             policies,

@@ -7,12 +7,14 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     canonical::Digest,
     change::{Change, ChangeSet, Revision},
     countersignature::{CountersignatureRefused, Part, Signed, StillHolds, signers, writes},
     identity::{FactorId, OperatorName},
-    ledger::{Damage, Entry, Frontier, change_set_of, entry_at, hash_leaf},
+    ledger::{Damage, Entry, Follower, Frontier, change_set_of, entry_at, hash_leaf},
     operator::{EnrolledFactor, Seal},
     state::MeshState,
 };
@@ -23,19 +25,42 @@ pub const BASES_MAX: usize = 256;
 /// The keys in force after the entries so far.
 ///
 /// INVARIANT (sealed-history): from the entry after the one that sealed the mesh, no entry is taken that fewer operators signed
-/// than the seal asks for, by keys that were in force before it; an error changes nothing.
+/// than the seal asks for, by keys that were in force before it; nor one that begins or seals another mesh than the pinned one.
+/// An error changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Keyring {
-    pinned: Option<Digest>,
-    anchor: Option<Digest>,
+    pinned: Pins,
+    seen: Pins,
     /// Operators and seal; nothing else of a state is kept in it.
     state: MeshState,
     frontier: Frontier,
     recent: VecDeque<Step>, // the last of them, oldest first, at most BASES_MAX
 }
 
+/// The two entries from which everything else follows: SHA-256 of the exact bytes of each. Whoever was told them out of band, or saw
+/// them once, follows no ledger with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pins {
+    /// The entry with the first enrolment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<Digest>,
+    /// The entry that sealed the mesh. The state that it names holds every operator and key at that moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seal: Option<Digest>,
+}
+
+/// What a keyring knows beside the state that a follower holds: with it, whoever held both goes on without the whole ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Remembered {
+    seen: Pins,
+    recent: Vec<Step>,
+}
+
 /// What an entry did, as far as signatures made before it are concerned.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Step {
     root_before: Digest,
     written: BTreeSet<Part>,
@@ -72,6 +97,16 @@ pub enum KeyringError {
         /// What the ledger says.
         found: Digest,
     },
+    /// The mesh that was pinned was sealed by another entry.
+    #[error("entry {index} seals the mesh, and its digest is {found}; {pinned} was pinned: it is another history")]
+    OtherSeal {
+        /// Which.
+        index: u64,
+        /// What was pinned.
+        pinned: Digest,
+        /// What the ledger says.
+        found: Digest,
+    },
     /// Too few operators signed it.
     #[error("entry {index} was signed by {} of {quorum} operators{}", judged.signers.len(), why(judged))]
     Unsigned {
@@ -85,14 +120,51 @@ pub enum KeyringError {
 }
 
 impl Keyring {
-    /// The keyring of the mesh whose anchor has this digest, and of no other.
-    pub fn pinned(anchor: Digest) -> Self {
-        Self { pinned: Some(anchor), ..Self::default() }
+    /// The keyring of the mesh with these pins, and of no other.
+    pub fn pinned(pinned: Pins) -> Self {
+        Self { pinned, ..Self::default() }
+    }
+
+    /// Goes on from what was remembered beside `follower`; `None` when the two do not belong together, or not to what is pinned.
+    /// Of a mesh that was never protected there is nothing to remember.
+    pub fn resume(remembered: Remembered, pinned: Pins, follower: &Follower) -> Option<Self> {
+        let Remembered { seen, recent } = remembered;
+        let held = follower.state();
+        let state = MeshState {
+            trust_domain: held.trust_domain.clone(),
+            operators: held.operators.clone(),
+            seal: held.seal,
+            ..MeshState::default()
+        };
+        let fits = seen.anchor.is_some() == held.is_protected()
+            && seen.seal.is_some() == held.seal.is_some()
+            && recent.len() <= BASES_MAX
+            && recent.len() as u64 <= follower.revision().0;
+        let frontier = follower.frontier().clone();
+        let keyring = Self { pinned, seen, state, frontier, recent: recent.into() };
+        (fits && keyring.meets_pins()).then_some(keyring)
+    }
+
+    /// What [`Keyring::resume`] needs beside the follower.
+    pub fn remember(&self) -> Remembered {
+        Remembered { seen: self.seen, recent: self.recent.iter().cloned().collect() }
     }
 
     /// SHA-256 of the exact bytes of the entry with the first enrolment; `None` while the mesh is unprotected.
     pub fn anchor(&self) -> Option<Digest> {
-        self.anchor
+        self.seen.anchor
+    }
+
+    /// What can be pinned of the ledger so far.
+    pub fn pins(&self) -> Pins {
+        self.seen
+    }
+
+    /// Whether everything that was pinned has come. Until then the ledger so far says nothing about the mesh: it may have been cut.
+    pub fn meets_pins(&self) -> bool {
+        let Pins { anchor, seal } = self.pinned;
+        anchor.is_none_or(|pinned| self.seen.anchor == Some(pinned))
+            && seal.is_none_or(|pinned| self.seen.seal == Some(pinned))
     }
 
     /// What a sealed mesh asks for.
@@ -141,7 +213,7 @@ impl Keyring {
 
     /// Who stands behind an entry that would be the next one. It decides nothing.
     pub fn judge(&self, entry: &Entry, change_set: &ChangeSet) -> Judged {
-        let (Some(anchor), Some(root)) = (self.anchor, self.root_at(change_set.base)) else {
+        let (Some(anchor), Some(root)) = (self.seen.anchor, self.root_at(change_set.base)) else {
             return Judged::default();
         };
         let (author, change_set_digest, base) = (&*entry.actor, entry.digest, change_set.base);
@@ -169,18 +241,27 @@ impl Keyring {
         for change in change_set.changes.iter().filter(|change| is_of_keyring(change)) {
             state.apply(change).map_err(|error| damaged(error.into()))?;
         }
-        let anchor = self.anchor.or_else(|| state.is_protected().then(|| Digest::of(bytes)));
-        if let (Some(pinned), Some(found)) = (self.pinned, anchor)
+        let this = |is_so: bool| is_so.then(|| Digest::of(bytes));
+        let seen = Pins {
+            anchor: self.seen.anchor.or_else(|| this(state.is_protected())),
+            seal: self.seen.seal.or_else(|| this(state.seal.is_some())),
+        };
+        if let (Some(pinned), Some(found)) = (self.pinned.anchor, seen.anchor)
             && pinned != found
         {
             return Err(KeyringError::OtherAnchor { pinned, found });
+        }
+        if let (Some(pinned), Some(found)) = (self.pinned.seal, seen.seal)
+            && pinned != found
+        {
+            return Err(KeyringError::OtherSeal { index, pinned, found });
         }
         if self.recent.len() == BASES_MAX {
             self.recent.pop_front();
         }
         self.recent.push_back(Step { root_before: self.frontier.root(), written: writes(&change_set) });
         self.frontier.append(hash_leaf(bytes));
-        (self.state, self.anchor) = (state, anchor);
+        (self.state, self.seen) = (state, seen);
         Ok(judged)
     }
 
@@ -520,7 +601,7 @@ mod tests {
         let (mesh, other) = (Mesh::new(None), Mesh::new(None));
         let anchor = mesh.keyring.anchor().unwrap();
         assert_ne!(Some(anchor), other.keyring.anchor());
-        let mut pinned = Keyring::pinned(anchor);
+        let mut pinned = Keyring::pinned(Pins { anchor: Some(anchor), seal: None });
         assert_eq!(pinned.anchor(), None);
         let created =
             Mesh { follower: Follower::default(), keyring: Keyring::default(), alice: Soft::new(), bob: Soft::new() };
@@ -552,6 +633,62 @@ mod tests {
         let found = Digest::of(&entry.encode());
         let refused = pinned.take(&entry.encode(), &encode(&enrol));
         assert_eq!(refused, Err(KeyringError::OtherAnchor { pinned: anchor, found }));
+        assert!(!pinned.meets_pins());
+    }
+
+    /// PROVES (sealed-history)
+    #[test]
+    fn a_history_that_leaves_the_pinned_one_before_the_seal_is_refused_at_its_own_seal_or_never_complete() {
+        let mut mesh = Mesh::new(None);
+        let sealing = vec![Change::SealSettings { quorum: 1 }];
+        let fork = |mesh: &Mesh| Mesh {
+            follower: mesh.follower.clone(),
+            keyring: mesh.keyring.clone(),
+            alice: Soft::new(),
+            bob: Soft::new(),
+        };
+        let mut forged = fork(&mesh);
+        let (bytes, set) = mesh.entry("alice", sealing.clone(), &[]);
+        mesh.take(&bytes, &set).unwrap();
+        let pins = mesh.keyring.pins();
+        assert_eq!(pins, Pins { anchor: mesh.keyring.anchor(), seal: Some(Digest::of(&bytes)) });
+        // Before the seal nothing is signed: a control plane can add an operator of its own there, and seal for them.
+        let mallory = Soft::new();
+        let key = SigningKey { key: mallory.key.clone(), backup_eligible: false, relying_party: relying_party() };
+        let (id, factor) = (factor_id("mallory"), EnrolledFactor::Roaming(key));
+        let (bytes, set) = forged.entry("alice", vec![Change::AddFactor { operator: name("alice"), id, factor }], &[]);
+        let mut told = Keyring { pinned: pins, ..forged.keyring.clone() };
+        told.take(&bytes, &set).unwrap();
+        assert!(!told.meets_pins(), "what came so far says nothing about the mesh");
+        forged.take(&bytes, &set).unwrap();
+        let (bytes, set) = forged.entry("alice", sealing, &[]);
+        let refused = told.take(&bytes, &set).unwrap_err();
+        assert!(matches!(refused, KeyringError::OtherSeal { index: 4, .. }), "{refused}");
+    }
+
+    #[test]
+    fn what_is_remembered_beside_a_state_goes_on_as_if_nothing_had_been_forgotten() {
+        let mut mesh = Mesh::new(Some(1));
+        let signed = mesh.set(vec![Change::SetRoute { name: "web".into(), route: route_to("web") }]);
+        let alice = mesh.sign("alice", Purpose::StepUp, &signed);
+        let between = mesh.set(vec![declare("new")]);
+        let bob = mesh.sign("bob", Purpose::StepUp, &between);
+        let (bytes, set) = mesh.entry_of("bob", &between, &[bob]);
+        mesh.take(&bytes, &set).unwrap();
+        let kept = serde_json::to_vec(&mesh.keyring.remember()).unwrap();
+        let kept = || serde_json::from_slice::<Remembered>(&kept).unwrap();
+        let pins = mesh.keyring.pins();
+        let mut resumed = Keyring::resume(kept(), pins, &mesh.follower).unwrap();
+        assert_eq!((resumed.root(), resumed.seal()), (mesh.keyring.root(), mesh.keyring.seal()));
+        let (bytes, set) = mesh.entry_of("alice", &signed, &[alice]);
+        assert_eq!(resumed.take(&bytes, &set).unwrap().signers, [name("alice")].into());
+        let other = Pins { seal: Some(Digest::of(b"another")), ..pins };
+        assert_eq!(Keyring::resume(kept(), other, &mesh.follower), None);
+        assert_eq!(Keyring::resume(Remembered::default(), pins, &mesh.follower), None, "the anchor is unknown");
+        assert_eq!(Keyring::resume(Remembered::default(), Pins::default(), &mesh.follower), None);
+        assert_eq!(Keyring::resume(kept(), Pins::default(), &Mesh::new(None).follower), None, "of another state");
+        let young = Follower::default();
+        assert!(Keyring::resume(Remembered::default(), Pins::default(), &young).is_some());
     }
 
     /// PROVES (signed-base-holds)

@@ -107,7 +107,7 @@ pub async fn start(config: AgentConfig) -> Result<countersign_agent::Agent, Fail
                 "the data directory must be yours and writable; see `countersign doctor`"
             }
             StartError::Isolation(_) => "see `countersign doctor`, or accept workloads that are not separated: `isolate = \"auto\"`",
-            StartError::Kept { .. } => "remove that directory and join again with a new token",
+            StartError::Kept { .. } | StartError::Anchor(_) => "remove that directory and join again with a new token",
             StartError::NoWay { .. } => "check the address and the network; `countersign status` at the control plane says where it listens",
         };
         Failure::new("could not start the agent").because(&e).help(help)

@@ -24,8 +24,10 @@ use countersign_api::{
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet},
+    countersignature::Countersignature,
     identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
-    ledger::Follower,
+    keyring::{Keyring, Pins},
+    ledger::{Batch, Follower},
     service::{Protocol, ServiceSpec},
 };
 use futures_util::{Stream, StreamExt};
@@ -52,7 +54,9 @@ pub struct Control {
     root: Authority,
     issuing: Authority,
     ledger: Mutex<Ledger>,
-    streams: Mutex<Vec<mpsc::Sender<Result<FollowEvent, Status>>>>,
+    /// What some hosts are shown in place of the ledger.
+    shown_to: Mutex<BTreeMap<String, Ledger>>,
+    streams: Mutex<Vec<(String, mpsc::Sender<Result<FollowEvent, Status>>)>>,
     discovery: Mutex<(u64, BTreeMap<String, mesh::Endpoint>)>,
     /// Everything agents said, in order.
     pub said: Mutex<Vec<Message>>,
@@ -65,6 +69,8 @@ pub struct Control {
     pub issued: Mutex<Vec<String>>,
     /// Welcomes agents with another root than the ledger's.
     pub lies_about_root: AtomicBool,
+    /// Welcomes cold agents with a state, whatever the state.
+    pub sends_snapshots: AtomicBool,
     /// Asked for an SVID, it does not answer.
     pub withholds_svids: AtomicBool,
     /// So long is its answer to what it holds on its way, in milliseconds.
@@ -74,8 +80,10 @@ pub struct Control {
 }
 
 #[derive(Clone, Default)]
-struct Ledger {
-    follower: Follower,
+pub struct Ledger {
+    pub follower: Follower,
+    /// What the operators see who verify it: only what they stand behind.
+    pub keyring: Keyring,
     entries: Vec<Bytes>,
     change_sets: Vec<Bytes>,
     bodies: Bodies,
@@ -143,6 +151,7 @@ impl Control {
             root,
             issuing,
             ledger: Mutex::default(),
+            shown_to: Mutex::default(),
             streams: Mutex::default(),
             discovery: Mutex::new((1, BTreeMap::new())),
             said: Mutex::default(),
@@ -151,6 +160,7 @@ impl Control {
             svid_seconds: AtomicI64::new(3600),
             issued: Mutex::default(),
             lies_about_root: AtomicBool::new(false),
+            sends_snapshots: AtomicBool::new(false),
             withholds_svids: AtomicBool::new(false),
             head_takes_ms: AtomicU64::new(0),
             event_takes_ms: AtomicU64::new(0),
@@ -162,7 +172,11 @@ impl Control {
     /// A token that can be used once.
     pub fn token(&self) -> String {
         let secret = URL_SAFE_NO_PAD.encode(fastrand::u128(..).to_be_bytes());
-        let token = format!("csj1.{secret}.{}", URL_SAFE_NO_PAD.encode(Digest::of(self.root.der()).0));
+        let mut token = format!("csj1.{secret}.{}", URL_SAFE_NO_PAD.encode(Digest::of(self.root.der()).0));
+        let Pins { anchor, seal } = self.ledger.lock().keyring.pins();
+        for pin in [anchor, seal].into_iter().flatten() {
+            token = format!("{token}.{}", URL_SAFE_NO_PAD.encode(pin.0));
+        }
         self.tokens.lock().push(token.clone());
         token
     }
@@ -178,10 +192,7 @@ impl Control {
             ledger.bodies.insert(*text);
         }
         let set = ChangeSet { base: ledger.follower.revision(), changes };
-        let draft = ledger.follower.draft(1, "local", &set, &ledger.bodies).unwrap();
-        ledger.follower = draft.next;
-        ledger.entries.push(draft.bytes.into());
-        ledger.change_sets.push(draft.change_set.into());
+        ledger.append("local", &set, &[]);
         let size = ledger.follower.revision().0;
         let entries = ledger.after(size - 1);
         drop(ledger);
@@ -201,7 +212,32 @@ impl Control {
             let set: ChangeSet = serde_json::from_slice(set).unwrap();
             follower = follower.draft(at_ms, "local", &set, &old.bodies).unwrap().next;
         }
-        *ledger = Ledger { follower, entries, change_sets, bodies: old.bodies };
+        *ledger = Ledger { follower, entries, change_sets, bodies: old.bodies, keyring: old.keyring };
+    }
+
+    /// The ledger as it is.
+    pub fn ledger(&self) -> Ledger {
+        self.ledger.lock().clone()
+    }
+
+    /// Has another ledger from now on, and tells every agent what it has beyond the one before.
+    pub fn show(&self, ledger: Ledger) {
+        let before = std::mem::replace(&mut *self.ledger.lock(), ledger.clone());
+        let size = before.follower.revision().0.min(ledger.follower.revision().0);
+        self.tell(Event::Entries(ledger.after(size)));
+    }
+
+    /// Shows one host another ledger than the others.
+    pub fn show_to(&self, host: &str, ledger: Ledger) {
+        let before = self.shown_to.lock().insert(host.to_owned(), ledger.clone());
+        let before = before.unwrap_or_else(|| self.ledger());
+        let size = before.follower.revision().0.min(ledger.follower.revision().0);
+        let event = FollowEvent { event: Some(Event::Entries(ledger.after(size))) };
+        self.streams.lock().retain(|(to, stream)| to != host || stream.try_send(Ok(event.clone())).is_ok());
+    }
+
+    fn ledger_for(&self, host: &str) -> Ledger {
+        self.shown_to.lock().get(host).cloned().unwrap_or_else(|| self.ledger())
     }
 
     /// Sends the next entry with a change-set that is not the one that it names.
@@ -226,7 +262,9 @@ impl Control {
     /// An event to every agent.
     pub fn tell(&self, event: Event) {
         let event = FollowEvent { event: Some(event) };
-        self.streams.lock().retain(|stream| stream.try_send(Ok(event.clone())).is_ok());
+        let apart = self.shown_to.lock();
+        let passes_by = |host: &String| matches!(event.event, Some(Event::Entries(_))) && apart.contains_key(host);
+        self.streams.lock().retain(|(host, stream)| passes_by(host) || stream.try_send(Ok(event.clone())).is_ok());
     }
 
     /// An instance elsewhere comes up.
@@ -285,15 +323,13 @@ impl Control {
     }
 
     fn heartbeat(&self) {
-        let heartbeat = {
-            let ledger = self.ledger.lock();
-            mesh::Heartbeat {
-                size: ledger.follower.revision().0,
-                root: ledger.follower.root().0.to_vec().into(),
-                discovery_sequence: self.discovery.lock().0,
-            }
-        };
-        self.tell(Event::Heartbeat(heartbeat));
+        let discovery_sequence = self.discovery.lock().0;
+        self.streams.lock().retain(|(host, stream)| {
+            let follower = self.ledger_for(host).follower;
+            let (size, root) = (follower.revision().0, follower.root().0.to_vec().into());
+            let heartbeat = Event::Heartbeat(mesh::Heartbeat { size, root, discovery_sequence });
+            stream.try_send(Ok(FollowEvent { event: Some(heartbeat) })).is_ok()
+        });
     }
 
     fn sign(&self, csr_der: &Bytes, id: &SpiffeId, seconds: i64) -> IssueX509SvidResponse {
@@ -307,17 +343,20 @@ impl Control {
         }
     }
 
-    fn welcome(&self, held: u64) -> mesh::Welcome {
-        let ledger = self.ledger.lock();
-        let snapshot = (held == 0).then(|| ledger.follower.snapshot()).flatten().map(|snapshot| mesh::Snapshot {
-            revision: snapshot.revision.0,
-            state_json: snapshot.state.into(),
-            bodies: snapshot.bodies.iter().map(|(_, text)| text.to_string()).collect(),
-            frontier: snapshot.frontier.into_iter().map(Bytes::from).collect(),
-            last_entry: snapshot.last_entry.into(),
-        });
+    fn welcome(&self, host: &str, held: u64) -> mesh::Welcome {
+        let ledger = self.ledger_for(host);
+        let whole = ledger.follower.state().is_protected() && !self.sends_snapshots.load(Ordering::Relaxed);
+        let snapshot =
+            (held == 0 && !whole).then(|| ledger.follower.snapshot()).flatten().map(|snapshot| mesh::Snapshot {
+                revision: snapshot.revision.0,
+                state_json: snapshot.state.into(),
+                bodies: snapshot.bodies.iter().map(|(_, text)| text.to_string()).collect(),
+                frontier: snapshot.frontier.into_iter().map(Bytes::from).collect(),
+                last_entry: snapshot.last_entry.into(),
+                keyring_json: Bytes::new(),
+            });
         let size = ledger.follower.revision().0;
-        let mut entries = ledger.after(if held == 0 { size } else { held.min(size) });
+        let mut entries = ledger.after(if held == 0 && !whole { size } else { held.min(size) });
         if self.lies_about_root.load(Ordering::Relaxed) {
             entries.root = vec![7; 32].into();
         }
@@ -338,6 +377,40 @@ impl Control {
 }
 
 impl Ledger {
+    /// Appends an entry that any control plane can make, whoever stands behind it and however old its change-set is.
+    pub fn append(&mut self, actor: &str, set: &ChangeSet, countersignatures: &[Countersignature]) {
+        let moved = ChangeSet { base: self.follower.revision(), ..set.clone() };
+        let mut entry = self.follower.draft(1, actor, &moved, &self.bodies).unwrap().entry;
+        entry.digest = set.digest();
+        if !countersignatures.is_empty() {
+            entry.format = 2;
+            entry.countersignatures = countersignatures.to_vec();
+        }
+        let (bytes, set) = (entry.encode(), countersign_core::canonical::encode(set));
+        let size = self.follower.revision().0 + 1;
+        let mut tree = countersign_core::ledger::Frontier::default();
+        self.entries.iter().for_each(|entry| tree.append(countersign_core::ledger::hash_leaf(entry)));
+        tree.append(countersign_core::ledger::hash_leaf(&bytes));
+        let (entries, change_sets) = ([&bytes[..]], [&set[..]]);
+        let (bodies, root) = (&self.bodies, tree.root());
+        let batch = Batch { first_index: size - 1, entries: &entries, change_sets: &change_sets, bodies, size, root };
+        self.follower.extend(&batch).unwrap();
+        let _ = self.keyring.take(&bytes, &set);
+        self.entries.push(bytes.into());
+        self.change_sets.push(set.into());
+    }
+
+    /// The ledger that ended after `size` entries.
+    pub fn cut(&self, size: u64) -> Self {
+        let mut cut = Self { bodies: self.bodies.clone(), ..Self::default() };
+        for (bytes, set) in self.entries.iter().zip(&self.change_sets).take(size as usize) {
+            let entry = countersign_core::ledger::Entry::parse(bytes).unwrap();
+            let set = serde_json::from_slice(set).unwrap();
+            cut.append(&entry.actor, &set, &entry.countersignatures);
+        }
+        cut
+    }
+
     fn after(&self, held: u64) -> mesh::Entries {
         mesh::Entries {
             first_index: held,
@@ -378,9 +451,10 @@ impl Mesh for Service {
             _ => return Err(Status::invalid_argument("no hello")),
         };
         let (tell, events) = mpsc::channel(1024);
-        let welcome = Event::Welcome(self.0.welcome(hello.revision));
+        let welcome = Event::Welcome(self.0.welcome(&hello.host, hello.revision));
         tell.try_send(Ok(FollowEvent { event: Some(welcome) })).unwrap();
-        self.0.streams.lock().push(tell);
+        self.0.streams.lock().push((hello.host.clone(), tell));
+        self.0.said.lock().push(Message::Hello(hello));
         let control = self.0.clone();
         tokio::spawn(async move {
             while let Ok(Some(FollowRequest { message: Some(message) })) = said.message().await {

@@ -30,8 +30,17 @@ use nix::{sys::signal::Signal, unistd::Pid};
 use tempfile::TempDir;
 use tokio::sync::broadcast;
 
-use crate::control::{Control, Served, declare, name};
+use crate::{
+    compromised::{
+        a_cold_host_is_given_no_operators_but_the_pinned_ones,
+        a_compromised_control_plane_changes_nothing_that_the_operators_did_not_sign,
+        a_host_that_joined_before_the_anchor_pins_it_and_keeps_it,
+        two_hosts_that_are_shown_two_histories_part_at_the_next_signature,
+    },
+    control::{Control, Served, declare, name},
+};
 
+mod compromised;
 mod control;
 mod sidecar;
 
@@ -84,6 +93,10 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_killed_launcher_lets_both_begin_anew
         an_answer_that_is_long_on_its_way_makes_nothing_younger_than_its_question
         a_stream_that_trickles_lets_what_is_held_age
+        a_compromised_control_plane_changes_nothing_that_the_operators_did_not_sign
+        two_hosts_that_are_shown_two_histories_part_at_the_next_signature
+        a_cold_host_is_given_no_operators_but_the_pinned_ones
+        a_host_that_joined_before_the_anchor_pins_it_and_keeps_it
     };
     libtest_mimic::run(arguments, trials).exit_code()
 }

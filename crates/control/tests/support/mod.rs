@@ -255,6 +255,7 @@ impl Agent {
             root: Bytes::copy_from_slice(&root.0),
             isolation: "none".into(),
             isolation_note: "a test".into(),
+            refused: String::new(),
         };
         self.follow_saying(Said::Hello(hello)).await
     }

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     identity::{ServiceName, TrustDomain},
+    operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     service::{EXCHANGES_MAX_DEFAULT, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
     state::SERVICES_MAX,
@@ -23,6 +24,7 @@ use crate::{
 pub(super) struct Mesh {
     pub(super) trust_domain: Option<TrustDomain>,
     pub(super) defaults: Defaults,
+    pub(super) seal: Option<Seal>,
     pub(super) services: BTreeMap<ServiceName, LocalService>,
     pub(super) issuers: BTreeMap<IssuerName, Issuer>,
     pub(super) pipelines: BTreeMap<PipelineName, Pipeline>,
@@ -45,6 +47,7 @@ pub(super) fn read(source: &Source) -> Mesh {
     let mut mesh = Mesh {
         trust_domain: None,
         defaults: Defaults::default(),
+        seal: None,
         services: BTreeMap::new(),
         issuers: BTreeMap::new(),
         pipelines: BTreeMap::new(),
@@ -59,6 +62,9 @@ pub(super) fn read(source: &Source) -> Mesh {
     mesh.trust_domain = trust_domain(&top);
     if let Some(defaults) = top.table("defaults", reference::DEFAULTS) {
         mesh.defaults = read_defaults(&defaults);
+    }
+    if let Some(seal) = top.table("seal", reference::SEAL) {
+        mesh.seal = read_seal(&seal);
     }
     let mut upstreams = Vec::new();
     let mut ports: BTreeMap<u16, String> = BTreeMap::new();
@@ -125,6 +131,13 @@ fn read_defaults(table: &Table<'_>) -> Defaults {
         recorded: table.word("recorded", &RECORDED).unwrap_or_default(),
         exchanges_max: whole("exchanges_max", EXCHANGES).unwrap_or(otherwise.exchanges_max),
     }
+}
+
+fn read_seal(table: &Table<'_>) -> Option<Seal> {
+    if table.get("quorum").is_none() {
+        table.mistake(table.at.clone(), "`quorum` is missing", "say how many operators sign each change: quorum = 1");
+    }
+    table.whole("quorum", 1..=u64::from(QUORUM_MAX)).map(|quorum| Seal { quorum: quorum as u32 })
 }
 
 fn staleness(table: &Table<'_>) -> Option<u32> {

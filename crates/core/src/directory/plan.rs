@@ -17,6 +17,8 @@ pub struct Plan {
     pub change_set: ChangeSet,
     /// The policy texts that they bring.
     pub bodies: Bodies,
+    /// How many operators can sign, when they are too few for the seal that the directory asks for: it is not planned yet.
+    pub too_few_signers: Option<usize>,
 }
 
 /// The directory is about another mesh.
@@ -86,7 +88,16 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
     changes.extend(gone(&state.policies, &directory.policies).map(|id| Change::RemovePolicy { id }));
     changes.extend(gone(&state.roles, &directory.roles).map(|name| Change::RemoveRole { name }));
     changes.extend(gone(&state.services, &directory.services).map(|name| Change::RemoveService { name }));
-    Ok(Plan { change_set: ChangeSet { base: revision, changes }, bodies })
+    let mut too_few_signers = None;
+    if let Some(seal) = directory.seal.filter(|seal| state.seal != Some(*seal)) {
+        let signers = state.operators.values().filter(|operator| operator.can_sign()).count();
+        if seal.quorum as usize <= signers {
+            changes.push(Change::SealSettings { quorum: seal.quorum });
+        } else {
+            too_few_signers = Some(signers);
+        }
+    }
+    Ok(Plan { change_set: ChangeSet { base: revision, changes }, bodies, too_few_signers })
 }
 
 fn gone<K: Ord + Clone, A, B>(held: &BTreeMap<K, A>, wanted: &BTreeMap<K, B>) -> impl Iterator<Item = K> {
@@ -220,6 +231,34 @@ mod tests {
         assert_eq!(planned(&with, &bare), ["remove_pipeline pipeline deploy", "remove_issuer issuer ci"]);
         let other = directory(&format!("{TWO}{}", ci.replace("\"7\"", "\"8\"")), "", "", "");
         assert_eq!(planned(&with, &other), ["set_pipeline pipeline deploy"]);
+    }
+
+    #[test]
+    fn a_seal_is_planned_once_as_many_can_sign_and_never_taken_off() {
+        use crate::operator::{EnrolledFactor, Operator, Seal, SigningKey};
+        let sealed = directory("[seal]\nquorum = 1\n", "", "", "");
+        let created = MeshState::default();
+        let mut state = created.apply_all(&plan(&sealed, &created, Revision(0)).unwrap().change_set).unwrap();
+        let waiting = plan(&sealed, &state, Revision(1)).unwrap();
+        assert!(waiting.is_empty());
+        assert_eq!(waiting.too_few_signers, Some(0));
+        let cose = "a4010103272006215820d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+        let key = crate::assurance::webauthn::PublicKey::parse(&hex::decode(cose).unwrap()).unwrap();
+        let relying_party = crate::assurance::webauthn::RelyingParty {
+            id: "localhost".into(),
+            origins: vec!["http://localhost:7449".into()],
+        };
+        let key = EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party });
+        let id = crate::identity::FactorId::parse("AQ").unwrap();
+        let alice = Operator { roles: Default::default(), factors: [(id, key)].into() };
+        state.operators.insert(crate::identity::OperatorName::parse("alice").unwrap(), alice);
+        let sealing = plan(&sealed, &state, Revision(1)).unwrap();
+        assert_eq!(sealing.change_set.changes, [Change::SealSettings { quorum: 1 }]);
+        state.seal = Some(Seal { quorum: 1 });
+        assert!(plan(&sealed, &state, Revision(1)).unwrap().is_empty());
+        assert!(plan(&directory("", "", "", ""), &state, Revision(1)).unwrap().is_empty(), "it stays sealed");
+        let more = plan(&directory("[seal]\nquorum = 2\n", "", "", ""), &state, Revision(1)).unwrap();
+        assert_eq!((more.is_empty(), more.too_few_signers), (true, Some(1)));
     }
 
     #[test]

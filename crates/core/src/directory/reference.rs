@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 9] {
+pub fn reference() -> [Section; 10] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -37,6 +37,12 @@ pub fn reference() -> [Section; 9] {
             table: "[defaults]",
             says: "What holds for services that say nothing else.",
             keys: DEFAULTS,
+        },
+        Section {
+            file: mesh,
+            table: "[seal]",
+            says: "A sealed mesh: agents refuse every change that fewer operators signed, with a passkey or a security key, than `quorum`.\nIt is sealed by the first `apply` at which so many operators have a key, and stays sealed: leaving the table out changes nothing.",
+            keys: SEAL,
         },
         Section {
             file: mesh,
@@ -86,6 +92,7 @@ const fn key(name: &'static str, shape: &'static str, default: &'static str, say
 pub(super) const MESH: &[Key] = &[
     key("trust_domain", "string", "required", "The namespace of the mesh, like `shop.example`. It can never change."),
     key("defaults", "table", "", "See below."),
+    key("seal", "table", "", "See below."),
     key("services", "table", "", "See below."),
     key("issuers", "table", "", "See below."),
     key("pipelines", "table", "", "See below."),
@@ -125,6 +132,9 @@ pub(super) const DEFAULTS: &[Key] = &[
     key("recorded", "`\"best_effort\"` or `\"always\"`", "`\"best_effort\"`", "For services that do not say."),
     key("exchanges_max", "1 to 1000000", "10000", "For services that do not say."),
 ];
+
+pub(super) const SEAL: &[Key] =
+    &[key("quorum", "1 to 16", "required", "How many operators must have signed a change, its author among them.")];
 
 pub(super) const SERVICE: &[Key] = &[
     key(

@@ -26,7 +26,7 @@ use crate::{
     change::{Bodies, Change, ChangeSet, Revision},
     countersignature::{CountersignatureRefused, Part},
     identity::OperatorName,
-    keyring::{Judged, Keyring, KeyringError},
+    keyring::{Judged, Keyring, KeyringError, Pins},
     operator::Seal,
 };
 
@@ -233,7 +233,7 @@ impl<'a> Audit<'a> {
             known,
             tree: TileHashes::default(),
             follower: Follower::default(),
-            keyring: known.and_then(|known| known.anchor).map_or_else(Keyring::default, Keyring::pinned),
+            keyring: Keyring::pinned(Pins { anchor: known.and_then(|known| known.anchor), seal: None }),
             keys: BTreeMap::new(),
             protected: 0,
             countersigned: 0,

@@ -242,6 +242,11 @@ impl Follower {
         self.frontier.root()
     }
 
+    /// The right edge of the tree of all entries so far.
+    pub(crate) fn frontier(&self) -> &Frontier {
+        &self.frontier
+    }
+
     /// The texts in force.
     pub fn bodies(&self) -> &Bodies {
         &self.bodies

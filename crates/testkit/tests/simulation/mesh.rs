@@ -658,6 +658,7 @@ impl Control {
             bodies: snapshot.bodies.iter().map(|(_, text)| text.to_string()).collect(),
             frontier: snapshot.frontier.into_iter().map(Bytes::from).collect(),
             last_entry: snapshot.last_entry.into(),
+            keyring_json: Bytes::new(),
         });
         let discovery = Some(joined.discovery.clone());
         mesh::Welcome { snapshot, entries: Some(entries), discovery, bundle: None, head: None }
