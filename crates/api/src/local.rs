@@ -33,7 +33,11 @@
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::PathBuf,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +119,62 @@ pub struct Shown {
     /// What a passkey or a security key signed for the very change-set; it goes into the ledger's entry.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub countersignature: Option<Box<Countersignature>>,
+}
+
+/// Where a key-encryption key comes from. It is never the key, nor a PIN.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyPlace {
+    /// A file of mode 0600.
+    File(PathBuf),
+    /// A credential that systemd decrypts for the service.
+    Credential(String),
+    /// A key in a security module, as a PKCS#11 URI (RFC 7512).
+    Pkcs11(String),
+}
+
+impl KeyPlace {
+    /// How a serving command is told of it.
+    pub fn flag(&self) -> String {
+        match self {
+            Self::File(path) => format!("--key-file {}", path.display()),
+            Self::Credential(name) => format!("--key-credential {name}"),
+            Self::Pkcs11(uri) => format!("--key-pkcs11 '{uri}'"),
+        }
+    }
+}
+
+impl fmt::Display for KeyPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Credential(name) => write!(f, "credential {name}"),
+            Self::Pkcs11(uri) => f.write_str(uri),
+        }
+    }
+}
+
+/// Asks for another key-encryption key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotate {
+    /// Where the next one comes from; a file that is not there is made.
+    pub next: KeyPlace,
+    /// Who asks, and what they show for it.
+    pub shown: Shown,
+}
+
+/// Every key is sealed with another key-encryption key now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rotated {
+    /// What tells it from others.
+    pub fingerprint: Digest,
+    /// Where it comes from, and how the next start is told.
+    pub place: KeyPlace,
+    /// The revision whose change chose it; absent when it was chosen before.
+    pub revision: Option<Revision>,
+    /// How many secrets were sealed anew.
+    pub resealed: usize,
 }
 
 /// Asks for one change-set, with what is shown for it.
@@ -637,8 +697,8 @@ pub struct WorkloadView {
     pub last_exit: Option<String>,
 }
 
-impl std::fmt::Debug for Invitation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Invitation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Invitation")
             .field("token", &"..")
             .field("expires_at_ms", &self.expires_at_ms)
@@ -646,20 +706,20 @@ impl std::fmt::Debug for Invitation {
     }
 }
 
-impl std::fmt::Debug for Code {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Code(..)")
     }
 }
 
-impl std::fmt::Debug for Enrolment {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Enrolment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Enrolment").field("id", &self.id).field("operator", &self.operator).finish_non_exhaustive()
     }
 }
 
-impl std::fmt::Debug for Enrolled {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Enrolled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Enrolled")
             .field("operator", &self.operator)
             .field("factor", &self.factor)
@@ -668,8 +728,8 @@ impl std::fmt::Debug for Enrolled {
     }
 }
 
-impl std::fmt::Debug for OperatorInvitation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for OperatorInvitation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OperatorInvitation").field("operator", &self.operator).finish_non_exhaustive()
     }
 }

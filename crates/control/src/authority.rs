@@ -18,6 +18,7 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 use countersign_api::{
     local::{AuthorityView, CertificateView},
@@ -171,17 +172,18 @@ impl Authority {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let params = signing_params(&trust_domain, "root", BasicConstraints::Constrained(1), now_ms, ROOT_LIFETIME);
         let root = params.self_signed(&key)?.der().clone();
-        let sealed_root_key = sealer.seal(ROOT_KEY, &serialized(&key));
+        let root_key = serialized(&key);
         let root_issuer = Issuer::from_ca_cert_der(&root, key)?;
-        let (issuing, sealed_key) = Issuing::create(&trust_domain, &root_issuer, &sealer, now_ms)?;
+        let (issuing, issuing_key) = Issuing::create(&trust_domain, &root_issuer, now_ms)?;
+        let seals = sealer.clone();
         let (root_der, issuing_der) = (root.to_vec(), issuing.certificate.to_vec());
         storage
             .run("authority_keys", move |store| {
                 store.put_keys(&[
                     (ROOT_CERTIFICATE, &root_der),
-                    (ROOT_KEY, &sealed_root_key),
+                    (ROOT_KEY, &seals.seal(ROOT_KEY, &root_key)?),
                     (ISSUING_CERTIFICATE, &issuing_der),
-                    (ISSUING_KEY, &sealed_key),
+                    (ISSUING_KEY, &seals.seal(ISSUING_KEY, &issuing_key)?),
                 ])
             })
             .await?;
@@ -219,11 +221,12 @@ impl Authority {
         let sealed = self.storage.run("authority_keys", |store| store.key(ROOT_KEY)).await?;
         let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the root's key is missing".into()))?;
         let root_issuer = Issuer::from_ca_cert_der(&self.root, open_key(&self.sealer, ROOT_KEY, &sealed)?)?;
-        let (issuing, sealed_key) = Issuing::create(&self.trust_domain, &root_issuer, &self.sealer, now_ms)?;
-        let certificate = issuing.certificate.to_vec();
+        let (issuing, issuing_key) = Issuing::create(&self.trust_domain, &root_issuer, now_ms)?;
+        let (certificate, seals) = (issuing.certificate.to_vec(), self.sealer.clone());
         self.storage
             .run("authority_keys", move |store| {
-                store.put_keys(&[(ISSUING_CERTIFICATE, &certificate), (ISSUING_KEY, &sealed_key)])
+                let sealed = seals.seal(ISSUING_KEY, &issuing_key)?;
+                store.put_keys(&[(ISSUING_CERTIFICATE, &certificate), (ISSUING_KEY, &sealed)])
             })
             .await?;
         *self.issuing.write() = Arc::new(issuing);
@@ -275,7 +278,7 @@ impl Authority {
             issuing: certificate_view(&self.issuing.read().certificate)?,
             roots: vec![certificate_view(&self.root)?],
             svid_lifetime_seconds: SVID_LIFETIME.as_secs(),
-            sealed_by: self.sealer.place(),
+            sealed_by: format!("{} (key {})", self.sealer.place(), self.sealer.key().name()),
             log_key: self.log.verifier().to_string(),
         })
     }
@@ -312,16 +315,15 @@ impl Issuing {
     fn create(
         trust_domain: &TrustDomain,
         root: &Issuer<'_, KeyPair>,
-        sealer: &Sealer,
         now_ms: u64,
-    ) -> Result<(Self, Vec<u8>), AuthorityError> {
+    ) -> Result<(Self, Zeroizing<Vec<u8>>), AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let limits = BasicConstraints::Constrained(0);
         let mut params = signing_params(trust_domain, "intermediate", limits, now_ms, ISSUING_LIFETIME);
         params.use_authority_key_identifier_extension = true;
         let certificate = params.signed_by(&key, root)?.der().clone();
-        let sealed = sealer.seal(ISSUING_KEY, &serialized(&key));
-        Ok((Self::new(certificate, key)?, sealed))
+        let secret = serialized(&key);
+        Ok((Self::new(certificate, key)?, secret))
     }
 
     fn open(sealer: &Sealer, certificate: CertificateDer<'static>, sealed: &[u8]) -> Result<Self, AuthorityError> {
@@ -377,8 +379,8 @@ fn new_serial() -> (SerialNumber, String) {
     (SerialNumber::from_slice(&bytes), hex::encode(bytes))
 }
 
-fn serialized(key: &KeyPair) -> zeroize::Zeroizing<Vec<u8>> {
-    zeroize::Zeroizing::new(key.serialize_der())
+fn serialized(key: &KeyPair) -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(key.serialize_der())
 }
 
 fn open_key(sealer: &Sealer, purpose: &str, sealed: &[u8]) -> Result<KeyPair, AuthorityError> {

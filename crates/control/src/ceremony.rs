@@ -221,7 +221,7 @@ mod tests {
                 data_dir: dir.path().into(),
                 listen: "127.0.0.1:0".parse().unwrap(),
                 metrics_listen: None,
-                key_file: None,
+                key: None,
                 trust_domain: None,
                 witnesses: Default::default(),
             };

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// What the seal of a head is for: no other sealed bytes pass for one.
-const HEAD_PURPOSE: &str = "ledger/head";
+pub(crate) const HEAD_PURPOSE: &str = "ledger/head";
 /// Entries read from the store at once.
 pub const PAGE_ENTRIES: u32 = 256;
 /// How far the clock may lie before the newest entry until it is called wrong.
@@ -281,17 +281,22 @@ impl Ledger {
             return Err(AppendError::Countersignature(refused));
         }
         let draft = Followed { draft, keyring };
-        let entry = NewEntry {
+        let mut entry = NewEntry {
             index: draft.draft.entry.index,
             entry: draft.draft.bytes.clone(),
             leaf: hash_leaf(&draft.draft.bytes),
             root: draft.keyring.root(),
-            seal: self.sealer.seal(HEAD_PURPOSE, &head_bytes(draft.keyring.revision().0, draft.keyring.root())),
+            seal: Vec::new(),
             digest: draft.draft.entry.digest,
             change_set: draft.draft.change_set.clone(),
             bodies: bodies.iter().map(|(digest, text)| (*digest, text.clone())).collect(),
         };
-        match self.storage.run("append", move |store| store.append(&entry)).await {
+        let sealer = self.sealer.clone();
+        let append = self.storage.run("append", move |store| {
+            entry.seal = sealer.seal(HEAD_PURPOSE, &head_bytes(entry.index + 1, entry.root))?;
+            store.append(&entry)
+        });
+        match append.await {
             Ok(()) => Ok(self.take_up(draft, &bodies)),
             Err(error) => {
                 *self.uncertain.lock() = Some(draft);

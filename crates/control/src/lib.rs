@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`gate`] | judges change-sets; the only maker of `Admitted` | writes |
 //! | [`mfa`] | enrols operators, verifies their codes | decides what a factor is good for |
+//! | [`sealing`] | seals everything with another key, once a change chose it | chooses one |
 //! | [`proposals`] | change-sets that wait for a factor or for other operators | judges them |
 //! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
 //! | [`store`] | keeps everything, on a thread of its own | decides |
@@ -40,7 +41,7 @@ use tokio::{
 };
 
 use countersign_api::{
-    local::{Applied, Apply, Invitation, Invite, Problem},
+    local::{Applied, Apply, Invitation, Invite, KeyPlace, Problem},
     run_file::CONTROL_SOCKET,
     svid::TlsIdentity,
 };
@@ -67,6 +68,7 @@ pub mod mfa;
 pub mod proposals;
 pub mod publish;
 pub mod registry;
+pub mod sealing;
 pub mod store;
 pub mod witness;
 
@@ -74,7 +76,7 @@ use advertise::{Advertise, Advertised, Own};
 use authority::{
     Authority, AuthorityError, SVID_LIFETIME,
     log_key::LogKey,
-    seal::{KeyFileError, Sealer},
+    seal::{Sealer, SealingKey, SealingKeyError},
 };
 use checkpoint::{Checkpoints, Witnesses};
 use clock::Clock;
@@ -112,8 +114,8 @@ pub struct ControlConfig {
     pub advertise: Option<Advertise>,
     /// Where Prometheus reads `/metrics`; not served unless given.
     pub metrics_listen: Option<SocketAddr>,
-    /// The key-encryption key; `keys/kek` below the data directory unless given.
-    pub key_file: Option<PathBuf>,
+    /// Where the key-encryption key comes from; the file `keys/kek` below the data directory unless given.
+    pub key: Option<KeyPlace>,
     /// The trust domain of a mesh that is not created yet, so that agents can join before the first change. One that
     /// exists must be this one.
     pub trust_domain: Option<TrustDomain>,
@@ -189,7 +191,10 @@ pub enum StartError {
     Ledger(#[from] OpenError),
     /// The key-encryption key cannot be used.
     #[error(transparent)]
-    KeyFile(#[from] KeyFileError),
+    SealingKey(#[from] SealingKeyError),
+    /// It is not the one that sealed what the store holds.
+    #[error(transparent)]
+    OtherSealingKey(#[from] sealing::OtherKey),
     /// The authority's keys cannot be used.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
@@ -242,7 +247,8 @@ impl StartError {
             Self::Ledger(OpenError::Clock { .. }) => {
                 "set this machine's clock (`timedatectl`); if it is right, the entry was made with a wrong one".into()
             }
-            Self::KeyFile(error) => error.help(),
+            Self::SealingKey(error) => error.help(),
+            Self::OtherSealingKey(error) => error.help(),
             Self::Authority(AuthorityError::Sealed(_)) => {
                 "use the key file that the keys were sealed with (`keys/kek` in a copy of the data directory)".into()
             }
@@ -285,6 +291,7 @@ pub struct Plane {
     changes: broadcast::Sender<Changed>,
     enrolments: mfa::Enrolments,
     decided: proposals::Decided,
+    data_dir: PathBuf,
     /// Where other hosts find it.
     pub advertised: Advertised,
     high_water: Arc<HighWater>,
@@ -301,16 +308,8 @@ pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
 
 /// As [`start`], with the time told by `clock`.
 pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
-    let ControlConfig {
-        data_dir,
-        listen,
-        advertise,
-        metrics_listen,
-        key_file,
-        trust_domain,
-        accept_rollback,
-        witnesses,
-    } = config;
+    let ControlConfig { data_dir, listen, advertise, metrics_listen, key, trust_domain, accept_rollback, witnesses } =
+        config;
     let socket = data_dir.join(CONTROL_SOCKET);
     if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(StartError::SocketPath(socket));
@@ -330,8 +329,12 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     entitlements.into_iter().for_each(|(host, services)| registry.entitle(&host, Some(services)));
     let publisher = Arc::new(Publisher::new(registry));
     let sealed = storage.run("authority_keys", |store| Ok(store.has_keys()? || store.head()?.is_some())).await?;
-    let key_file = key_file.unwrap_or_else(|| data_dir.join(KEY_FILE));
-    let sealer = Arc::new(Sealer::open(&key_file, !sealed)?);
+    let place = key.unwrap_or_else(|| KeyPlace::File(data_dir.join(KEY_FILE)));
+    let high_water = Arc::new(HighWater::beside(&mark_beside(&data_dir, &place)));
+    // A security module may take its time.
+    let opened = tokio::task::spawn_blocking(move || SealingKey::open(&place, !sealed)).await;
+    let sealer = Arc::new(Sealer::of(opened.map_err(|_| StoreError::Closed)??));
+    sealing::check(&storage, &sealer).await??;
 
     let publish = publisher.clone();
     let ledger = Ledger::open(storage.clone(), clock.clone(), sealer.clone(), move |head, entries| {
@@ -339,7 +342,6 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     })
     .await?;
     let ledger = Arc::new(ledger);
-    let high_water = Arc::new(HighWater::beside(&key_file));
     let rolled_back = match high_water.compare(&ledger)? {
         Ok(()) => None,
         Err(why) if accept_rollback => Some(why),
@@ -378,6 +380,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         changes: broadcast::Sender::new(CHANGES_KEPT),
         enrolments: mfa::Enrolments::default(),
         decided: proposals::Decided::default(),
+        data_dir: data_dir.clone(),
         advertised: advertise::advertised(advertise.as_ref(), listen, Own::look),
         high_water,
         sealer,
@@ -475,7 +478,8 @@ impl Plane {
         let unprotected = "the mesh is unprotected: whoever owns the data directory can change everything";
         let is_protected = self.ledger.head().follower.state().is_protected();
         let unprotected = (!is_protected).then(|| unprotected.to_owned());
-        unprotected.into_iter().chain(self.warnings.read().values().cloned()).collect()
+        let waiting = sealing::waiting(self);
+        unprotected.into_iter().chain(waiting).chain(self.warnings.read().values().cloned()).collect()
     }
 
     /// The flow of a change: gate, ledger, and what follows from it.
@@ -674,6 +678,14 @@ async fn until_stopped(
         _ = stop.wait_for(|stop| *stop) => {}
     }
     part
+}
+
+/// The file beside which the ledger's high-water mark lies: that of the key, or what it would be.
+fn mark_beside(data_dir: &Path, key: &KeyPlace) -> PathBuf {
+    match key {
+        KeyPlace::File(path) => path.clone(),
+        KeyPlace::Credential(_) | KeyPlace::Pkcs11(_) => data_dir.join(KEY_FILE),
+    }
 }
 
 fn in_dir(dir: &Path, source: io::Error) -> StartError {

@@ -21,8 +21,8 @@ use tokio::{
 use countersign_api::local::{
     Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView, Confirm,
     DecisionDetail, Enrol, Enrolled, Enrolment, GateOutcome, GateRefusal, Invitation, Invite, LedgerLine, Mesh,
-    Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RecordFilter, ServiceView, Shown, Status, TailEvent,
-    Waited,
+    Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RecordFilter, Rotate, Rotated, ServiceView, Shown,
+    Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -38,7 +38,7 @@ use crate::{
     ceremony, decisions, enrol, gate,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused},
-    proposals,
+    proposals, sealing,
     store::{StoreError, StoredEntry},
 };
 
@@ -106,6 +106,7 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/services/{service}/callers", get(callers))
         .route("/v1/authority", get(authority))
+        .route("/v1/authority/rotate", post(rotate))
         .route("/v1/ledger", get(ledger))
         .route("/v1/ledger/bodies", get(ledger_bodies))
         .route("/v1/ledger/checkpoint", get(checkpoint))
@@ -431,6 +432,10 @@ async fn authority(State(plane): State<Arc<Plane>>) -> Answered<AuthorityView> {
     let authority = plane.authority().ok_or_else(|| not_found("there is no mesh yet".into(), help))?;
     let view = authority.view().map_err(|e| problem(500, e.to_string(), None, None))?;
     Ok(Json(view))
+}
+
+async fn rotate(State(plane): State<Arc<Plane>>, Json(asked): Json<Rotate>) -> Answered<Rotated> {
+    Ok(Json(sealing::rotate(&plane, asked).await?))
 }
 
 async fn ledger(State(plane): State<Arc<Plane>>) -> Response {

@@ -5,9 +5,9 @@
 //! Catches a restored store. Does not catch a copy of everything, mark included; agents, who hold the longer ledger, do.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -20,7 +20,7 @@ use crate::ledger::Ledger;
 
 /// The mark of the ledger whose store and key this control plane has.
 pub struct HighWater {
-    key_file: PathBuf,
+    key_file: Mutex<PathBuf>,
     /// What is written already. Held while a newer one is written, so that a mark never goes back.
     written: Mutex<Option<Mark>>,
 }
@@ -64,7 +64,13 @@ pub struct MarkError {
 impl HighWater {
     /// Beside `key_file`.
     pub fn beside(key_file: &Path) -> Self {
-        Self { key_file: key_file.to_owned(), written: Mutex::new(None) }
+        Self { key_file: Mutex::new(key_file.to_owned()), written: Mutex::new(None) }
+    }
+
+    /// From now on beside `key_file`: another key is in force.
+    pub fn move_beside(&self, key_file: &Path) {
+        *self.key_file.lock() = key_file.to_owned();
+        *self.written.lock() = None;
     }
 
     /// Compares `ledger` with what was written of it. A ledger without a mark is not compared.
@@ -109,13 +115,18 @@ impl HighWater {
             return None;
         }
         let origin = ledger.root_at(Revision(1))?;
-        let mut name = self.key_file.file_name()?.to_owned();
+        let key_file = self.key_file.lock();
+        let mut name = key_file.file_name()?.to_owned();
         name.push(format!(".{}.mark", origin.short()));
-        Some(self.key_file.with_file_name(name))
+        Some(key_file.with_file_name(name))
     }
 }
 
 fn write(path: &Path, mark: &Mark) -> io::Result<()> {
+    // It is there where the key lies in it.
+    if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    }
     let new = path.with_extension("new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(&serde_json::to_vec(mark)?)?;

@@ -270,15 +270,13 @@ pub async fn confirm(plane: &Plane, id: &str, asked: Confirm) -> Result<Enrolled
     let codes: Vec<String> = (0..RECOVERY_CODES).map(|_| recovery_code()).collect();
     let key = recovery_key(plane).await.map_err(|error| store_problem(&error))?;
     let hashes: Vec<Digest> = codes.iter().map(|code| recovery_hash(&key, code)).collect();
-    let stored = StoredCodes {
-        factor: factor.clone(),
-        operator: operator.clone(),
-        sealed: plane.sealer.seal(&purpose(&factor), &secret),
-        last_step: step.0,
-    };
+    let mut stored =
+        StoredCodes { factor: factor.clone(), operator: operator.clone(), sealed: Vec::new(), last_step: step.0 };
     let kept_recovery = recovery.clone();
     // Kept before the entry says that there is such a factor; what a crash in between leaves behind verifies nothing.
+    let sealer = plane.sealer.clone();
     let kept = plane.storage.run("put_codes", move |store| {
+        stored.sealed = sealer.seal(&purpose(&stored.factor), &secret)?;
         store.put_codes(&stored)?;
         store.put_recovery(&kept_recovery, &hashes)
     });
@@ -456,10 +454,13 @@ async fn recovery_key(plane: &Plane) -> Result<hmac::Key, StoreError> {
     };
     let mut fresh = Zeroizing::new([0; 32]);
     random(&mut *fresh);
-    let sealed = plane.sealer.seal(RECOVERY_KEY, &*fresh);
+    let sealer = plane.sealer.clone();
     let kept = plane.storage.run("recovery_key", move |store| match store.key(RECOVERY_KEY)? {
         Some(kept) => Ok(kept),
-        None => store.put_keys(&[(RECOVERY_KEY, &sealed)]).map(|()| sealed),
+        None => {
+            let sealed = sealer.seal(RECOVERY_KEY, &*fresh)?;
+            store.put_keys(&[(RECOVERY_KEY, &sealed)]).map(|()| sealed)
+        }
     });
     let secret = plane.sealer.unseal(RECOVERY_KEY, &kept.await?).map_err(|_| unreadable())?;
     Ok(hmac::Key::new(hmac::HMAC_SHA256, &secret))
@@ -485,7 +486,7 @@ fn factor_id(kind: &str) -> FactorId {
     FactorId::parse(&format!("{kind}-{}", random_hex::<8>())).expect("INVARIANT: letters, digits and a dash")
 }
 
-fn purpose(factor: &FactorId) -> String {
+pub(crate) fn purpose(factor: &FactorId) -> String {
     format!("mfa/totp/{}", factor.as_str())
 }
 

@@ -15,7 +15,7 @@ use countersign_core::{
     record::{DecisionRecord, EdgeCount},
 };
 
-use crate::metrics::StoreLatency;
+use crate::{authority::seal::NotSealed, metrics::StoreLatency};
 
 pub mod sqlite;
 #[cfg(test)]
@@ -181,6 +181,33 @@ pub struct Document {
     pub expires_at_ms: u64,
 }
 
+/// Where something sealed lies.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SealedAt {
+    /// A key, by its name, which is also what it is sealed for.
+    Key(String),
+    /// What verifies the codes of a factor.
+    Codes(FactorId),
+    /// The ledger's size and root.
+    Head,
+}
+
+/// One secret, sealed anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resealed {
+    /// Where it lies.
+    pub at: SealedAt,
+    /// As it was.
+    pub seen: Vec<u8>,
+    /// As it is to be.
+    pub next: Vec<u8>,
+}
+
+/// What a key is called that is no secret: a certificate.
+pub const CERTIFICATE_SUFFIX: &str = "/certificate";
+/// The beginning of what a key is called that is no secret: a note.
+pub const NOTE_PREFIX: &str = "note/";
+
 /// What became of the attempt to use a join token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Spent {
@@ -226,6 +253,9 @@ pub enum StoreError {
     /// Another entry stands at this position.
     #[error("entry {0} exists already")]
     Taken(u64),
+    /// The key-encryption key did not seal what was to be written.
+    #[error("nothing was written: {0}")]
+    NotSealed(#[from] NotSealed),
     /// Anything else the database says.
     #[error("the store failed: {0}")]
     Failed(String),
@@ -243,6 +273,7 @@ impl StoreError {
             Self::Damaged { .. } => "restore the data directory from a copy, or start with a new one and apply again",
             Self::Newer { .. } => "run the version of countersign that wrote it, or a later one",
             Self::Taken(_) => "plan again on the current revision",
+            Self::NotSealed(_) => "is the token there, and its service running? its module's own log says more",
             Self::Failed(_) | Self::Closed => "see the control plane's log; `countersign doctor` checks the files",
         }
     }
@@ -268,6 +299,12 @@ pub trait Store: Send {
     fn key(&mut self, name: &str) -> Result<Option<Vec<u8>>, StoreError>;
     /// Keeps several of them at once.
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError>;
+
+    /// Everything sealed that it keeps: keys under their names other than certificates and notes, what verifies codes, the head.
+    fn sealed(&mut self) -> Result<Vec<(SealedAt, Vec<u8>)>, StoreError>;
+    /// Puts `next` in the place of `seen`, all of them at once and with `notes` among the keys; false, and nothing is done, when
+    /// what is kept sealed is not exactly what was seen.
+    fn reseal(&mut self, resealed: &[Resealed], notes: &[(&str, &[u8])]) -> Result<bool, StoreError>;
 
     /// Keeps an invitation by the hash of its secret; false when too many are open.
     fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError>;

@@ -47,7 +47,7 @@ use countersign_core::{
 use crate::{
     authority::{
         note_key::NoteKey,
-        seal::{KeyFileError, Sealer, Unopened},
+        seal::{NotSealed, Sealer, SealingKeyError, Unopened},
     },
     clock::Clock,
 };
@@ -105,10 +105,13 @@ pub enum WitnessError {
     Running(PathBuf),
     /// What opens its key cannot be used.
     #[error(transparent)]
-    KeyFile(#[from] KeyFileError),
+    KeyFile(#[from] SealingKeyError),
     /// Its key does not open.
     #[error(transparent)]
     Sealed(#[from] Unopened),
+    /// Its key is not sealed.
+    #[error("the witness's key was not sealed")]
+    NotSealed(#[from] NotSealed),
     /// Its key, or the name that it shall have, is none.
     #[error("it cannot have this key")]
     Key(#[from] KeyError),
@@ -136,6 +139,7 @@ impl WitnessError {
             Self::Running(_) => "stop it first, or use another directory; two of them must not share one memory".into(),
             Self::KeyFile(error) => error.help(),
             Self::Sealed(_) => "put back the `kek` that its key was sealed with".into(),
+            Self::NotSealed(_) => "see the log of the security module".into(),
             Self::Key(_) => "choose another `--name`".into(),
             Self::Forgot(_) | Self::State { .. } => {
                 "begin anew in another directory, with a new key that verifiers are told of; never put back an older copy".into()
@@ -338,7 +342,7 @@ fn open(dir: &Path, name: &str) -> Result<(Memory, NoteKey), WitnessError> {
         let (key, seed) = NoteKey::generate(name, SignatureKind::Cosignature)?;
         let memory = Memory { name: name.to_owned(), logs: BTreeMap::new() };
         write(dir, &memory).map_err(|error| unused(&state, error))?;
-        write_file(&key_file, &sealer.seal(KEY_PURPOSE, &*seed)).map_err(|error| unused(&key_file, error))?;
+        write_file(&key_file, &sealer.seal(KEY_PURPOSE, &*seed)?).map_err(|error| unused(&key_file, error))?;
         return Ok((memory, key));
     };
     let remembered = remembered.ok_or_else(|| WitnessError::Forgot(state.clone()))?;

@@ -327,10 +327,10 @@ async fn two_control_planes_on_one_directory_another_mesh_or_a_lost_key_do_not_s
     std::fs::write(&key, "00".repeat(32)).unwrap();
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
     let refused = start(config(dir.path().into())).await.err().unwrap();
-    assert!(refused.to_string().contains("not sealed with this control plane's key"), "{refused}");
+    assert!(refused.to_string().contains("the mesh's keys are sealed with key"), "{refused}");
     std::fs::remove_file(&key).unwrap();
     let refused = start(config(dir.path().into())).await.err().unwrap();
-    assert!(matches!(refused, StartError::KeyFile(_)), "a new key is never made beside sealed ones: {refused}");
+    assert!(matches!(refused, StartError::SealingKey(_)), "a new key is never made beside sealed ones: {refused}");
 }
 
 #[tokio::test]

@@ -185,6 +185,24 @@ pub enum Change {
         /// Its name.
         name: PipelineName,
     },
+    /// Seals the control plane's own keys with another key-encryption key from now on.
+    RotateSealingKey {
+        /// What tells the new one from others; never the key.
+        fingerprint: Digest,
+    },
+    /// Whoever has the control plane's files and what opens them appoints an owner anew, past the gate.
+    Recover {
+        /// Who.
+        operator: OperatorName,
+        /// Their only factor from now on.
+        id: FactorId,
+        /// What it is.
+        factor: EnrolledFactor,
+        /// Why, in the words of whoever did it.
+        reason: Arc<str>,
+        /// When, in seconds since 1970.
+        at_seconds: i64,
+    },
 }
 
 /// Who can have a role: a service of the own trust domain by its name, or any workload by its full SPIFFE ID.
@@ -214,7 +232,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 23] = [
+    pub const KINDS: [&str; 25] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -238,6 +256,8 @@ impl Change {
         "remove_issuer",
         "set_pipeline",
         "remove_pipeline",
+        "rotate_sealing_key",
+        "recover",
     ];
 
     /// The kind as the ledger and the change gate spell it.
@@ -266,6 +286,8 @@ impl Change {
             Self::RemoveIssuer { .. } => "remove_issuer",
             Self::SetPipeline { .. } => "set_pipeline",
             Self::RemovePipeline { .. } => "remove_pipeline",
+            Self::RotateSealingKey { .. } => "rotate_sealing_key",
+            Self::Recover { .. } => "recover",
         }
     }
 
@@ -280,7 +302,8 @@ impl Change {
             Self::InviteOperator { name, .. }
             | Self::EnrollOperator { name, .. }
             | Self::RemoveOperator { name }
-            | Self::SetOperatorRoles { name, .. } => format!("operator {name}"),
+            | Self::SetOperatorRoles { name, .. }
+            | Self::Recover { operator: name, .. } => format!("operator {name}"),
             Self::AddFactor { operator, id, .. } | Self::RemoveFactor { operator, id } => {
                 let short: String = id.as_str().chars().take(12).collect();
                 format!("factor {short} of operator {operator}")
@@ -290,6 +313,7 @@ impl Change {
             Self::Deploy { service, .. } => format!("deployment of service {service}"),
             Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),
             Self::SetPipeline { name, .. } | Self::RemovePipeline { name } => format!("pipeline {name}"),
+            Self::RotateSealingKey { fingerprint } => format!("sealing key {}", fingerprint.short()),
         }
     }
 

@@ -133,6 +133,8 @@ pub enum Part {
     Route(RouteName),
     /// What may run as one service.
     Deployment(ServiceName),
+    /// The key that seals the control plane's own keys.
+    SealingKey,
 }
 
 /// Verifies one countersignature against the keys that were in force before its entry.
@@ -289,7 +291,9 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::SetIssuer { .. }
             | Change::RemoveIssuer { .. }
             | Change::SetPipeline { .. }
-            | Change::RemovePipeline { .. } => {}
+            | Change::RemovePipeline { .. }
+            | Change::RotateSealingKey { .. }
+            | Change::Recover { .. } => {}
         }
     }
     touched
@@ -309,6 +313,7 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => Part::Policy(id.clone()),
             Change::SetRoute { name, .. } | Change::RemoveRoute { name } => Part::Route(name.clone()),
             Change::Deploy { service, .. } => Part::Deployment(service.clone()),
+            Change::RotateSealingKey { .. } => Part::SealingKey,
             Change::SetRole { .. }
             | Change::RemoveRole { .. }
             | Change::InviteOperator { .. }
@@ -323,7 +328,8 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::SetIssuer { .. }
             | Change::RemoveIssuer { .. }
             | Change::SetPipeline { .. }
-            | Change::RemovePipeline { .. } => Part::Gate,
+            | Change::RemovePipeline { .. }
+            | Change::Recover { .. } => Part::Gate,
         };
         written.insert(part);
     }

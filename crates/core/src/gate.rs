@@ -303,6 +303,9 @@ impl ChangeGate {
 
     /// What one change requires; the error says why nothing helps.
     fn decide_one(&self, asked: &Asked<'_>, questions: &Questions, change: &Change) -> Result<Requires, String> {
+        if matches!(change, Change::Recover { .. }) {
+            return Err("a recovery is made with the control plane's files and what opens them".to_owned());
+        }
         let mut requires = self.decide_on(asked, questions, change, &questions.after)?;
         if let Some(before) = &questions.before
             && is_of_service(change)
@@ -493,7 +496,9 @@ fn pipelines(asked: &Asked<'_>) -> impl Iterator<Item = Entity> {
 fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
     match change {
         Change::CreateMesh { trust_domain } => uid("Mesh", trust_domain.as_str()),
-        Change::SealSettings { .. } => uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str())),
+        Change::SealSettings { .. } | Change::RotateSealingKey { .. } => {
+            uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str()))
+        }
         Change::DeclareService { name, .. } | Change::RemoveService { name } | Change::Deploy { service: name, .. } => {
             uid("Service", name.as_str())
         }
@@ -506,7 +511,8 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         | Change::RemoveOperator { name }
         | Change::SetOperatorRoles { name, .. }
         | Change::AddFactor { operator: name, .. }
-        | Change::RemoveFactor { operator: name, .. } => uid("Operator", name.as_str()),
+        | Change::RemoveFactor { operator: name, .. }
+        | Change::Recover { operator: name, .. } => uid("Operator", name.as_str()),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => uid("Issuer", name),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => uid("Pipeline", name),
     }

@@ -285,6 +285,7 @@ fn is_of_keyring(change: &Change) -> bool {
             | Change::RemoveOperator { .. }
             | Change::SetOperatorRoles { .. }
             | Change::SealSettings { .. }
+            | Change::Recover { .. }
     )
 }
 

@@ -1,7 +1,10 @@
 //! Operators as the ledger knows them: their roles, their factors, and the public keys that anyone verifies with. Secrets (the seed
 //! of a code, a recovery code) are never here: the ledger says that there is such a factor and no more.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,11 +14,13 @@ use crate::{
         webauthn::{PublicKey, RelyingParty},
     },
     change::RoleName,
-    identity::FactorId,
+    identity::{FactorId, OperatorName},
 };
 
 /// Factors of one operator at most.
 pub const FACTORS_MAX: usize = 32;
+/// Longest reason of a recovery, in bytes.
+pub const REASON_BYTES_MAX: usize = 500;
 /// Most operators whose countersignatures a seal can ask for.
 pub const QUORUM_MAX: u32 = 16;
 
@@ -51,6 +56,17 @@ pub struct SigningKey {
     pub backup_eligible: bool,
     /// Where it was enrolled, and where alone it is used.
     pub relying_party: RelyingParty,
+}
+
+/// That the mesh was recovered: its gate was passed by with the control plane's files and key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// Who was made owner.
+    pub operator: OperatorName,
+    /// Why, in the words of whoever did it.
+    pub reason: Arc<str>,
+    /// When, in seconds since 1970.
+    pub at_seconds: i64,
 }
 
 /// What a sealed mesh asks of every change.

@@ -12,8 +12,9 @@ use crate::{
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
     directory::{PLAIN_NAME, is_plain_name},
+    gate::OWNER,
     identity::{FactorId, OperatorName, ServiceName, TrustDomain},
-    operator::{EnrolledFactor, FACTORS_MAX, Operator, QUORUM_MAX, Seal},
+    operator::{EnrolledFactor, FACTORS_MAX, Operator, QUORUM_MAX, REASON_BYTES_MAX, Recovery, Seal},
     pipeline::{self, Issuer, IssuerName, PIPELINES_MAX, Pipeline, PipelineName},
     route::Route,
     service::ServiceSpec,
@@ -55,6 +56,12 @@ pub struct MeshState {
     /// The automations that may propose changes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pipelines: BTreeMap<PipelineName, Pipeline>,
+    /// What tells the key-encryption key of the control plane from others, since one was chosen by a change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealing_key: Option<Digest>,
+    /// The last recovery, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Recovery>,
 }
 
 /// Executables and images of one service at the same time: the old ones and the new ones of a rollout.
@@ -119,6 +126,12 @@ pub enum FoldError {
     /// An issuer or a pipeline that nobody should believe.
     #[error("{0}: {1}")]
     Pipeline(String, String),
+    /// A mesh that nobody has enrolled in has nothing to recover.
+    #[error("the mesh is unprotected: enrol an operator instead of recovering one")]
+    NotProtected,
+    /// A recovery says why it was done.
+    #[error("a recovery gives its reason in 1 to {REASON_BYTES_MAX} bytes")]
+    Reason,
     /// No loopback address is left.
     #[error("a mesh holds at most {SERVICES_MAX} services")]
     Full,
@@ -190,6 +203,11 @@ impl MeshState {
                 self.pipelines.insert(name.clone(), pipeline.clone());
             }
             Change::RemovePipeline { name } => known(self.pipelines.remove(name).is_some())?,
+            Change::RotateSealingKey { fingerprint } => self.sealing_key = Some(*fingerprint),
+            Change::Recover { operator, id, factor, reason, at_seconds } => {
+                let recovery = Recovery { operator: operator.clone(), reason: reason.clone(), at_seconds: *at_seconds };
+                self.recover(recovery, id, factor)?;
+            }
             Change::InviteOperator { .. }
             | Change::EnrollOperator { .. }
             | Change::AddFactor { .. }
@@ -245,6 +263,27 @@ impl MeshState {
             self.seal_of(seal.quorum, &operators)?;
         }
         Ok(operators)
+    }
+
+    /// An owner is appointed anew, with this one factor and no other. A seal asks for no more than can still sign, and ends
+    /// where nobody can: whoever follows it does not follow this unsigned.
+    fn recover(&mut self, recovery: Recovery, id: &FactorId, factor: &EnrolledFactor) -> Result<(), FoldError> {
+        if !self.is_protected() {
+            return Err(FoldError::NotProtected);
+        }
+        if recovery.reason.is_empty() || recovery.reason.len() > REASON_BYTES_MAX {
+            return Err(FoldError::Reason);
+        }
+        let mut operators = self.operators.clone();
+        let owner = operators.entry(recovery.operator.clone()).or_default();
+        owner.roles.insert(OWNER.into());
+        owner.factors.clear();
+        add_factor(&mut operators, &recovery.operator, id, factor)?;
+        let signers = operators.values().filter(|operator| operator.can_sign()).count();
+        let quorum = self.seal.map_or(0, |seal| seal.quorum).min(u32::try_from(signers).unwrap_or(u32::MAX));
+        self.seal = (quorum > 0).then_some(Seal { quorum });
+        (self.operators, self.recovery) = (operators, Some(recovery));
+        Ok(())
     }
 
     fn seal_of(&self, quorum: u32, operators: &BTreeMap<OperatorName, Operator>) -> Result<Seal, FoldError> {

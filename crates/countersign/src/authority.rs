@@ -1,11 +1,13 @@
 //! `authority show`: the roots that verify every identity of the mesh, what signs them now, and the key of its ledger.
+//! `authority rotate`: another key that seals them.
 
-use countersign_api::local::{AuthorityView, CertificateView};
+use countersign_api::local::{AuthorityView, CertificateView, KeyPlace, Rotate, Rotated};
 
 use crate::{
     client::Client,
     error::Done,
     mesh_finder::Place,
+    operator::Who,
     render::{self, Output, cell},
 };
 
@@ -38,6 +40,24 @@ pub async fn show(place: &Place, output: Output) -> Done {
             authority.log_key,
             render::table(&["ROLE", "SUBJECT", "EXPIRES", "SHA-256"], rows, paint),
             authority.bundle_pem,
+        )
+    })
+}
+
+/// Seals every key with the one at `next`.
+pub async fn rotate(place: &Place, next: KeyPlace, who: &Who, output: Output) -> Done {
+    let asked = Rotate { next, shown: who.shown() };
+    let rotated: Rotated = Client::control(place).post("/v1/authority/rotate", &asked).await?;
+    render::answer(output, &rotated, |rotated, paint| {
+        let by = rotated.revision.map_or_else(String::new, |revision| format!(", chosen by revision {revision}"));
+        format!(
+            "{} {} secrets with key {}{by}\n{} {}\n{} the old key opens nothing that is kept now; copies made before it still open with it\n",
+            paint.good("sealed anew:"),
+            rotated.resealed,
+            rotated.fingerprint.short(),
+            paint.note("from now on start with:"),
+            rotated.place.flag(),
+            paint.warn("note:"),
         )
     })
 }

@@ -19,7 +19,9 @@ use crate::{
     mesh_finder::{self, Place},
     operator, policy, render,
     render::{Output, Paint},
-    run, service, status,
+    run,
+    sealing_key::NextSealingKeyArguments,
+    service, status,
     telemetry::{self, Telemetry},
     up,
 };
@@ -231,6 +233,18 @@ pub struct Filter {
 pub enum AuthorityVerb {
     /// Show the roots that verify the mesh's identities, and what signs them now
     Show,
+    /// Seal every key with another key-encryption key from now on; the old one opens nothing any more
+    ///
+    /// It is a change: the gate judges it, and the ledger names the new key by a fingerprint. Where a factor or somebody's
+    /// countersignature is asked for first, run it again with the same key when the change is in the ledger.
+    Rotate {
+        /// Where the next key comes from; the control plane reads it.
+        #[command(flatten)]
+        next: NextSealingKeyArguments,
+        /// Who asks.
+        #[command(flatten)]
+        who: operator::Who,
+    },
 }
 
 /// What can be done with the ledger.
@@ -317,6 +331,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Decision(DecisionVerb::List(filter)) => ask(decision::list(&place(&global)?, filter, output)),
         Command::Decision(DecisionVerb::Show { id }) => ask(decision::show(&place(&global)?, &id, output)),
         Command::Authority(AuthorityVerb::Show) => ask(authority::show(&place(&global)?, output)),
+        Command::Authority(AuthorityVerb::Rotate { next, who }) => {
+            ask(authority::rotate(&place(&global)?, next.place()?, &who, output))
+        }
         Command::Ledger(LedgerVerb::Verify(arguments)) => ledger::verify(&arguments, || place(&global), output),
         Command::Ledger(LedgerVerb::Checkpoint) => ask(ledger::checkpoint(&place(&global)?, output)),
         Command::Ledger(LedgerVerb::Prove(arguments)) => ask(ledger::prove(&place(&global)?, arguments, output)),

@@ -13,7 +13,9 @@ use crate::{
     error::{Done, Failure},
     ledger::WitnessArguments,
     mesh_finder::{self, Place},
-    render, serve,
+    render,
+    sealing_key::SealingKeyArguments,
+    serve,
     telemetry::Telemetry,
 };
 
@@ -32,9 +34,9 @@ pub struct ControlArguments {
     /// Where `/metrics` is served
     #[arg(long, value_name = "IP:PORT")]
     pub metrics: Option<SocketAddr>,
-    /// A file of mode 0600 whose key seals all other keys [default: one in the data directory]
-    #[arg(long, value_name = "FILE")]
-    pub key_file: Option<PathBuf>,
+    /// What seals all other keys
+    #[command(flatten)]
+    pub key: SealingKeyArguments,
     /// The trust domain of a new mesh [default: that of DIR/mesh.toml]
     #[arg(long, value_name = "NAME")]
     pub trust_domain: Option<TrustDomain>,
@@ -66,7 +68,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         advertise: arguments.advertise,
         accept_rollback: arguments.accept_rollback,
         metrics_listen: arguments.metrics,
-        key_file: arguments.key_file,
+        key: arguments.key.place()?,
         trust_domain: trust_domain.clone(),
         witnesses: arguments.witnesses.witnesses()?,
     };

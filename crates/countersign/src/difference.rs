@@ -63,6 +63,8 @@ fn text_before(change: &Change, mesh: &Mesh) -> Option<String> {
         Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => state.pipelines.get(name).map(toml),
+        Change::RotateSealingKey { .. } => state.sealing_key.map(|fingerprint| format!("{fingerprint}\n")),
+        Change::Recover { operator: name, .. } => state.operators.get(name).map(operator),
     }
 }
 
@@ -82,6 +84,8 @@ fn text_after(change: &Change, bodies: &Bodies) -> Option<String> {
         Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
         Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
         Change::SetPipeline { pipeline, .. } => Some(toml(pipeline)),
+        Change::RotateSealingKey { fingerprint } => Some(format!("{fingerprint}\n")),
+        Change::Recover { factor: enrolled, reason, .. } => Some(format!("{}reason = {reason:?}\n", factor(enrolled))),
         Change::RemoveService { .. }
         | Change::RemoveRole { .. }
         | Change::RemovePolicy { .. }

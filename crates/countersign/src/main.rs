@@ -28,6 +28,7 @@ mod operator;
 mod policy;
 mod render;
 mod run;
+mod sealing_key;
 mod serve;
 mod service;
 mod status;

@@ -11,6 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use countersign_agent::harden;
 use countersign_api::run_file::{RUN_FILE, RunFile};
 use countersign_core::identity::ServiceName;
 
@@ -21,10 +22,17 @@ pub struct Held {
     _lock: File,
 }
 
-/// A process that will hold keys: no debugger, no core dump, no other process of this user may read them.
+/// A process that will hold keys: no debugger, no core dump, no other process of this user may read them, and where the kernel
+/// lets it nothing of it is swapped out.
 pub fn shut_to_debuggers() -> Result<(), Failure> {
-    countersign_agent::harden::non_dumpable()
-        .map_err(|e| Failure::new("could not shut this process to debuggers").because(&e))
+    harden::non_dumpable().map_err(|e| Failure::new("could not shut this process to debuggers").because(&e))?;
+    harden::no_core_dumps().map_err(|e| Failure::new("could not forbid core dumps of this process").because(&e))?;
+    match harden::lock_memory() {
+        Ok(true) => {}
+        Ok(false) => tracing::info!("memory is not locked: keys could reach the swap; LimitMEMLOCK=infinity locks it"),
+        Err(error) => tracing::warn!(%error, "memory is not locked: keys could reach the swap"),
+    }
+    Ok(())
 }
 
 /// Becomes the one process that runs the mesh at `place`.

@@ -38,6 +38,7 @@ use crate::{
     mesh_finder::{self, Place},
     operator::Who,
     render::Paint,
+    sealing_key::SealingKeyArguments,
     serve::{self, Running},
     status,
     telemetry::Telemetry,
@@ -70,6 +71,9 @@ pub struct Up {
     /// Who cosigns the ledger's checkpoints
     #[command(flatten)]
     pub witnesses: WitnessArguments,
+    /// What seals all other keys
+    #[command(flatten)]
+    pub key: SealingKeyArguments,
     /// Where other hosts reach the sidecars of this one [default: the address of --listen]
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
@@ -103,7 +107,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         advertise: arguments.advertise,
         accept_rollback: arguments.accept_rollback,
         metrics_listen: Some(arguments.metrics),
-        key_file: None,
+        key: arguments.key.place()?,
         trust_domain: Some(directory.trust_domain.clone()),
         witnesses: arguments.witnesses.witnesses()?,
     })

@@ -2,62 +2,13 @@
 
 mod support;
 
-use std::{
-    fs,
-    io::{BufRead, BufReader, Write},
-    process::{Output, Stdio},
-    thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+use std::fs;
+
+use support::{
+    Mesh,
+    codes::{enrol, json_of, next_code, now_seconds},
+    said,
 };
-
-use countersign_testkit::authenticator::App;
-use serde_json::Value;
-
-use support::{Mesh, binary, said};
-
-fn now_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
-}
-
-/// Enrols with `operator enroll` or `factor add`, as a script would.
-fn enrol(mesh: &Mesh, arguments: &[&str]) -> (App, Value) {
-    let mut child = binary()
-        .arg("-C")
-        .arg(&mesh.dir)
-        .args(["-o", "json"])
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let Some(first) = lines.next() else { panic!("{}", said(&child.wait_with_output().unwrap())) };
-    let first: Value = serde_json::from_str(&first.unwrap()).unwrap();
-    let app = App::read(first["operator"].as_str().unwrap(), first["otpauth"].as_str().unwrap());
-    writeln!(child.stdin.take().unwrap(), "{}", app.code(now_seconds())).unwrap();
-    let last = lines.next().map(|line| serde_json::from_str(&line.unwrap()).unwrap());
-    let ended = child.wait_with_output().unwrap();
-    assert!(ended.status.success(), "{}", said(&ended));
-    (app, last.expect("a second line"))
-}
-
-/// A code that was not used yet, as soon as there is one that is taken now: of this step or of the next.
-fn next_code(app: &App, used: &mut u64) -> String {
-    loop {
-        let now = now_seconds() / 30;
-        let step = now.max(*used + 1);
-        if step <= now + 1 {
-            *used = step;
-            return app.code(step * 30);
-        }
-        thread::sleep(Duration::from_millis(200));
-    }
-}
-
-fn json_of(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(output)))
-}
 
 #[test]
 fn a_protected_mesh_takes_a_change_with_a_code_once_and_nothing_without_one() {

@@ -80,10 +80,12 @@ impl LogKey {
         let origin = origin_of(trust_domain);
         let (key, seed) = NoteKey::generate(&origin, SignatureKind::Ed25519)
             .expect("INVARIANT: a trust domain makes the name of a key");
-        let sealed = sealer.seal(LOG_KEY, &*seed);
-        let nothing = sealer.seal(LOG_SIGNED, &encode(0, Frontier::default().root()));
+        let seals = sealer.clone();
         storage
-            .run("authority_keys", move |store| store.put_keys(&[(LOG_KEY, &sealed), (LOG_SIGNED, &nothing)]))
+            .run("authority_keys", move |store| {
+                let nothing = seals.seal(LOG_SIGNED, &encode(0, Frontier::default().root()))?;
+                store.put_keys(&[(LOG_KEY, &seals.seal(LOG_KEY, &*seed)?), (LOG_SIGNED, &nothing)])
+            })
             .await?;
         Ok(Self { key, origin, sealer, storage, signing: tokio::sync::Mutex::default() })
     }
@@ -101,13 +103,17 @@ impl LogKey {
         let _one_by_one = self.signing.lock().await;
         let sealed = self.storage.run("log_signed", |store| store.key(LOG_SIGNED)).await?;
         let last = self.sealer.unseal(LOG_SIGNED, &sealed.unwrap_or_default())?;
-        let (signed, signed_root) = decode(&last).ok_or(Unopened)?;
+        let (signed, signed_root) = decode(&last).ok_or(Unopened::Changed)?;
         let Some(root) = root_at(size).filter(|_| root_at(signed) == Some(signed_root)) else {
             return Err(SignError::Disagrees { signed, held: size });
         };
         if size > signed {
-            let next = self.sealer.seal(LOG_SIGNED, &encode(size, root));
-            self.storage.run("log_signed", move |store| store.put_keys(&[(LOG_SIGNED, &next)])).await?;
+            let seals = self.sealer.clone();
+            self.storage
+                .run("log_signed", move |store| {
+                    store.put_keys(&[(LOG_SIGNED, &seals.seal(LOG_SIGNED, &encode(size, root))?)])
+                })
+                .await?;
         }
         let text =
             Checkpoint::new(&self.origin, size, root).expect("INVARIANT: an origin, and a root of a tree").encode();

@@ -2,7 +2,7 @@
 //! fsynced. The schema is versioned; a file of a later version is refused, an earlier one is brought up to date.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{OpenOptions, Permissions},
     io,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
@@ -22,9 +22,9 @@ use countersign_core::{
 };
 
 use super::{
-    Document, EDGES_MAX, IssuedSerial, NewEntry, NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX,
-    PROPOSALS_OPEN_MAX, RECORDS_MAX, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost,
-    StoredInstance, StoredProposal,
+    CERTIFICATE_SUFFIX, Document, EDGES_MAX, IssuedSerial, NOTE_PREFIX, NewEntry, NewInvitation, PROPOSALS_MAX,
+    PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, Resealed, SealedAt, Spent, Store, StoreError,
+    StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance, StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -302,6 +302,35 @@ impl Store for SqliteStore {
                 t.execute("INSERT OR REPLACE INTO keys VALUES (?1, ?2)", params![name, bytes])?;
             }
             Ok(())
+        })
+    }
+
+    fn sealed(&mut self) -> Result<Vec<(SealedAt, Vec<u8>)>, StoreError> {
+        let read = sealed_of(&self.connection);
+        read.map_err(|e| sort(e, &self.path))
+    }
+
+    fn reseal(&mut self, resealed: &[Resealed], notes: &[(&str, &[u8])]) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let seen = resealed.iter().map(|one| (one.at.clone(), one.seen.clone())).collect::<BTreeMap<_, _>>();
+            if sealed_of(t)?.into_iter().collect::<BTreeMap<_, _>>() != seen {
+                return Ok(false);
+            }
+            for Resealed { at, next, .. } in resealed {
+                match at {
+                    SealedAt::Key(name) => {
+                        t.execute("UPDATE keys SET bytes = ?2 WHERE name = ?1", params![name, next])?
+                    }
+                    SealedAt::Codes(factor) => {
+                        t.execute("UPDATE codes SET sealed = ?2 WHERE factor = ?1", params![factor.as_str(), next])?
+                    }
+                    SealedAt::Head => t.execute("UPDATE head SET seal = ?1", params![next])?,
+                };
+            }
+            for (name, bytes) in notes {
+                t.execute("INSERT OR REPLACE INTO keys VALUES (?1, ?2)", params![name, bytes])?;
+            }
+            Ok(true)
         })
     }
 
@@ -744,6 +773,27 @@ impl Store for SqliteStore {
             })
         })
     }
+}
+
+fn sealed_of(connection: &Connection) -> rusqlite::Result<Vec<(SealedAt, Vec<u8>)>> {
+    let mut found = Vec::new();
+    let mut keys = connection.prepare("SELECT name, bytes FROM keys")?;
+    let is_secret = |name: &String| !name.ends_with(CERTIFICATE_SUFFIX) && !name.starts_with(NOTE_PREFIX);
+    for key in keys.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get(1)?)))? {
+        let (name, bytes) = key?;
+        if is_secret(&name) {
+            found.push((SealedAt::Key(name), bytes));
+        }
+    }
+    let mut codes = connection.prepare("SELECT factor, sealed FROM codes")?;
+    for code in codes.query_map([], |row| Ok((SealedAt::Codes(name(row, 0, FactorId::parse)?), row.get(1)?)))? {
+        found.push(code?);
+    }
+    let mut head = connection.prepare("SELECT seal FROM head")?;
+    for seal in head.query_map([], |row| row.get(0))? {
+        found.push((SealedAt::Head, seal?));
+    }
+    Ok(found)
 }
 
 fn migrate(connection: &mut Connection, path: &str) -> Result<(), StoreError> {

@@ -18,6 +18,7 @@ const FREE: u8 = 4;
 pub struct Faults {
     append: Arc<AtomicU8>,
     head: Arc<AtomicU8>,
+    reseal: Arc<AtomicU8>,
     disk: Arc<AtomicU8>,
 }
 
@@ -43,6 +44,14 @@ impl Faults {
     /// The next look at the head fails.
     pub fn fail_next_head(&self) {
         self.head.store(LOSE, Ordering::Relaxed);
+    }
+    /// Nothing is sealed anew the next time that it is asked for.
+    pub fn lose_next_reseal(&self) {
+        self.reseal.store(LOSE, Ordering::Relaxed);
+    }
+    /// Everything is sealed anew the next time, and the answer lost.
+    pub fn keep_next_reseal_but_report_it_lost(&self) {
+        self.reseal.store(KEEP, Ordering::Relaxed);
     }
     /// The file cannot grow any more.
     pub fn fill_the_disk(&self) {
@@ -94,6 +103,16 @@ impl Store for Faulty {
     }
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError> {
         self.inner.put_keys(keys)
+    }
+    fn sealed(&mut self) -> Result<Vec<(SealedAt, Vec<u8>)>, StoreError> {
+        self.inner.sealed()
+    }
+    fn reseal(&mut self, resealed: &[Resealed], notes: &[(&str, &[u8])]) -> Result<bool, StoreError> {
+        match self.faults.reseal.swap(NONE, Ordering::Relaxed) {
+            LOSE => Err(lost()),
+            KEEP => self.inner.reseal(resealed, notes).and(Err(lost())),
+            _ => self.inner.reseal(resealed, notes),
+        }
     }
     fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError> {
         self.inner.put_invitation(hash, invitation, now_ms)

@@ -50,7 +50,7 @@ pub fn config(data_dir: PathBuf) -> ControlConfig {
         data_dir,
         listen: "127.0.0.1:0".parse().unwrap(),
         metrics_listen: Some("127.0.0.1:0".parse().unwrap()),
-        key_file: None,
+        key: None,
         trust_domain: Some(trust_domain()),
         witnesses: Default::default(),
     }

@@ -13,6 +13,8 @@ use std::{
 
 use serde_json::Value;
 
+pub mod codes;
+
 /// How long a whole mesh may take to be there, and to be gone, on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(60);
 
