@@ -29,6 +29,7 @@
 //! | `POST /v1/proposals/{id}/withdraw` | [`Shown`] | [`Proposal`] |
 //! | `POST /v1/enrolments` | [`Enrol`] | [`Enrolment`]: what an authenticator app is to be told |
 //! | `POST /v1/enrolments/{id}` | [`Confirm`] | [`Enrolled`] |
+//! | `POST /v1/enrolments/link` | | [`EnrolmentLink`]; 409 once the mesh is protected |
 //! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
@@ -45,7 +46,7 @@ use countersign_core::{
     assurance::challenge::Purpose,
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
-    countersignature::Countersignature,
+    countersignature::{Bytes, Countersignature},
     gate::Requires,
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
@@ -82,8 +83,25 @@ pub struct GateRefusal {
     pub digest: Digest,
     /// What is missing.
     pub requires: Option<Requires>,
-    /// Where a browser can show it; absent until there is a page for it.
+    /// Where it can be signed in a browser, when there are pages.
     pub url: Option<String>,
+}
+
+impl GateRefusal {
+    /// Whether its author has shown enough, and only others are missing.
+    pub fn waits_for_others(&self) -> bool {
+        self.outcome == GateOutcome::NeedsCountersign
+    }
+}
+
+impl ProposalState {
+    /// The revision that it made, once it is in the ledger.
+    pub fn revision(&self) -> Option<Revision> {
+        match self {
+            Self::Applied { revision } => Some(*revision),
+            _ => None,
+        }
+    }
 }
 
 /// The change gate's refusal in one word.
@@ -308,12 +326,81 @@ pub struct Enrolled {
     pub operator: OperatorName,
     /// Its id.
     pub factor: FactorId,
-    /// The revision with it.
-    pub revision: Revision,
+    /// The revision with it; absent while it waits to be signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<Revision>,
     /// Whether it is the anchor: from it on the mesh is protected.
     pub anchor: bool,
     /// Codes that work once, for the day the factor is lost. They are told this once.
     pub recovery_codes: Vec<String>,
+    /// The pending change that adds it, when it waits to be signed with a factor that is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change: Option<String>,
+}
+
+/// Asks for the enrolment of a passkey or a security key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EnrolKey {
+    /// Whose, and by what right.
+    pub enrol: Enrol,
+    /// Whether it is to be part of the device (`platform`) or to move between devices (`cross-platform`); either when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attachment: Option<String>,
+}
+
+/// An enrolment of a key that waits for the authenticator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KeyEnrolment {
+    /// Where to send its answer.
+    pub id: String,
+    /// What the browser passes to `navigator.credentials.create`, in WebAuthn's JSON.
+    pub options: serde_json::Value,
+}
+
+/// An authenticator's answer to an enrolment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfirmKey {
+    /// Of which.
+    pub id: String,
+    /// What `navigator.credentials.create` gave, in WebAuthn's JSON.
+    pub credential: serde_json::Value,
+}
+
+/// What the browser passes to `navigator.credentials.get`, in WebAuthn's JSON, with the number that makes it good once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KeyChallenge {
+    /// The number.
+    pub nonce: Digest,
+    /// The options.
+    pub options: serde_json::Value,
+}
+
+/// An authenticator's answer to a challenge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignedChallenge {
+    /// The number of the challenge.
+    pub nonce: Digest,
+    /// Base64url, as all that follows: the credential's id.
+    pub credential: FactorId,
+    /// What the authenticator said.
+    pub authenticator_data: Bytes,
+    /// What the browser said.
+    pub client_data_json: Bytes,
+    /// Over both.
+    pub signature: Bytes,
+    /// Whose the authenticator says it is, when it says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_handle: Option<Bytes>,
+}
+
+/// Where the first operator enrols in a browser. It holds a secret and is told this once.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnrolmentLink {
+    /// The URL.
+    pub url: String,
 }
 
 /// What an invited operator is handed. Shown once; only its hash is kept.
@@ -323,6 +410,9 @@ pub struct OperatorInvitation {
     pub operator: OperatorName,
     /// The token, secret.
     pub token: String,
+    /// Where it is used in a browser, when there are pages; it holds the token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
     /// When it expires, in milliseconds since 1970.
     pub expires_at_ms: u64,
 }
@@ -715,6 +805,12 @@ impl fmt::Debug for Code {
 impl fmt::Debug for Enrolment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Enrolment").field("id", &self.id).field("operator", &self.operator).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for EnrolmentLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EnrolmentLink(..)")
     }
 }
 

@@ -101,12 +101,7 @@ pub async fn verify(
         tracing::info!(%operator, digest = %digest.short(), %why, "a signature was refused");
         refused(&why)
     })?;
-    count(plane, &given.credential, counted.assertion().sign_count()).await.map_err(|why| {
-        if matches!(why, Uncounted::Refused(_)) {
-            tracing::error!(%operator, digest = %digest.short(), %why, "a key may have been cloned");
-        }
-        why.problem()
-    })?;
+    count(plane, operator, &given.credential, counted.assertion().sign_count()).await?;
     Ok(Proof::of_assertion(counted.kind(), counted.assertion(), mfa::seconds(now_ms)))
 }
 
@@ -149,8 +144,17 @@ impl Uncounted {
     }
 }
 
-/// Keeps the count that a key showed, if it rose.
-async fn count(plane: &Plane, factor: &FactorId, found: u32) -> Result<(), Uncounted> {
+/// Keeps the count of signatures that a key of `operator` showed, if it rose: one that did not may have been cloned.
+pub async fn count(plane: &Plane, operator: &OperatorName, factor: &FactorId, found: u32) -> Result<(), Problem> {
+    keep_count(plane, factor, found).await.map_err(|why| {
+        if matches!(why, Uncounted::Refused(_)) {
+            tracing::error!(%operator, %why, "a key may have been cloned");
+        }
+        why.problem()
+    })
+}
+
+async fn keep_count(plane: &Plane, factor: &FactorId, found: u32) -> Result<(), Uncounted> {
     let key = factor.as_str().to_owned();
     let seen = plane.storage.run("sign_count", move |store| store.document(COUNT_KIND, &key, 0)).await?;
     let held = seen.as_deref().and_then(|bytes| std::str::from_utf8(bytes).ok()?.parse().ok()).unwrap_or(0);
@@ -224,6 +228,7 @@ mod tests {
                 key: None,
                 trust_domain: None,
                 witnesses: Default::default(),
+                site: None,
             };
             let clock = Clock::from_fn(move || told.load(Ordering::Relaxed));
             let control = start_with_clock(config, clock).await.unwrap();

@@ -18,6 +18,7 @@
 //! | [`mark`] | notices a store that was restored from an older copy | repairs it |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
 //! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
+//! | [`site`] | pages and JSON for browsers | enforces a rule in a browser |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
 //! | [`metrics`] | what Prometheus reads | |
 //! | [`clock`] | the one reader of the time | |
@@ -69,6 +70,7 @@ pub mod proposals;
 pub mod publish;
 pub mod registry;
 pub mod sealing;
+pub mod site;
 pub mod store;
 pub mod witness;
 
@@ -87,6 +89,7 @@ use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
 use publish::Publisher;
 use registry::Registry;
+use site::{Site, SiteConfig, SiteError, guard::Attempts};
 use store::{Storage, StoreError, sqlite::SqliteStore};
 
 /// The file below the data directory that holds everything but the key-encryption key.
@@ -124,6 +127,8 @@ pub struct ControlConfig {
     pub accept_rollback: bool,
     /// Who is asked to cosign the ledger's checkpoints.
     pub witnesses: Witnesses,
+    /// How browsers are served; not at all unless given.
+    pub site: Option<SiteConfig>,
 }
 
 /// A running control plane.
@@ -210,6 +215,9 @@ pub enum StartError {
     /// Whether it is cannot be found out.
     #[error(transparent)]
     Mark(#[from] MarkError),
+    /// Browsers cannot be served.
+    #[error(transparent)]
+    Site(#[from] SiteError),
     /// The mesh in the ledger is another one.
     #[error("the ledger in `{data_dir}` is of mesh `{found}`, not of `{wanted}`")]
     OtherMesh {
@@ -259,6 +267,7 @@ impl StartError {
                     .into()
             }
             Self::Mark(error) => format!("make {} readable, or remove it to start without it", error.path.display()),
+            Self::Site(error) => error.help(),
             Self::OtherMesh { .. } => {
                 "a trust domain is for life: correct `trust_domain` in mesh.toml, or use another --data-dir".into()
             }
@@ -288,6 +297,10 @@ pub struct Plane {
     pub started_at_ms: u64,
     /// Where agents connect.
     pub listen: SocketAddr,
+    /// Where browsers are served.
+    pub site: Option<Site>,
+    /// What strangers tried.
+    pub attempts: Attempts,
     changes: broadcast::Sender<Changed>,
     enrolments: mfa::Enrolments,
     decided: proposals::Decided,
@@ -308,8 +321,17 @@ pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
 
 /// As [`start`], with the time told by `clock`.
 pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
-    let ControlConfig { data_dir, listen, advertise, metrics_listen, key, trust_domain, accept_rollback, witnesses } =
-        config;
+    let ControlConfig {
+        data_dir,
+        listen,
+        advertise,
+        metrics_listen,
+        key,
+        trust_domain,
+        accept_rollback,
+        witnesses,
+        site,
+    } = config;
     let socket = data_dir.join(CONTROL_SOCKET);
     if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(StartError::SocketPath(socket));
@@ -363,6 +385,12 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
             Some(TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, source })?)
         }
     };
+    let (mut served, mut bound) = (None, None);
+    if let Some(config) = site {
+        let certificate = config.tls.clone().map(site::serve::Certificate::read).transpose()?;
+        let (site, listener) = Site::bind(&config, &data_dir, ledger.head().follower.state()).await?;
+        (served, bound) = (Some(site), Some((listener, certificate)));
+    }
     let metrics_address = metrics_listener.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let decisions = Decisions::start(storage.clone(), publisher.clone(), metrics.clone(), clock.clone());
@@ -377,6 +405,8 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         metrics,
         started_at_ms: now_ms,
         listen,
+        site: served,
+        attempts: Attempts::default(),
         changes: broadcast::Sender::new(CHANGES_KEPT),
         enrolments: mfa::Enrolments::default(),
         decided: proposals::Decided::default(),
@@ -408,6 +438,9 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     spawn("the heartbeat", beat(plane.clone()).boxed());
     spawn("the renewal of its own SVID", renew(plane.clone()).boxed());
     spawn("the signing of checkpoints", checkpoint::follow(plane.clone()).boxed());
+    if let Some((listener, certificate)) = bound {
+        spawn("the pages", site::serve::serve(listener, certificate, site::router(plane.clone())).boxed());
+    }
     if let Some(listener) = metrics_listener {
         let of = plane.clone();
         spawn("the metrics listener", metrics::serve(listener, move || of.metrics.page(of.levels())).boxed());
@@ -422,6 +455,16 @@ impl Control {
     /// Makes a join token that is good once, for `ttl`, for `host` only when given.
     pub async fn invite(&self, ttl: Duration, host: Option<ServiceName>) -> Result<Invitation, Problem> {
         enrol::invite(&self.plane, Invite { ttl_seconds: ttl.as_secs(), host, services: None }).await
+    }
+
+    /// The origin under which browsers find it.
+    pub fn dashboard(&self) -> Option<&str> {
+        self.plane.site.as_ref().map(|site| site.origin.as_str())
+    }
+
+    /// A link by which the first operator enrols in a browser; `None` once there is one, or where browsers are not served.
+    pub async fn enrolment_link(&self) -> Result<Option<String>, Problem> {
+        mfa::enrolment_link(&self.plane).await.map_err(|error| local_api::store_problem(&error))
     }
 
     /// Change-sets that become ledger entries from now on. A slow listener misses some.

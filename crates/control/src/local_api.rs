@@ -20,9 +20,9 @@ use tokio::{
 
 use countersign_api::local::{
     Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView, Confirm,
-    DecisionDetail, Enrol, Enrolled, Enrolment, GateOutcome, GateRefusal, Invitation, Invite, LedgerLine, Mesh,
-    Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RecordFilter, Rotate, Rotated, ServiceView, Shown,
-    Status, TailEvent, Waited,
+    DecisionDetail, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, Invitation, Invite,
+    LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RecordFilter, Rotate, Rotated,
+    ServiceView, Shown, Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -37,8 +37,9 @@ use crate::{
     authority::log_key::SignError,
     ceremony, decisions, enrol, gate,
     ledger::{AppendError, Head, PAGE_ENTRIES},
-    mfa::{self, CodeRefused},
-    proposals, sealing,
+    mfa::{self, CodeRefused, EnrolsFrom},
+    proposals::{self, Answering},
+    sealing, site,
     store::{StoreError, StoredEntry},
 };
 
@@ -121,6 +122,7 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/proposals/{id}/reject", post(reject))
         .route("/v1/proposals/{id}/withdraw", post(withdraw))
         .route("/v1/enrolments", post(begin_enrolment))
+        .route("/v1/enrolments/link", post(enrolment_link))
         .route("/v1/enrolments/{id}", post(confirm_enrolment))
         .route("/v1/hosts/invitations", post(invite))
         .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
@@ -597,7 +599,7 @@ async fn reject(
     UrlPath(id): UrlPath<String>,
     Json(shown): Json<Shown>,
 ) -> Answered<Proposal> {
-    Ok(Json(proposals::reject(&plane, &id, shown).await?))
+    Ok(Json(proposals::reject(&plane, &id, Answering::Shows(shown)).await?))
 }
 
 async fn withdraw(
@@ -605,11 +607,21 @@ async fn withdraw(
     UrlPath(id): UrlPath<String>,
     Json(shown): Json<Shown>,
 ) -> Answered<Proposal> {
-    Ok(Json(proposals::withdraw(&plane, &id, shown).await?))
+    Ok(Json(proposals::withdraw(&plane, &id, Answering::Shows(shown)).await?))
 }
 
 async fn begin_enrolment(State(plane): State<Arc<Plane>>, Json(asked): Json<Enrol>) -> Answered<Enrolment> {
-    Ok(Json(mfa::begin(&plane, asked).await?))
+    Ok(Json(mfa::begin(&plane, asked, EnrolsFrom::Socket).await?))
+}
+
+async fn enrolment_link(State(plane): State<Arc<Plane>>) -> Answered<EnrolmentLink> {
+    if plane.site.is_none() {
+        return Err(site::sign_in::no_site().into());
+    }
+    let help = "an owner invites others: `countersign operator invite NAME`";
+    let url = mfa::enrolment_link(&plane).await.map_err(stored)?;
+    let url = url.ok_or_else(|| problem(409, "the mesh is protected already", None, Some(help)))?;
+    Ok(Json(EnrolmentLink { url }))
 }
 
 async fn confirm_enrolment(

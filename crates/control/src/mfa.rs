@@ -1,4 +1,5 @@
-//! How somebody becomes an operator, and shows to be one: enrolments of authenticator apps, their codes, recovery codes.
+//! How somebody becomes an operator, and shows to be one: enrolments of authenticator apps, their codes, recovery codes. Passkeys
+//! and security keys are in [`key`].
 //!
 //! Secrets are sealed before they are kept, a code is counted before it is looked at and used up before anything is done with
 //! it, and what was tried is remembered across restarts. What a factor is good for is not decided here: the gate does.
@@ -7,6 +8,7 @@ use std::collections::BTreeMap;
 
 use aws_lc_rs::hmac;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use countersign_api::local::{
@@ -29,8 +31,11 @@ use crate::{
     Plane,
     gate::Petitioner,
     local_api::{problem, store_problem},
-    store::{StoreError, StoredCodes},
+    proposals,
+    store::{Document, StoreError, StoredCodes},
 };
+
+pub mod key;
 
 /// Codes that can be tried for one operator within [`GUESSES_WITHIN_MS`]: of a million, three fit at any time.
 pub const GUESSES_MAX: u32 = 5;
@@ -47,6 +52,12 @@ pub const RECOVERY_CODES: usize = 10;
 /// Random bytes of a recovery code: nobody finds one by trying, with its hash or without.
 const RECOVERY_BYTES: usize = 10;
 const INVITATION_PREFIX: &str = "cso1";
+/// What the token of an enrolment link begins with.
+const LINK_PREFIX: &str = "cse1";
+/// The kind of the documents of enrolment links.
+const LINK_KIND: &str = "enrolment-link";
+/// Enrolment links that are good at the same time.
+const LINKS_MAX: u32 = 16;
 /// Longest token or code that is read, in bytes.
 const CODE_BYTES_MAX: usize = 256;
 /// How often an enrolment is asked for again because another change came first.
@@ -67,14 +78,79 @@ struct Pending {
 }
 
 /// By what right somebody enrols.
-#[derive(Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Way {
-    /// The mesh is unprotected: it is its first operator.
+    /// The mesh is unprotected: it is its first operator, who owns the data directory.
     First,
+    /// The same, by the link that the control plane printed.
+    Link(Digest),
     /// They were invited, and hold what they were handed.
     Invited(Digest),
-    /// They are an operator already, and have shown it.
-    More(Proof),
+    /// They are an operator already, and have shown a factor.
+    More(ShownFactor),
+    /// They are signed in: the new factor is a change that they sign with one that they have.
+    Proposed,
+}
+
+/// From where somebody enrols.
+#[derive(Debug, Clone, Copy)]
+pub enum EnrolsFrom<'a> {
+    /// From the mesh's own user's socket.
+    Socket,
+    /// From a browser, with who is signed in there.
+    Site(Option<&'a OperatorName>),
+}
+
+/// One factor that was shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownFactor {
+    /// Its kind.
+    pub kind: FactorKind,
+    /// When, in seconds since 1970.
+    pub at_seconds: i64,
+    /// Whether an authenticator made sure who holds it.
+    #[serde(default)]
+    pub user_verified: bool,
+    /// Whether its key never leaves the authenticator.
+    #[serde(default)]
+    pub device_bound: bool,
+}
+
+/// A factor that was verified and is to become one of an operator's.
+#[derive(Debug, Clone)]
+struct NewFactor {
+    id: FactorId,
+    factor: EnrolledFactor,
+    /// What its first use proved.
+    proof: Proof,
+}
+
+/// What became of an enrolment.
+enum Entry {
+    /// It is in the ledger.
+    Made {
+        applied: Applied,
+        anchor: bool,
+        /// Whether the set of recovery codes that was made for it came in with it.
+        with_recovery: bool,
+    },
+    /// It waits as this pending change.
+    Waits(String),
+}
+
+impl From<Proof> for ShownFactor {
+    fn from(proof: Proof) -> Self {
+        let Proof { kind, at_seconds, user_verified, device_bound } = proof;
+        Self { kind, at_seconds, user_verified, device_bound }
+    }
+}
+
+impl From<ShownFactor> for Proof {
+    fn from(shown: ShownFactor) -> Self {
+        let ShownFactor { kind, at_seconds, user_verified, device_bound } = shown;
+        Self { kind, at_seconds, user_verified, device_bound }
+    }
 }
 
 /// Why a code proves nothing.
@@ -205,40 +281,112 @@ async fn accept_recovery(plane: &Plane, enrolled: &Operator, code: &Code) -> Res
     Err(CodeRefused::Wrong)
 }
 
-/// Begins the enrolment of an authenticator app: makes its secret.
-pub async fn begin(plane: &Plane, asked: Enrol) -> Result<Enrolment, Problem> {
-    let Enrol { operator, invitation, shown } = asked;
+/// A link by which the first operator enrols in a browser: good once, for a quarter of an hour. `None` once there is one.
+pub async fn enrolment_link(plane: &Plane) -> Result<Option<String>, StoreError> {
+    let Some(site) = plane.site.as_ref().filter(|_| !plane.ledger.head().follower.state().is_protected()) else {
+        return Ok(None);
+    };
+    let token = format!("{LINK_PREFIX}.{}", random_hex::<20>());
+    let now_ms = plane.clock.now_ms();
+    let document = Document {
+        kind: LINK_KIND,
+        key: Digest::of(token.as_bytes()).to_string(),
+        bytes: Vec::new(),
+        expires_at_ms: now_ms + ENROLMENT_LIFETIME_MS,
+    };
+    let kept = plane.storage.run("put_link", move |store| store.put_document(&document, now_ms, LINKS_MAX)).await?;
+    // In the fragment: browsers send it to nobody.
+    Ok(kept.then(|| format!("{}/enroll#{token}", site.origin)))
+}
+
+/// By what right somebody enrols a factor, or why by none.
+async fn way(
+    plane: &Plane,
+    operator: &OperatorName,
+    invitation: Option<&Code>,
+    shown: &Shown,
+    from: EnrolsFrom<'_>,
+) -> Result<Way, Problem> {
     let head = plane.ledger.head();
     let state = head.follower.state();
-    let Some(trust_domain) = &state.trust_domain else {
+    if state.trust_domain.is_none() {
         let help = "apply a mesh directory first: `countersign apply DIR`";
         return Err(problem(409, "there is no mesh yet to be an operator of", None, Some(help)));
-    };
-    let enrolled = state.operators.get(&operator).is_some_and(|operator| !operator.factors.is_empty());
-    let way = match invitation {
-        _ if !state.is_protected() => Way::First,
-        Some(token) if !enrolled => Way::Invited(invited(plane, &operator, &token).await?),
-        None if enrolled => match prove(plane, &operator, &shown).await.map_err(|why| why.problem())? {
-            Some(proof) => Way::More(proof),
+    }
+    if !state.is_protected() {
+        return match from {
+            EnrolsFrom::Socket => Ok(Way::First),
+            EnrolsFrom::Site(_) => linked(plane, invitation).await.map(Way::Link),
+        };
+    }
+    let enrolled = state.operators.get(operator).is_some_and(|operator| !operator.factors.is_empty());
+    match (invitation, from) {
+        (Some(token), _) if !enrolled => Ok(Way::Invited(invited(plane, operator, token).await?)),
+        (None, EnrolsFrom::Site(Some(signed_in))) if signed_in == operator => Ok(Way::Proposed),
+        (None, _) if enrolled => match prove(plane, operator, shown).await.map_err(|why| why.problem())? {
+            Some(proof) => Ok(Way::More(proof.into())),
             None => {
                 let help =
                     "give a code of a factor that is there, `--otp CODE`, or a recovery code, `--recovery-code CODE`";
-                return Err(problem(403, "one more factor needs one that is there", None, Some(help)));
+                Err(problem(403, "one more factor needs one that is there", None, Some(help)))
             }
         },
-        Some(_) => {
+        (Some(_), _) => {
             let help = "an operator who has a factor adds another: `countersign factor add --totp --otp CODE`";
-            return Err(problem(409, format!("operator `{operator}` has enrolled already"), None, Some(help)));
+            Err(problem(409, format!("operator `{operator}` has enrolled already"), None, Some(help)))
         }
-        None => {
+        (None, _) => {
             let help =
                 "an owner invites you with `countersign operator invite NAME`, and you enrol with what they hand you";
-            return Err(problem(403, "the mesh is protected: an operator is invited first", None, Some(help)));
+            Err(problem(403, "the mesh is protected: an operator is invited first", None, Some(help)))
         }
-    };
+    }
+}
+
+async fn linked(plane: &Plane, token: Option<&Code>) -> Result<Digest, Problem> {
+    let hash = token.map(|token| Digest::of(token.0.trim().as_bytes())).unwrap_or_default();
+    let now_ms = plane.clock.now_ms();
+    let found = plane.storage.run("link", move |store| store.document(LINK_KIND, &hash.to_string(), now_ms)).await;
+    match found.map_err(|error| store_problem(&error))? {
+        Some(_) => Ok(hash),
+        None => Err(not_linked()),
+    }
+}
+
+fn not_linked() -> Problem {
+    let help = "links are good once, for 15 minutes: `countersign operator link` prints another";
+    problem(403, "the enrolment link is not good", None, Some(help))
+}
+
+/// Uses up what gives the right to enrol.
+async fn spend(plane: &Plane, operator: &OperatorName, way: &Way) -> Result<(), Problem> {
+    let (who, now_ms) = (operator.clone(), plane.clock.now_ms());
+    let stored = |error| store_problem(&error);
+    match *way {
+        Way::Invited(hash) => {
+            let spent = plane
+                .storage
+                .run("operator_invitation", move |store| store.operator_invitation(&who, &hash, now_ms, true));
+            if spent.await.map_err(stored)? { Ok(()) } else { Err(not_invited()) }
+        }
+        Way::Link(hash) => {
+            let taken =
+                plane.storage.run("take_link", move |store| store.take_document(LINK_KIND, &hash.to_string(), now_ms));
+            taken.await.map_err(stored)?.map(drop).ok_or_else(not_linked)
+        }
+        Way::First | Way::More(_) | Way::Proposed => Ok(()),
+    }
+}
+
+/// Begins the enrolment of an authenticator app: makes its secret.
+pub async fn begin(plane: &Plane, asked: Enrol, from: EnrolsFrom<'_>) -> Result<Enrolment, Problem> {
+    let Enrol { operator, invitation, shown } = asked;
+    let way = way(plane, &operator, invitation.as_ref(), &shown, from).await?;
+    let head = plane.ledger.head();
+    let trust_domain = head.follower.state().trust_domain.as_ref().map_or("countersign", |name| name.as_str());
     let mut secret = Zeroizing::new(vec![0; totp::SECRET_BYTES]);
     random(&mut secret);
-    let otpauth = totp::uri(&secret, trust_domain.as_str(), operator.as_str());
+    let otpauth = totp::uri(&secret, trust_domain, operator.as_str());
     let id = random_hex::<16>();
     let now_ms = plane.clock.now_ms();
     let mut waiting = plane.enrolments.0.lock();
@@ -252,48 +400,61 @@ pub async fn begin(plane: &Plane, asked: Enrol) -> Result<Enrolment, Problem> {
     Ok(Enrolment { id, operator, otpauth })
 }
 
-/// Ends an enrolment: with the first code of the app, its factor becomes a ledger entry.
+/// Ends an enrolment: with the first code of the app, its factor becomes a ledger entry, or a change that waits to be signed.
 pub async fn confirm(plane: &Plane, id: &str, asked: Confirm) -> Result<Enrolled, Problem> {
     let now_ms = plane.clock.now_ms();
     let (pending, step) = confirmed(&plane.enrolments, id, &asked.code, now_ms)?;
     let Pending { operator, secret, way, .. } = pending;
-    if let Way::Invited(hash) = &way {
-        let (who, hash) = (operator.clone(), *hash);
-        let spent =
-            plane.storage.run("operator_invitation", move |store| store.operator_invitation(&who, &hash, now_ms, true));
-        if !spent.await.map_err(|error| store_problem(&error))? {
-            return Err(not_invited());
-        }
-    }
+    spend(plane, &operator, &way).await?;
     let factor = factor_id("totp");
-    let recovery = factor_id("recovery");
-    let codes: Vec<String> = (0..RECOVERY_CODES).map(|_| recovery_code()).collect();
-    let key = recovery_key(plane).await.map_err(|error| store_problem(&error))?;
-    let hashes: Vec<Digest> = codes.iter().map(|code| recovery_hash(&key, code)).collect();
     let mut stored =
         StoredCodes { factor: factor.clone(), operator: operator.clone(), sealed: Vec::new(), last_step: step.0 };
-    let kept_recovery = recovery.clone();
     // Kept before the entry says that there is such a factor; what a crash in between leaves behind verifies nothing.
     let sealer = plane.sealer.clone();
     let kept = plane.storage.run("put_codes", move |store| {
         stored.sealed = sealer.seal(&purpose(&stored.factor), &secret)?;
-        store.put_codes(&stored)?;
-        store.put_recovery(&kept_recovery, &hashes)
+        store.put_codes(&stored)
     });
     kept.await.map_err(|error| store_problem(&error))?;
-    let result = enrol(plane, &operator, &factor, &recovery, &way, now_ms).await;
-    match result {
-        Ok((applied, anchor, with_recovery)) => {
+    let proof = Proof::of_code(FactorKind::Totp, seconds(now_ms));
+    let new = NewFactor { id: factor.clone(), factor: EnrolledFactor::Totp, proof };
+    let entered = bring_in(plane, operator, new, &way, now_ms).await;
+    if entered.is_err() {
+        let _ = plane.storage.run("forget_factors", move |store| store.forget_factors(&[factor])).await;
+    }
+    entered
+}
+
+/// Brings a verified factor in, with a set of recovery codes when its operator has none.
+async fn bring_in(
+    plane: &Plane,
+    operator: OperatorName,
+    new: NewFactor,
+    way: &Way,
+    now_ms: u64,
+) -> Result<Enrolled, Problem> {
+    let recovery = factor_id("recovery");
+    let codes: Vec<String> = (0..RECOVERY_CODES).map(|_| recovery_code()).collect();
+    let key = recovery_key(plane).await.map_err(|error| store_problem(&error))?;
+    let hashes: Vec<Digest> = codes.iter().map(|code| recovery_hash(&key, code)).collect();
+    let kept_recovery = recovery.clone();
+    let kept = plane.storage.run("put_recovery", move |store| store.put_recovery(&kept_recovery, &hashes));
+    kept.await.map_err(|error| store_problem(&error))?;
+    let factor = new.id.clone();
+    let entered = enrol(plane, &operator, new, &recovery, way, now_ms).await;
+    if !matches!(entered, Ok(Entry::Made { with_recovery: true, .. })) {
+        let _ = plane.storage.run("forget_factors", move |store| store.forget_factors(&[recovery])).await;
+    }
+    match entered? {
+        Entry::Made { applied, anchor, with_recovery } => {
             tracing::info!(%operator, factor = factor.as_str(), anchor, "an operator enrolled a factor");
             let recovery_codes = if with_recovery { codes } else { Vec::new() };
-            if !with_recovery {
-                let _ = plane.storage.run("forget_factors", move |store| store.forget_factors(&[recovery])).await;
-            }
-            Ok(Enrolled { operator, factor, revision: applied.revision, anchor, recovery_codes })
+            let revision = Some(applied.revision);
+            Ok(Enrolled { operator, factor, revision, anchor, recovery_codes, change: None })
         }
-        Err(refused) => {
-            let _ = plane.storage.run("forget_factors", move |store| store.forget_factors(&[factor, recovery])).await;
-            Err(refused)
+        Entry::Waits(change) => {
+            let change = Some(change);
+            Ok(Enrolled { operator, factor, revision: None, anchor: false, recovery_codes: Vec::new(), change })
         }
     }
 }
@@ -322,65 +483,66 @@ fn confirmed(enrolments: &Enrolments, id: &str, code: &Code, now_ms: u64) -> Res
     }
 }
 
-/// Asks for the change-set of an enrolment, again when another change came first. The last two of the answer: whether it is the
-/// anchor, and whether recovery codes came with it.
+/// Asks for the change-set of an enrolment, again when another change came first.
 async fn enrol(
     plane: &Plane,
     operator: &OperatorName,
-    factor: &FactorId,
+    new: NewFactor,
     recovery: &FactorId,
     way: &Way,
     now_ms: u64,
-) -> Result<(Applied, bool, bool), Problem> {
+) -> Result<Entry, Problem> {
     let mut attempts = 0;
     loop {
         let head = plane.ledger.head();
         let state = head.follower.state();
         let anchor = !state.is_protected();
-        if matches!(way, Way::First) != anchor {
+        if matches!(way, Way::First | Way::Link(_)) != anchor {
             let help = "somebody else enrolled in between: an owner has to invite you now";
             return Err(problem(409, "the mesh is protected since", None, Some(help)));
         }
         let known = state.operators.get(operator);
-        let with_recovery =
-            known.is_none_or(|operator| operator.factors.values().all(|factor| factor.kind() != FactorKind::Recovery));
+        let with_recovery = *way != Way::Proposed
+            && known
+                .is_none_or(|operator| operator.factors.values().all(|factor| factor.kind() != FactorKind::Recovery));
         let mut changes = Vec::new();
-        let (name, id) = (operator.clone(), factor.clone());
-        match (way, known) {
-            (Way::First, None) => {
-                changes.push(Change::InviteOperator { name: name.clone(), roles: [OWNER.into()].into() });
+        match (anchor, known) {
+            (true, None) => {
+                changes.push(Change::InviteOperator { name: operator.clone(), roles: [OWNER.into()].into() });
             }
-            (Way::First, Some(invited)) if !invited.roles.contains(OWNER) => {
+            (true, Some(invited)) if !invited.roles.contains(OWNER) => {
                 let roles = invited.roles.iter().cloned().chain([OWNER.into()]).collect();
-                changes.push(Change::SetOperatorRoles { name: name.clone(), roles });
+                changes.push(Change::SetOperatorRoles { name: operator.clone(), roles });
             }
             _ => {}
         }
+        let (name, id, factor) = (operator.clone(), new.id.clone(), new.factor.clone());
         changes.push(match way {
-            Way::More(_) => Change::AddFactor { operator: name, id, factor: EnrolledFactor::Totp },
-            Way::First | Way::Invited(_) => Change::EnrollOperator { name, id, factor: EnrolledFactor::Totp },
+            Way::More(_) | Way::Proposed => Change::AddFactor { operator: name, id, factor },
+            Way::First | Way::Link(_) | Way::Invited(_) => Change::EnrollOperator { name, id, factor },
         });
         if with_recovery {
             let (operator, id) = (operator.clone(), recovery.clone());
             changes.push(Change::AddFactor { operator, id, factor: EnrolledFactor::Recovery });
         }
-        let mut petitioner = Petitioner { asked_at_seconds: seconds(now_ms), enrols: true, ..Petitioner::default() };
-        match way {
-            Way::First => {}
-            // The first code of the new app is what an invited operator shows.
-            Way::Invited(_) => {
-                petitioner.operator = Some(operator.clone());
-                petitioner.assurance.add(Proof::of_code(FactorKind::Totp, seconds(now_ms)));
-            }
-            Way::More(proof) => {
-                petitioner.operator = Some(operator.clone());
-                petitioner.assurance.add(*proof);
-            }
-        }
         let asked =
             Apply { change_set: ChangeSet { base: head.follower.revision(), changes }, bodies: Bodies::default() };
+        let mut petitioner = Petitioner { asked_at_seconds: seconds(now_ms), enrols: true, ..Petitioner::default() };
+        match way {
+            Way::First | Way::Link(_) => {}
+            // The first use of the new factor is what an invited operator shows.
+            Way::Invited(_) => {
+                petitioner.operator = Some(operator.clone());
+                petitioner.assurance.add(new.proof);
+            }
+            Way::More(shown) => {
+                petitioner.operator = Some(operator.clone());
+                petitioner.assurance.add((*shown).into());
+            }
+            Way::Proposed => return proposals::enrol(plane, asked, operator.clone()).await.map(Entry::Waits),
+        }
         match plane.enter(asked, petitioner).await {
-            Ok(applied) => return Ok((applied, anchor, with_recovery)),
+            Ok(applied) => return Ok(Entry::Made { applied, anchor, with_recovery }),
             Err(refused) if refused.status == 409 && attempts < ATTEMPTS_MAX => attempts += 1,
             Err(refused) => return Err(refused),
         }
@@ -421,7 +583,10 @@ pub async fn settle(plane: &Plane, changes: &[Change], before: &MeshState) -> Ve
             store.put_operator_invitation(&operator, &hash, expires_at_ms)
         });
         match kept.await {
-            Ok(()) => invitations.push(OperatorInvitation { operator: name.clone(), token, expires_at_ms }),
+            Ok(()) => {
+                let url = plane.site.as_ref().map(|site| format!("{}/enroll#{token}", site.origin));
+                invitations.push(OperatorInvitation { operator: name.clone(), token, url, expires_at_ms });
+            }
             Err(error) => tracing::warn!(%error, operator = %name, "an invitation could not be kept; invite again"),
         }
     }
@@ -448,21 +613,26 @@ fn not_invited() -> Problem {
 
 /// The key that recovery codes are hashed with; made with the first of them.
 async fn recovery_key(plane: &Plane) -> Result<hmac::Key, StoreError> {
+    kept_key(plane, RECOVERY_KEY).await
+}
+
+/// A key for hashing that is made when it is first needed.
+async fn kept_key(plane: &Plane, name: &'static str) -> Result<hmac::Key, StoreError> {
     let unreadable = || StoreError::Damaged {
         path: plane.storage.place().to_owned(),
-        what: "the key of the recovery codes does not open".into(),
+        what: format!("the key `{name}` does not open"),
     };
     let mut fresh = Zeroizing::new([0; 32]);
     random(&mut *fresh);
     let sealer = plane.sealer.clone();
-    let kept = plane.storage.run("recovery_key", move |store| match store.key(RECOVERY_KEY)? {
+    let kept = plane.storage.run("kept_key", move |store| match store.key(name)? {
         Some(kept) => Ok(kept),
         None => {
-            let sealed = sealer.seal(RECOVERY_KEY, &*fresh)?;
-            store.put_keys(&[(RECOVERY_KEY, &sealed)]).map(|()| sealed)
+            let sealed = sealer.seal(name, &*fresh)?;
+            store.put_keys(&[(name, &sealed)]).map(|()| sealed)
         }
     });
-    let secret = plane.sealer.unseal(RECOVERY_KEY, &kept.await?).map_err(|_| unreadable())?;
+    let secret = plane.sealer.unseal(name, &kept.await?).map_err(|_| unreadable())?;
     Ok(hmac::Key::new(hmac::HMAC_SHA256, &secret))
 }
 

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Ceremony, Problem, Proposal, ProposalDetail, ProposalState, Shown,
+    Applied, Apply, ApplyAs, Ceremony, GateOutcome, Problem, Proposal, ProposalDetail, ProposalState, Shown,
 };
 use countersign_core::{
-    assurance::{FactorKind, Proof},
+    assurance::Proof,
     canonical::Digest,
     change::{Change, ChangeSet, Revision},
     countersignature::Countersignature,
@@ -25,8 +25,8 @@ use crate::{
     Plane, ceremony,
     gate::{Petitioner, Refused},
     ledger::Head,
-    local_api::{gate_problem, problem, refusal, store_problem},
-    mfa::{self, CodeRefused},
+    local_api::{self, gate_problem, problem, store_problem},
+    mfa::{self, CodeRefused, ShownFactor},
     store::StoredProposal,
 };
 
@@ -56,17 +56,9 @@ struct Document {
     /// What was signed for it.
     #[serde(default)]
     countersignatures: Vec<Countersignature>,
-}
-
-/// One factor that was shown.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct ShownFactor {
-    kind: FactorKind,
-    at_seconds: i64,
+    /// Whether factors in it were verified by an enrolment.
     #[serde(default)]
-    user_verified: bool,
-    #[serde(default)]
-    device_bound: bool,
+    enrols: bool,
 }
 
 /// A change-set that the gate did not let through as it was asked for.
@@ -84,17 +76,37 @@ pub async fn apply(plane: &Plane, asked: ApplyAs) -> Result<Applied, Problem> {
         return plane.enter(apply, Petitioner::default()).await;
     }
     let operator = mfa::named(head.follower.state(), shown.operator.as_ref())?;
-    let (held, why) = match attempt(plane, &apply, operator.clone(), &shown).await? {
+    ask(plane, apply, operator, &shown, false).await
+}
+
+/// Asks for factors that an enrolment verified, of an operator who is signed in; returns the pending change that they sign.
+pub async fn enrol(plane: &Plane, apply: Apply, operator: OperatorName) -> Result<String, Problem> {
+    match ask(plane, apply, operator, &Shown::default(), true).await {
+        Ok(_) => unreachable!("INVARIANT (nobody-unproven): nothing was shown"),
+        Err(refused) => refused.refusal.as_ref().and_then(|refusal| refusal.change.clone()).ok_or(refused),
+    }
+}
+
+/// Asks for a change-set of `operator`. What the gate does not let through as it is waits.
+async fn ask(
+    plane: &Plane,
+    apply: Apply,
+    operator: OperatorName,
+    shown: &Shown,
+    enrols: bool,
+) -> Result<Applied, Problem> {
+    let head = plane.ledger.head();
+    let (held, why) = match attempt(plane, &apply, operator.clone(), shown, enrols).await? {
         Ok(applied) => return Ok(applied),
         Err(held) => held,
     };
     let state = match &held.answer {
         Answer::StepUp(_) => ProposalState::StepUp,
         Answer::NeedsCountersign(_) => ProposalState::NeedsCountersign,
-        Answer::Permit | Answer::Deny(_) => return Err(refusal(&held.answer, held.digest, None, None)),
+        Answer::Permit | Answer::Deny(_) => return Err(refusal(plane, &held.answer, held.digest, None, None)),
     };
     let id = propose(plane, &head, apply, operator, state, &held).await?;
-    Err(refusal(&held.answer, held.digest, Some(id), why.as_ref()))
+    Err(refusal(plane, &held.answer, held.digest, Some(id), why.as_ref()))
 }
 
 /// One attempt to bring a change-set in: asked without a factor first, so that none is used up on what the gate denies anyway.
@@ -103,9 +115,11 @@ async fn attempt(
     apply: &Apply,
     operator: OperatorName,
     shown: &Shown,
+    enrols: bool,
 ) -> Result<Result<Applied, (Held, Option<CodeRefused>)>, Problem> {
     let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
-    let mut petitioner = Petitioner { operator: Some(operator.clone()), asked_at_seconds, ..Petitioner::default() };
+    let mut petitioner =
+        Petitioner { operator: Some(operator.clone()), asked_at_seconds, enrols, ..Petitioner::default() };
     let held = match enter(plane, apply, &petitioner).await? {
         Ok(applied) => return Ok(Ok(applied)),
         Err((answer, digest)) => Held { answer, digest, petitioner: petitioner.clone() },
@@ -186,7 +200,8 @@ async fn propose(
     };
     let id = proposal.id.clone();
     let (proofs, countersignatures) = (shown_factors(&held.petitioner), held.petitioner.countersignatures.clone());
-    let stored = stored(&Document { proposal, apply, proofs, countersignatures }, 1);
+    let enrols = held.petitioner.enrols;
+    let stored = stored(&Document { proposal, apply, proofs, countersignatures, enrols }, 1);
     let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
     match kept.map_err(|error| store_problem(&error))? {
         true => Ok(id),
@@ -212,7 +227,7 @@ pub async fn apply_pending(plane: &Plane, id: &str, shown: Shown) -> Result<Appl
         let help = "another operator countersigns it: `countersign change countersign ID --otp CODE`";
         return Err(problem(403, format!("`{author}` asked for it, and only they apply it"), None, Some(help)));
     }
-    match attempt(plane, &document.apply, author, &shown).await? {
+    match attempt(plane, &document.apply, author, &shown, document.enrols).await? {
         Ok(applied) => {
             document.proposal.state = ProposalState::Applied { revision: applied.revision };
             save(plane, version, &document).await?;
@@ -230,7 +245,7 @@ pub async fn apply_pending(plane: &Plane, id: &str, shown: Shown) -> Result<Appl
                 document.proposal.expires_at_ms = document.proposal.asked_at_ms + COUNTERSIGN_LIFETIME_MS;
                 save(plane, version, &document).await?;
             }
-            Err(refusal(&held.answer, held.digest, Some(id.to_owned()), why.as_ref()))
+            Err(refusal(plane, &held.answer, held.digest, Some(id.to_owned()), why.as_ref()))
         }
     }
 }
@@ -245,7 +260,7 @@ pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Propos
         let help = "first its author shows a factor: `countersign apply --change ID --otp CODE`";
         return Err(problem(409, "it does not wait for a countersignature yet", None, Some(help)));
     }
-    let approver = approver(plane, &document, &shown)?;
+    let approver = approver(plane, &document, shown.operator.as_ref())?;
     agree(plane, &document, &approver, &shown).await?;
     document.proposal.approvals.insert(approver.clone());
     document.countersignatures.extend(shown.countersignature.as_deref().cloned());
@@ -256,42 +271,74 @@ pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Propos
         asked_at_seconds: mfa::seconds(document.proposal.asked_at_ms),
         approvals: document.proposal.approvals.clone(),
         countersignatures: document.countersignatures.clone(),
+        enrols: document.enrols,
         ..Petitioner::default()
     };
-    for &ShownFactor { kind, at_seconds, user_verified, device_bound } in &document.proofs {
-        petitioner.assurance.add(Proof { kind, at_seconds, user_verified, device_bound });
-    }
+    document.proofs.iter().for_each(|shown| petitioner.assurance.add((*shown).into()));
     match enter(plane, &document.apply, &petitioner).await? {
         Ok(applied) => document.proposal.state = ProposalState::Applied { revision: applied.revision },
         Err((Answer::NeedsCountersign(requires), _)) => document.proposal.requires = requires,
-        Err((answer, digest)) => return Err(refusal(&answer, digest, Some(id.to_owned()), None)),
+        Err((answer, digest)) => return Err(refusal(plane, &answer, digest, Some(id.to_owned()), None)),
     }
     save(plane, version + 1, &document).await?;
     Ok(document.proposal)
 }
 
-/// An operator who could countersign it says no.
-pub async fn reject(plane: &Plane, id: &str, shown: Shown) -> Result<Proposal, Problem> {
+/// An operator who could countersign it says no. They show a code, or are signed in: a no gives nobody anything, and what a key
+/// signed under a change always means yes.
+pub async fn reject(plane: &Plane, id: &str, answering: Answering) -> Result<Proposal, Problem> {
     let (version, mut document) = pending(plane, id).await?;
-    let by = approver(plane, &document, &shown)?;
-    agree(plane, &document, &by, &shown).await?;
+    let by = approver(plane, &document, answering.operator())?;
+    let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
+    let petitioner = Petitioner { operator: Some(by.clone()), asked_at_seconds, ..Petitioner::default() };
+    let change_set = &document.apply.change_set;
+    let answer = plane.gate.answer(change_set, &petitioner, &plane.ledger.head(), asked_at_seconds);
+    if matches!(answer, Answer::Deny(_)) {
+        return Err(refusal(plane, &answer, document.proposal.digest, Some(id.to_owned()), None));
+    }
+    answering.is(plane, &by).await?;
     document.proposal.state = ProposalState::Rejected { by };
     save(plane, version, &document).await?;
     Ok(document.proposal)
 }
 
 /// Its author takes it back.
-pub async fn withdraw(plane: &Plane, id: &str, shown: Shown) -> Result<Proposal, Problem> {
+pub async fn withdraw(plane: &Plane, id: &str, answering: Answering) -> Result<Proposal, Problem> {
     let (version, mut document) = pending(plane, id).await?;
     let author = document.proposal.author.clone();
-    if shown.operator.as_ref().is_some_and(|operator| *operator != author) {
+    if answering.operator().is_some_and(|operator| *operator != author) {
         let help = "another operator rejects it: `countersign change reject ID --otp CODE`";
         return Err(problem(403, format!("`{author}` asked for it, and only they withdraw it"), None, Some(help)));
     }
-    show_one(plane, &author, &shown).await?;
+    answering.is(plane, &author).await?;
     document.proposal.state = ProposalState::Withdrawn;
     save(plane, version, &document).await?;
     Ok(document.proposal)
+}
+
+/// Who ends a proposal without any effect.
+pub enum Answering {
+    /// They show a code.
+    Shows(Shown),
+    /// They are signed in.
+    SignedIn(OperatorName),
+}
+
+impl Answering {
+    fn operator(&self) -> Option<&OperatorName> {
+        match self {
+            Self::Shows(shown) => shown.operator.as_ref(),
+            Self::SignedIn(operator) => Some(operator),
+        }
+    }
+
+    /// Makes sure that it is `operator`.
+    async fn is(&self, plane: &Plane, operator: &OperatorName) -> Result<(), Problem> {
+        match self {
+            Self::Shows(shown) => show_one(plane, operator, shown).await.map(drop),
+            Self::SignedIn(_) => Ok(()),
+        }
+    }
 }
 
 /// All proposals, newest first.
@@ -321,12 +368,12 @@ pub async fn wait(plane: &Plane, id: &str, deadline: tokio::time::Instant) -> Re
 }
 
 /// The operator who answers for somebody else's proposal.
-fn approver(plane: &Plane, document: &Document, shown: &Shown) -> Result<OperatorName, Problem> {
+fn approver(plane: &Plane, document: &Document, named: Option<&OperatorName>) -> Result<OperatorName, Problem> {
     let head = plane.ledger.head();
     let author = &document.proposal.author;
     let mut others =
         head.follower.state().operators.iter().filter(|(name, o)| *name != author && !o.factors.is_empty());
-    let approver = match (&shown.operator, others.next(), others.next()) {
+    let approver = match (named, others.next(), others.next()) {
         (Some(named), ..) => named.clone(),
         (None, Some((only, _)), None) => only.clone(),
         (None, None, _) => author.clone(),
@@ -346,7 +393,7 @@ async fn agree(plane: &Plane, document: &Document, approver: &OperatorName, show
     let change_set = &document.apply.change_set;
     let digest = document.proposal.digest;
     let head = plane.ledger.head();
-    let refused = |answer: &Answer| refusal(answer, digest, Some(document.proposal.id.clone()), None);
+    let refused = |answer: &Answer| refusal(plane, answer, digest, Some(document.proposal.id.clone()), None);
     // First without a factor: none is used up on what would be denied.
     let answer = plane.gate.answer(change_set, &petitioner, &head, asked_at_seconds);
     if matches!(answer, Answer::Deny(_)) {
@@ -456,14 +503,27 @@ fn is_open(state: &ProposalState) -> bool {
 }
 
 fn shown_factors(petitioner: &Petitioner) -> Vec<ShownFactor> {
-    let proofs = petitioner.assurance.proofs().iter();
-    let shown = |&Proof { kind, at_seconds, user_verified, device_bound }: &Proof| ShownFactor {
-        kind,
-        at_seconds,
-        user_verified,
-        device_bound,
-    };
-    proofs.map(shown).collect()
+    petitioner.assurance.proofs().iter().copied().map(ShownFactor::from).collect()
+}
+
+/// What the gate's answer says to the operator, with the page where what is missing can be signed.
+fn refusal(
+    plane: &Plane,
+    answer: &Answer,
+    digest: Digest,
+    change: Option<String>,
+    why: Option<&CodeRefused>,
+) -> Problem {
+    let url = plane.site.as_ref().zip(change.as_ref()).map(|(site, id)| format!("{}/changes/{id}", site.origin));
+    let mut problem = local_api::refusal(answer, digest, change, why);
+    if let (Some(refusal), Some(url)) = (&mut problem.refusal, url) {
+        let by_key = refusal.requires.is_some_and(|requires| !requires.accepts_code());
+        if by_key && why.is_none() && refusal.outcome == GateOutcome::StepUp {
+            problem.help = Some(format!("sign it with your passkey or security key at {url}"));
+        }
+        refusal.url = Some(url);
+    }
+    problem
 }
 
 fn requires(answer: &Answer) -> Requires {

@@ -5,7 +5,11 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 
 use countersign_api::run_file::{CONTROL_SOCKET, RunFile};
-use countersign_control::{Control, ControlConfig, advertise::Advertise};
+use countersign_control::{
+    Control, ControlConfig,
+    advertise::Advertise,
+    site::{SiteConfig, place::TlsFiles},
+};
 use countersign_core::identity::TrustDomain;
 
 use crate::{
@@ -43,6 +47,18 @@ pub struct ControlArguments {
     /// Start on a store that was restored from an older copy; agents that know the later one have to join again
     #[arg(long)]
     pub accept_rollback: bool,
+    /// Where the dashboard is: on loopback, or anywhere with a certificate [default: nowhere]
+    #[arg(long, value_name = "IP:PORT")]
+    pub dashboard: Option<SocketAddr>,
+    /// The origin under which browsers find it [default: http(s)://localhost:PORT]
+    #[arg(long, value_name = "URL", requires = "dashboard")]
+    pub dashboard_origin: Option<String>,
+    /// A PEM file with the dashboard's certificate chain, leaf first
+    #[arg(long, value_name = "FILE", requires = "dashboard_key")]
+    pub dashboard_cert: Option<PathBuf>,
+    /// A PEM file with its private key
+    #[arg(long, value_name = "FILE", requires = "dashboard_cert")]
+    pub dashboard_key: Option<PathBuf>,
     /// Who cosigns the ledger's checkpoints
     #[command(flatten)]
     pub witnesses: WitnessArguments,
@@ -62,6 +78,9 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         (None, None) => None,
     };
     let told = serve::until_told()?;
+    let files = arguments.dashboard_cert.zip(arguments.dashboard_key);
+    let tls = files.map(|(certificate, key)| TlsFiles { certificate, key });
+    let site = arguments.dashboard.map(|listen| SiteConfig { listen, origin: arguments.dashboard_origin, tls });
     let config = ControlConfig {
         data_dir: place.data_dir.clone(),
         listen: arguments.listen,
@@ -71,6 +90,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         key: arguments.key.place()?,
         trust_domain: trust_domain.clone(),
         witnesses: arguments.witnesses.witnesses()?,
+        site,
     };
     let control = start(config).await?;
     telemetry.follow(&control, trust_domain.as_ref());
@@ -79,6 +99,9 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         "the control plane listens on {} for agents; `countersign host invite` lets one in\n",
         control.listen
     ));
+    if let Some(link) = control.enrolment_link().await? {
+        render::print_error(&format!("the first operator enrols within 15 minutes at {link}\n"));
+    }
     tokio::select! {
         () = told.cancelled() => {}
         failed = control.wait_failed() => return Err(Failure::new("the control plane failed").cause(failed)),
@@ -105,6 +128,7 @@ pub fn run_file(place: &Place, control: &Control) -> RunFile {
         api: Some(format!("unix://{}", place.data_dir.join(CONTROL_SOCKET).display())),
         control: Some(format!("https://{}", control.listen)),
         metrics: control.metrics.map(|address| format!("http://{address}/metrics")),
+        dashboard: control.dashboard().map(str::to_owned),
         ledger_origin: control.ledger_origin(),
         services: Default::default(),
     }

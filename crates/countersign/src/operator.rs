@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, Mesh, OperatorInvitation, Shown,
+    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, EnrolmentLink, Mesh, OperatorInvitation, Shown,
 };
 use countersign_core::{
     change::{Bodies, Change, ChangeSet, RoleName},
@@ -69,6 +69,10 @@ pub enum OperatorVerb {
         #[arg(long, value_name = "TOKEN")]
         invitation: Option<String>,
     },
+    /// Print a link by which the first operator enrols a passkey or a security key in a browser
+    ///
+    /// It is good once, for 15 minutes, while the mesh is unprotected.
+    Link,
     /// Invite one, and print what they are to be handed
     Invite {
         /// Their name
@@ -143,6 +147,12 @@ pub async fn operator(verb: OperatorVerb, place: &Place, output: Output) -> Done
                 None => own_name(invitation.is_some())?,
             };
             enrol(&control, Enrol { operator, invitation: invitation.map(Code), shown: Shown::default() }, output).await
+        }
+        OperatorVerb::Link => {
+            let link: EnrolmentLink = control.post("/v1/enrolments/link", &json!({})).await?;
+            let told =
+                |link: &EnrolmentLink, _| format!("open it within 15 minutes; it is good once\n\n{}\n\n", link.url);
+            render::answer(output, &link, told)
         }
         OperatorVerb::Invite { name, roles, who } => {
             change(&control, &who, output, |_| Ok(Change::InviteOperator { name: name.clone(), roles: names(&roles) }))
@@ -221,13 +231,19 @@ async fn change(
 }
 
 fn handed(invitation: &OperatorInvitation, paint: Paint) -> String {
+    let command = format!(
+        "countersign operator enroll --totp --operator {} --invitation {}",
+        invitation.operator, invitation.token
+    );
+    let (way, how) = match &invitation.url {
+        Some(url) => ("they open this, or run the command on this machine:", format!("{url}\n\n{command}")),
+        None => ("on this machine they run this:", command),
+    };
     format!(
-        "{} it is good for {} once, until {}, and is not shown again\n\ncountersign operator enroll --totp --operator {} --invitation {}\n\n",
-        paint.note("on this machine they run this:"),
+        "{} it is good for {} once, until {}, and is not shown again\n\n{how}\n\n",
+        paint.note(way),
         invitation.operator,
         render::moment_full(invitation.expires_at_ms),
-        invitation.operator,
-        invitation.token,
     )
 }
 
@@ -315,7 +331,10 @@ async fn enrol(control: &Client, asked: Enrol, output: Output) -> Done {
 }
 
 fn told(enrolled: &Enrolled, paint: Paint) -> String {
-    let mut text = format!("{} {}, revision {}\n", paint.good("enrolled:"), enrolled.operator, enrolled.revision);
+    let mut text = match enrolled.revision {
+        Some(revision) => format!("{} {}, revision {revision}\n", paint.good("enrolled:"), enrolled.operator),
+        None => String::new(),
+    };
     if enrolled.anchor {
         text.push_str("the mesh is protected from now on: every change passes the gate, and there is no way back\n");
     }

@@ -17,7 +17,7 @@ use countersign_api::{
     local::{Status, TailEvent},
     run_file::RunFile,
 };
-use countersign_control::{Control, ControlConfig, advertise::Advertise};
+use countersign_control::{Control, ControlConfig, advertise::Advertise, site::SiteConfig};
 use countersign_core::{
     change::Revision,
     directory::{Directory, Files},
@@ -80,6 +80,9 @@ pub struct Up {
     /// Where the control plane serves `/metrics`; port 0 picks one
     #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub metrics: SocketAddr,
+    /// Where the dashboard is; port 0 takes the one that it had before
+    #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub dashboard: SocketAddr,
     /// Leave the mesh as it is when its directory is saved
     #[arg(long)]
     pub no_watch: bool,
@@ -110,6 +113,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         key: arguments.key.place()?,
         trust_domain: Some(directory.trust_domain.clone()),
         witnesses: arguments.witnesses.witnesses()?,
+        site: Some(SiteConfig { listen: arguments.dashboard, origin: None, tls: None }),
     })
     .await?;
     telemetry.follow(&control, Some(&directory.trust_domain));
@@ -224,8 +228,15 @@ impl Mesh<'_> {
     async fn announce(&self, agent: &Agent, teller: &Teller, ended: usize) -> Done {
         let status: Status = self.client.get("/v1/status").await?;
         let after = self.started.elapsed();
+        let enroll = self.control.enrolment_link().await?;
         if !teller.is_text() {
-            teller.document(&json!({ "event": "up", "after_ms": u64::try_from(after.as_millis()).unwrap_or(u64::MAX), "status": status }));
+            teller.document(&json!({
+                "event": "up",
+                "after_ms": u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
+                "dashboard": self.control.dashboard(),
+                "enroll": enroll,
+                "status": status,
+            }));
             return Ok(());
         }
         let paint = teller.paint();
@@ -241,6 +252,11 @@ impl Mesh<'_> {
         ));
         for warning in status::warnings(&status) {
             teller.warn(&warning);
+        }
+        if let Some(link) = enroll {
+            teller.line(&format!("become its owner, within 15 minutes: {link}"));
+        } else if let Some(dashboard) = self.control.dashboard() {
+            teller.line(&format!("dashboard: {dashboard}"));
         }
         if ended > 0 {
             teller.warn(&format!("{ended} instances are not running; they are started again, and again more rarely"));

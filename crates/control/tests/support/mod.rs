@@ -53,6 +53,7 @@ pub fn config(data_dir: PathBuf) -> ControlConfig {
         key: None,
         trust_domain: Some(trust_domain()),
         witnesses: Default::default(),
+        site: None,
     }
 }
 

@@ -13,6 +13,8 @@
 //! | SHA-256 of the canonical change-set | 32 |
 //! | nonce | 32 |
 //!
+//! Signing in is no change, and has a challenge of three fields: `countersign/sign-in/v1`, anchor, nonce.
+//!
 //! So nothing that was signed for one mesh, one history, one purpose or one change-set is good for another. The nonce makes it
 //! good for one ceremony: whoever hands it out takes it back once. That, and how long it lives, is not decided here.
 
@@ -22,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::{canonical::Digest, change::Revision};
 
 const CONTEXT: &[u8] = b"countersign/v1";
+const SIGN_IN_CONTEXT: &[u8] = b"countersign/sign-in/v1";
 
 /// What the signature is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -53,6 +56,22 @@ pub struct Challenge {
     pub nonce: Nonce,
 }
 
+/// What an operator signs to sign in. It approves nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SignIn {
+    /// SHA-256 of the anchor's entry: which mesh.
+    pub anchor: Digest,
+    /// One ceremony.
+    pub nonce: Nonce,
+}
+
+impl SignIn {
+    /// The bytes to be signed as a browser writes them into the client data: base64url without padding.
+    pub fn encode(&self) -> String {
+        encoded(&digest_of(&[SIGN_IN_CONTEXT, &self.anchor.0, &self.nonce.0]))
+    }
+}
+
 impl Purpose {
     /// The purpose as it is hashed and written.
     pub fn as_str(self) -> &'static str {
@@ -76,18 +95,27 @@ impl Challenge {
             &self.change_set.0,
             &self.nonce.0,
         ];
-        let mut bytes = Vec::with_capacity(256);
-        for field in fields {
-            bytes.extend((field.len() as u32).to_be_bytes());
-            bytes.extend(field);
-        }
-        Digest::of(&bytes)
+        digest_of(&fields)
     }
 
     /// The same as a browser writes it into the client data: base64url without padding.
     pub fn encode(&self) -> String {
-        URL_SAFE_NO_PAD.encode(self.digest().0)
+        encoded(&self.digest())
     }
+}
+
+/// SHA-256 of the fields, each behind its length.
+fn digest_of(fields: &[&[u8]]) -> Digest {
+    let mut bytes = Vec::with_capacity(256);
+    for field in fields {
+        bytes.extend((field.len() as u32).to_be_bytes());
+        bytes.extend(*field);
+    }
+    Digest::of(&bytes)
+}
+
+fn encoded(digest: &Digest) -> String {
+    URL_SAFE_NO_PAD.encode(digest.0)
 }
 
 #[cfg(test)]
@@ -127,6 +155,14 @@ mod tests {
             ("two fields in each other's place", Challenge { root: one.change_set, change_set: one.root, ..one }),
         ] {
             assert_ne!(changed.digest(), one.digest(), "{what}");
+        }
+        let sign_in = SignIn { anchor: one.anchor, nonce: one.nonce };
+        assert_ne!(sign_in.encode(), one.encode(), "signing in approves nothing");
+        for (what, changed) in [
+            ("another mesh", SignIn { anchor: other, ..sign_in }),
+            ("another ceremony", SignIn { nonce: other, ..sign_in }),
+        ] {
+            assert_ne!(changed.encode(), sign_in.encode(), "{what}");
         }
     }
 }

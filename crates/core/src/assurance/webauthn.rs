@@ -13,7 +13,7 @@ use aws_lc_rs::signature::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
-use super::challenge::Challenge;
+use super::challenge::{Challenge, SignIn};
 use crate::canonical::Digest;
 
 /// Longest credential id, in bytes (section 5.8.3 and 7.1).
@@ -190,6 +190,16 @@ pub fn verify(
     challenge: &Challenge,
 ) -> Result<VerifiedAssertion, AssertionRefused> {
     verify_over(assertion, credential, relying_party, &challenge.encode())
+}
+
+/// Verifies `assertion` of `credential` over what is signed to sign in, as [`verify`] does over a change.
+pub fn verify_sign_in(
+    assertion: &PresentedAssertion<'_>,
+    credential: &Credential<'_>,
+    relying_party: &RelyingParty,
+    sign_in: &SignIn,
+) -> Result<VerifiedAssertion, AssertionRefused> {
+    verify_over(assertion, credential, relying_party, &sign_in.encode())
 }
 
 /// [`verify`] over the challenge as the client data must spell it.

@@ -1,0 +1,71 @@
+//! The site: what browsers and distant commands see of the control plane, over HTTP or HTTPS. Pages are made here and JSON for
+//! their scripts; what a request means is decided in the rooms that it is passed to, and no rule is enforced in a browser.
+//!
+//! | furniture | holds |
+//! |---|---|
+//! | [`place`] | where it listens, and under which origin browsers know it |
+//! | [`serve`] | connections: TLS, limits, time |
+//! | [`guard`] | what every request passes before anything else looks at it |
+//! | [`session`] | who is signed in |
+//! | [`sign_in`] | how they came to be |
+//! | [`enroll`] | how somebody becomes an operator, and gets one more factor |
+//! | [`ceremony`] | how an operator signs a change, or answers for somebody else's |
+//! | [`pages`] | what is shown |
+//! | [`assets`] | files that pages load |
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    middleware,
+    routing::{get, post},
+};
+
+use crate::Plane;
+
+pub mod assets;
+pub mod ceremony;
+pub mod enroll;
+pub mod guard;
+pub mod pages;
+pub mod place;
+pub mod serve;
+pub mod session;
+pub mod sign_in;
+#[cfg(test)]
+mod tests;
+
+pub use place::{Site, SiteConfig, SiteError};
+
+/// Longest body of a request of a browser, in bytes: an authenticator's answer with an attestation.
+const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// Everything that is served.
+pub fn router(plane: Arc<Plane>) -> Router {
+    let strangers = Router::new()
+        .route("/sign-in/key/begin", post(sign_in::begin_key))
+        .route("/sign-in/key/finish", post(sign_in::finish_key))
+        .route("/sign-in/code", post(sign_in::code))
+        .route("/enroll/key/begin", post(enroll::begin_key))
+        .route("/enroll/key/finish", post(enroll::finish_key))
+        .route("/enroll/code/begin", post(enroll::begin_code))
+        .route("/enroll/code/finish", post(enroll::finish_code))
+        .route_layer(middleware::from_fn_with_state(plane.clone(), guard::slow_down_strangers));
+    let operators = Router::new()
+        .route("/sign-out", post(sign_in::sign_out))
+        .route("/changes/{id}/challenge", post(ceremony::challenge))
+        .route("/changes/{id}/sign", post(ceremony::sign))
+        .route("/changes/{id}/code", post(ceremony::code))
+        .route("/changes/{id}/reject", post(ceremony::reject))
+        .route("/changes/{id}/withdraw", post(ceremony::withdraw));
+    Router::new()
+        .merge(pages::router())
+        .merge(strangers)
+        .merge(operators)
+        .route("/assets/{name}", get(assets::asset))
+        .fallback(pages::not_found)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn_with_state(plane.clone(), guard::guard))
+        .with_state(plane)
+}

@@ -1,0 +1,249 @@
+//! Who is signed in. A session is a random token that a browser holds in a cookie no script can read; here only its hash is kept.
+//! It says who asks and approves nothing: what the gate asks for is shown for each change anew.
+//!
+//! INVARIANT (session-of-an-operator): a session is good only while its operator is one and has the factor that it began with.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    extract::FromRequestParts,
+    response::{IntoResponse, Redirect, Response},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header, request::Parts};
+use serde::{Deserialize, Serialize};
+
+use countersign_api::local::Problem;
+use countersign_core::{
+    assurance::FactorKind,
+    canonical::Digest,
+    identity::{FactorId, OperatorName},
+};
+
+use crate::{
+    Plane,
+    local_api::{Refusal, problem, store_problem},
+    site::guard::text,
+    store::{Document, StoreError},
+};
+
+/// The kind of its documents.
+const KIND: &str = "session";
+/// Sessions that there are at the same time.
+const SESSIONS_MAX: u32 = 1_024;
+/// A session ends so long after its last request (NIST SP 800-63B-4, AAL2: at most an hour).
+pub const IDLE_MS: u64 = 60 * 60 * 1000;
+/// A session ends so long after it began, whatever is done with it (AAL2: at most 24 hours).
+pub const LIFETIME_MS: u64 = 12 * 60 * 60 * 1000;
+/// Its last request is written down when the one that is written is so old.
+const WRITE_EVERY_MS: u64 = 60 * 1000;
+/// What a browser says of itself is kept up to here, in characters.
+const AGENT_CHARS_MAX: usize = 160;
+/// The header in which a page's script shows that it can read the page.
+pub const CSRF: HeaderName = HeaderName::from_static("x-countersign-csrf");
+
+/// One session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// The hash of its token, in hexadecimal: what it is called.
+    #[serde(skip)]
+    pub id: String,
+    /// Who.
+    pub operator: OperatorName,
+    /// The factor that it began with.
+    pub factor: FactorId,
+    /// Its kind.
+    pub kind: FactorKind,
+    /// When it began, in milliseconds since 1970.
+    pub began_at_ms: u64,
+    /// When it was last used, in milliseconds since 1970; a minute may be missing.
+    pub used_at_ms: u64,
+    /// Where it began.
+    pub address: IpAddr,
+    /// What its browser or command said of itself.
+    pub agent: String,
+    /// What its pages send back with whatever changes something.
+    pub csrf: String,
+}
+
+/// Whom a session begins for.
+#[derive(Debug)]
+pub struct Beginning {
+    /// Who.
+    pub operator: OperatorName,
+    /// With which factor.
+    pub factor: FactorId,
+    /// Its kind.
+    pub kind: FactorKind,
+    /// Where.
+    pub address: IpAddr,
+    /// What the browser said of itself.
+    pub agent: String,
+}
+
+impl Session {
+    /// When it ends unless it is used, in milliseconds since 1970.
+    pub fn expires_at_ms(&self) -> u64 {
+        (self.used_at_ms + IDLE_MS).min(self.began_at_ms + LIFETIME_MS)
+    }
+
+    fn document(&self) -> Document {
+        Document {
+            kind: KIND,
+            key: self.id.clone(),
+            bytes: serde_json::to_vec(self).expect("INVARIANT: a session is JSON with string keys"),
+            expires_at_ms: self.expires_at_ms(),
+        }
+    }
+
+    fn read(id: String, bytes: &[u8]) -> Option<Self> {
+        Some(Self { id, ..serde_json::from_slice(bytes).ok()? })
+    }
+}
+
+/// Begins a session and returns its token, which is told once.
+pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Problem> {
+    let Beginning { operator, factor, kind, address, mut agent } = beginning;
+    if let Some((end, _)) = agent.char_indices().nth(AGENT_CHARS_MAX) {
+        agent.truncate(end);
+    }
+    let (token, now_ms) = (random(), plane.clock.now_ms());
+    let session = Session {
+        id: id_of(&token),
+        operator,
+        factor,
+        kind,
+        began_at_ms: now_ms,
+        used_at_ms: now_ms,
+        address,
+        agent,
+        csrf: random(),
+    };
+    let document = session.document();
+    let kept = plane.storage.run("put_session", move |store| store.put_document(&document, now_ms, SESSIONS_MAX)).await;
+    match kept.map_err(|error| store_problem(&error))? {
+        true => {
+            tracing::info!(operator = %session.operator, session = &session.id[..12], kind = kind.as_str(), %address, "an operator signed in");
+            Ok(token)
+        }
+        false => Err(problem(429, "too many sessions are open", None, Some("sign out somewhere, or wait"))),
+    }
+}
+
+/// The session of `token`, if it is good now.
+pub async fn find(plane: &Plane, token: &str) -> Result<Option<Session>, StoreError> {
+    let (id, now_ms) = (id_of(token), plane.clock.now_ms());
+    let key = id.clone();
+    let found = plane.storage.run("session", move |store| store.document(KIND, &key, now_ms)).await?;
+    let Some((bytes, mut session)) = found.and_then(|bytes| Session::read(id, &bytes).map(|session| (bytes, session)))
+    else {
+        return Ok(None);
+    };
+    let head = plane.ledger.head();
+    let operator = head.follower.state().operators.get(&session.operator);
+    if !operator.is_some_and(|operator| operator.factors.contains_key(&session.factor)) {
+        end(plane, vec![session.id]).await?;
+        return Ok(None);
+    }
+    if now_ms >= session.used_at_ms + WRITE_EVERY_MS {
+        session.used_at_ms = now_ms;
+        let document = session.document();
+        // Somebody else may have written the same at the same moment.
+        let _ = plane
+            .storage
+            .run("use_session", move |store| store.swap_document(KIND, &document.key, &bytes, &document))
+            .await?;
+    }
+    Ok(Some(session))
+}
+
+/// All sessions that are good now.
+pub async fn list(plane: &Plane) -> Result<Vec<Session>, StoreError> {
+    let now_ms = plane.clock.now_ms();
+    let found = plane.storage.run("sessions", move |store| store.documents(KIND, now_ms)).await?;
+    Ok(found.into_iter().filter_map(|(id, bytes)| Session::read(id, &bytes)).collect())
+}
+
+/// Ends sessions, by their ids.
+pub async fn end(plane: &Plane, ids: Vec<String>) -> Result<(), StoreError> {
+    plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await
+}
+
+fn id_of(token: &str) -> String {
+    Digest::of(token.as_bytes()).to_string()
+}
+
+fn random() -> String {
+    let mut bytes = [0; 32];
+    aws_lc_rs::rand::fill(&mut bytes).expect("INVARIANT: the system's random source does not fail");
+    hex::encode(bytes)
+}
+
+/// The cookie that holds the token: only a page of this very host can set one of this name where there is TLS.
+fn cookie_name(plane: &Plane) -> &'static str {
+    match plane.site.as_ref().is_some_and(|site| site.is_https) {
+        true => "__Host-countersign",
+        false => "countersign",
+    }
+}
+
+/// Sets the cookie, or takes it away.
+pub fn set_cookie(plane: &Plane, token: Option<&str>) -> HeaderValue {
+    let secure = if cookie_name(plane).starts_with("__Host-") { "; Secure" } else { "" };
+    let (value, age) = token.map_or(("", 0), |token| (token, LIFETIME_MS / 1000));
+    let text = format!("{}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}", cookie_name(plane));
+    HeaderValue::from_str(&text).expect("INVARIANT: a token is hexadecimal")
+}
+
+/// The token in the request's cookies.
+pub fn token_of<'a>(plane: &Plane, headers: &'a HeaderMap) -> Option<&'a str> {
+    let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let mut pairs = cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    let (_, token) = pairs.find(|(name, _)| *name == cookie_name(plane))?;
+    (token.len() == 64).then_some(token)
+}
+
+/// Whoever is signed in, if anybody is. Pages that strangers may see take this.
+pub struct Visitor(pub Option<Session>);
+
+impl FromRequestParts<Arc<Plane>> for Visitor {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, plane: &Arc<Plane>) -> Result<Self, Response> {
+        let Some(token) = token_of(plane, &parts.headers) else { return Ok(Self(None)) };
+        match find(plane, token).await {
+            Ok(session) => Ok(Self(session)),
+            Err(error) => Err(Refusal::from(store_problem(&error)).into_response()),
+        }
+    }
+}
+
+/// Without a session a page is not shown, and the way to one is; a request that changes something also shows that a page of this
+/// session sent it.
+impl FromRequestParts<Arc<Plane>> for Session {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, plane: &Arc<Plane>) -> Result<Self, Response> {
+        let Visitor(session) = Visitor::from_request_parts(parts, plane).await?;
+        let is_safe = matches!(parts.method, Method::GET | Method::HEAD);
+        let Some(session) = session else {
+            if is_safe {
+                let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+                let next: String =
+                    path.bytes().flat_map(|byte| format!("%{byte:02X}").into_bytes()).map(char::from).collect();
+                return Err(Redirect::to(&format!("/sign-in?next={next}")).into_response());
+            }
+            let help = "sign in again; nothing was changed";
+            return Err(Refusal::from(problem(401, "nobody is signed in", None, Some(help))).into_response());
+        };
+        let shown = text(&parts.headers, CSRF).unwrap_or_default();
+        if !is_safe
+            && aws_lc_rs::constant_time::verify_slices_are_equal(shown.as_bytes(), session.csrf.as_bytes()).is_err()
+        {
+            plane.metrics.refused("csrf");
+            let help = "load the page again";
+            return Err(Refusal::from(problem(403, "a page of this session has to send this", None, Some(help)))
+                .into_response());
+        }
+        Ok(session)
+    }
+}
