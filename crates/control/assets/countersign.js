@@ -81,8 +81,14 @@ function complain(form, error) {
 const field = (form, name) => form.elements[name]?.value?.trim() ?? "";
 
 // The right to enrol comes in the fragment of the link, which no server sees. It leaves the address bar at once.
-const link = decodeURIComponent(location.hash.slice(1));
-if (link && location.pathname === "/enroll") history.replaceState(null, "", location.pathname);
+let link = "";
+function takeLink() {
+  if (location.pathname !== "/enroll" || !location.hash) return;
+  link = decodeURIComponent(location.hash.slice(1));
+  history.replaceState(null, "", location.pathname);
+}
+takeLink();
+addEventListener("hashchange", takeLink);
 
 function enrol(form) {
   const invitation = field(form, "invitation") || link;

@@ -13,6 +13,7 @@
 //! | [`state`] | [`state::MeshState`], the pure fold of all admitted changes |
 //! | [`assurance`] | what an operator has proven: factors, challenges, WebAuthn assertions |
 //! | [`ledger`] | the Merkle log: entries, proofs, notes, checkpoints, tiles, witnesses |
+//! | [`difference`] | what a change replaces and what it brings, as texts for people |
 //! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
 //! | [`operator`] | operators as the ledger knows them: roles, factors, public keys, the seal |
 //! | [`pipeline`] | whose tokens are believed, and which automations may propose changes |
@@ -27,6 +28,7 @@ pub mod assurance;
 pub mod canonical;
 pub mod change;
 pub mod countersignature;
+pub mod difference;
 pub mod directory;
 pub mod gate;
 pub mod identity;

@@ -1,0 +1,253 @@
+"""The dashboard in a real Chromium, with a virtual authenticator in the place of a passkey (WebAuthn, section 11)."""
+
+import base64
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+import urllib.request
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from conftest import BINARY, ROOT
+
+SHOTS = ROOT / "target/screenshots"
+
+
+def countersign(directory, *arguments, given=None):
+    words = [BINARY, "-C", directory, "-o", "json", *arguments]
+    return subprocess.run(words, input=given, capture_output=True, text=True, timeout=60)
+
+
+class Running:
+    """A mesh that `up` runs, and the link that it printed."""
+
+    def __init__(self, tmp_path):
+        self.directory = tmp_path / "mesh"
+        subprocess.run([BINARY, "init", self.directory], check=True, capture_output=True)
+        self.log = tmp_path / "up.log"
+        words = [BINARY, "-o", "json", "up", "--no-watch", self.directory]
+        self.up = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=open(self.log, "w"), stderr=subprocess.STDOUT)
+        end = time.monotonic() + 60
+        while not (lines := [line for line in self.log.read_text().splitlines() if '"event":"up"' in line]):
+            assert self.up.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+        self.told = json.loads(lines[0])
+        self.origin = self.told["dashboard"]
+
+    def stop(self):
+        self.up.send_signal(signal.SIGINT)
+        self.up.wait(60)
+
+    def asks(self, name, operator):
+        """Changes a policy and applies it; returns what the gate says."""
+        policy = self.directory / "policies/greeter.cedar"
+        policy.write_text(policy.read_text().replace(policy.read_text().split('@id("')[1].split('"')[0], name))
+        answer = countersign(self.directory, "apply", "--operator", operator)
+        assert answer.returncode == 3, (answer.returncode, answer.stdout, answer.stderr)
+        return json.loads(answer.stdout)
+
+    def revision(self):
+        return json.loads(countersign(self.directory, "status").stdout)["revision"]
+
+
+class Browser:
+    """A Chromium of its own, and its authenticator."""
+
+    def __init__(self, tmp_path, name):
+        options = webdriver.ChromeOptions()
+        for flag in (
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / name}", "--window-size=1280,900",
+        ):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        options.binary_location = "/usr/bin/chromium"
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+        self.cdp("WebAuthn.enable", enableUI=False)
+        self.authenticator = self.adds_authenticator()
+
+    def cdp(self, command, **arguments):
+        return self.driver.execute_cdp_cmd(command, arguments)
+
+    def adds_authenticator(self, **more):
+        options = {
+            "protocol": "ctap2", "transport": "internal", "hasResidentKey": True, "hasUserVerification": True,
+            "isUserVerified": True, "automaticPresenceSimulation": True, **more,
+        }
+        return self.cdp("WebAuthn.addVirtualAuthenticator", options=options)["authenticatorId"]
+
+    def open(self, url):
+        self.driver.get(url)
+
+    def find(self, selector):
+        return WebDriverWait(self.driver, 15).until(lambda driver: driver.find_element(By.CSS_SELECTOR, selector))
+
+    def until(self, what):
+        return WebDriverWait(self.driver, 15).until(lambda driver: what(driver))
+
+    def text(self):
+        return self.driver.find_element(By.TAG_NAME, "body").text
+
+    def shot(self, name):
+        """The page as wide screens and telephones show it, by day and by night."""
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        for width, scheme in ((1280, "light"), (1280, "dark"), (400, "light")):
+            self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+            self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            wide = self.driver.execute_script("return document.documentElement.scrollWidth")
+            assert wide <= width, f"{name} is {wide} wide at {width}"
+            png = self.cdp("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+            (SHOTS / f"{name}-{width}-{scheme}.png").write_bytes(base64.b64decode(png))
+        self.cdp("Emulation.clearDeviceMetricsOverride")
+
+    def enrols(self, link, operator):
+        self.open(link)
+        self.find("[data-do=enroll-key] [name=operator]").send_keys(operator)
+        self.find("[data-do=enroll-key] [value=platform]").click()
+        self.until(lambda _: "Enrolled" in self.text() or "not good" in self.text())
+
+    def signs_in(self, origin):
+        self.open(f"{origin}/sign-in")
+        self.find("[data-do=sign-in-key] button").click()
+        self.until(lambda driver: "/sign-in" not in driver.current_url)
+
+    def signs(self, url):
+        self.open(url)
+        self.find("[data-do=change-key] button").click()
+
+    def fetch(self, path, body):
+        """Sends JSON as the page's own scripts do, and returns status and answer."""
+        script = """
+            const [path, body, done] = arguments;
+            const csrf = document.querySelector('meta[name="countersign-csrf"]').content;
+            fetch(path, { method: "POST", headers: { "content-type": "application/json", "x-countersign-csrf": csrf },
+                body: JSON.stringify(body) }).then(async (r) => done([r.status, await r.json()]));
+        """
+        return self.driver.execute_async_script(script, path, body)
+
+    def signed(self, challenge):
+        return self.driver.execute_async_script("const [c, done] = arguments; sign(c).then(done, (e) => done(String(e)))", challenge)
+
+    def complaints(self):
+        """What the console says that is no answer of ours."""
+        lines = self.driver.get_log("browser")
+        return [line["message"] for line in lines if "status of 4" not in line["message"]]
+
+    def quit(self):
+        self.driver.quit()
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    running = Running(tmp_path)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    opened = []
+
+    def opens(name):
+        opened.append(Browser(tmp_path, name))
+        return opened[-1]
+
+    yield opens
+    for one in opened:
+        one.quit()
+
+
+def test_a_passkey_makes_the_owner_and_signs_what_the_page_shows(mesh, browser):
+    alice = browser("alice")
+    alice.open(mesh.origin)
+    assert "no operator yet" in alice.text()
+    alice.shot("sign-in-unprotected")
+    alice.open(mesh.told["enroll"])
+    alice.shot("enroll")
+    alice.enrols(mesh.told["enroll"], "alice")
+    assert "recovery codes" in alice.text()
+    assert "#" not in alice.driver.current_url, "the link's secret has left the address bar"
+    alice.shot("enrolled")
+    assert json.loads(countersign(mesh.directory, "status").stdout)["protected"]
+
+    again = browser("again")
+    again.enrols(mesh.told["enroll"], "mallory")
+    assert "the invitation is not good" in again.text()
+
+    alice.open(f"{mesh.origin}/sign-in")
+    alice.shot("sign-in")
+    alice.signs_in(mesh.origin)
+    alice.shot("overview")
+    refusal = mesh.asks("guests-are-welcome", "alice")
+    assert refusal["outcome"] == "step_up" and refusal["requires"]["factor"] == "phr"
+    assert refusal["url"] == f"{mesh.origin}/changes/{refusal['change']}"
+    before = mesh.revision()
+    alice.open(refusal["url"])
+    assert refusal["digest"] in alice.text() and "guests-are-welcome" in alice.text()
+    alice.shot("change")
+    alice.signs(refusal["url"])
+    alice.until(lambda _: mesh.revision() == before + 1)
+    alice.until(lambda driver: not driver.find_elements(By.CSS_SELECTOR, "[data-do=change-key]"))
+    alice.shot("change-applied")
+    detail = json.loads(countersign(mesh.directory, "change", "show", str(before + 1)).stdout)
+    [signed] = json.loads(detail["entry"])["countersignatures"]
+    assert signed["operator"] == "alice" and signed["purpose"] == "step_up"
+    for path in ("", "sign-in", "nowhere"):
+        alice.open(f"{mesh.origin}/{path}")
+    assert alice.complaints() == []
+
+
+def test_what_an_honest_browser_never_sends_changes_nothing(mesh, browser):
+    alice = browser("alice")
+    alice.enrols(mesh.told["enroll"], "alice")
+    alice.signs_in(mesh.origin)
+    first = mesh.asks("guests-are-welcome", "alice")
+    path = f"/changes/{first['change']}"
+    alice.open(first["url"])
+    before = mesh.revision()
+
+    def refused(signed, why):
+        status, answer = alice.fetch(f"{path}/sign", signed)
+        assert status in (403, 410), answer
+        assert why in json.dumps(answer), answer
+
+    _, challenge = alice.fetch(f"{path}/challenge", {})
+    good = alice.signed(challenge)
+    forged = json.loads(base64.urlsafe_b64decode(good["client_data_json"] + "=="))
+    forged["origin"] = "https://evil.example"
+    forged = base64.urlsafe_b64encode(json.dumps(forged).encode()).decode().rstrip("=")
+    refused({**good, "client_data_json": forged}, "origin")
+    refused(good, "ended already")
+
+    other = mesh.asks("guests-are-invited", "alice")
+    _, challenge = alice.fetch(f"/changes/{other['change']}/challenge", {})
+    refused(alice.signed(challenge), "ended already")
+
+    alice.cdp("WebAuthn.setUserVerified", authenticatorId=alice.authenticator, isUserVerified=False)
+    _, challenge = alice.fetch(f"{path}/challenge", {})
+    assert "NotAllowedError" in str(alice.signed(challenge)), "the browser itself asks for verification"
+    _, challenge = alice.fetch(f"{path}/challenge", {})
+    challenge["options"]["userVerification"] = "discouraged"
+    refused(alice.signed(challenge), "not verified")
+    alice.cdp("WebAuthn.setUserVerified", authenticatorId=alice.authenticator, isUserVerified=True)
+
+    [key] = alice.cdp("WebAuthn.getCredentials", authenticatorId=alice.authenticator)["credentials"]
+    alice.cdp("WebAuthn.removeCredential", authenticatorId=alice.authenticator, credentialId=key["credentialId"])
+    alice.cdp("WebAuthn.addCredential", authenticatorId=alice.authenticator, credential={**key, "signCount": 0})
+    _, challenge = alice.fetch(f"{path}/challenge", {})
+    refused(alice.signed(challenge), "count")
+    assert mesh.revision() == before
+
+    # A page of another origin has no session, and its requests are not looked at.
+    request = urllib.request.Request(f"{mesh.origin}{path}/challenge", b"{}", {"origin": "https://evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request)
+    assert refusal.value.code == 403
