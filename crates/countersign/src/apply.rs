@@ -24,7 +24,7 @@ use crate::{
     operator::Who,
     policy,
     render::{self, Paint},
-    status,
+    sign, status,
 };
 
 /// How often a change-set is planned anew because someone else's came first.
@@ -136,7 +136,10 @@ pub async fn apply(arguments: ApplyArguments, global: &Global) -> Done {
         return Err(refused(&failing));
     }
     let control = Client::control(&place);
-    let (outcome, difference) = apply_directory(&control, &directory, &arguments.who, Paint::stdout()).await?;
+    let (outcome, difference) = match sign::is_wanted(&control, &arguments.who, global.output).await? {
+        true => sign_directory(&control, &directory, &arguments.who, Paint::stdout()).await?,
+        false => apply_directory(&control, &directory, &arguments.who, Paint::stdout()).await?,
+    };
     let waited = waited(&control, outcome.revision(), arguments.wait).await?;
     #[derive(Serialize)]
     struct Answer {
@@ -181,8 +184,10 @@ async fn waited(control: &Client, revision: Revision, wait: Option<Duration>) ->
 /// Shows what the gate asks for over a change that was asked for before: exactly that is applied, once.
 async fn apply_pending(place: &Place, id: &str, who: &Who, wait: Option<Duration>, global: &Global) -> Done {
     let control = Client::control(place);
-    let Applied { revision, digest, protected, .. } =
-        control.post(&format!("/v1/proposals/{id}/apply"), &who.shown()).await?;
+    let Applied { revision, digest, protected, .. } = match sign::is_wanted(&control, who, global.output).await? {
+        true => sign::apply_pending(&control, who, id).await?,
+        false => control.post(&format!("/v1/proposals/{id}/apply"), &who.shown()).await?,
+    };
     let waited = waited(&control, revision, wait).await?;
     #[derive(Serialize)]
     struct Answer {
@@ -258,16 +263,47 @@ pub async fn apply_directory(
     }
 }
 
+/// Applies `directory` to the mesh as this command verified it, signed here.
+async fn sign_directory(
+    control: &Client,
+    directory: &Directory,
+    who: &Who,
+    paint: Paint,
+) -> Result<(Outcome, String), Failure> {
+    let ground = sign::verified(control, who).await?;
+    let plan = planned_on(directory, &ground.mesh)?;
+    if plan.is_empty() {
+        return Ok((Outcome::Unchanged { revision: ground.mesh.revision }, String::new()));
+    }
+    let shown = difference(&plan.change_set.changes, &plan.bodies, Some(&ground.mesh), paint);
+    let changes = plan.change_set.changes.iter().map(named).collect();
+    let apply = Apply { change_set: plan.change_set, bodies: plan.bodies };
+    let Applied { revision, digest, protected, .. } = sign::ask(control, &ground, who, apply).await?;
+    Ok((Outcome::Applied { revision, digest, changes, protected }, shown))
+}
+
 fn named(change: &Change) -> String {
     format!("{} {}", change.kind(), change.subject())
 }
 
 async fn planned(control: &Client, directory: &Directory) -> Result<Planned, Failure> {
     let on: Mesh = control.get("/v1/mesh").await?;
+    let plan = planned_on(directory, &on)?;
+    Ok(Planned { on, plan })
+}
+
+fn planned_on(directory: &Directory, on: &Mesh) -> Result<directory::Plan, Failure> {
     let plan = directory::plan(directory, &on.state, on.revision).map_err(|e| {
         Failure::new("this directory is about another mesh")
             .because(&e)
             .help("correct `trust_domain` in mesh.toml, or use another `--data-dir`")
     })?;
-    Ok(Planned { on, plan })
+    if let (Some(signers), Some(seal)) = (plan.too_few_signers, directory.seal) {
+        render::print_error(&format!(
+            "{} not sealed as `[seal]` says yet: {} operators have to sign each change, {signers} have a key that can\n",
+            Paint::stderr().warn("warning:"),
+            seal.quorum,
+        ));
+    }
+    Ok(plan)
 }

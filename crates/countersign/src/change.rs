@@ -16,7 +16,7 @@ use crate::{
     mesh_finder::Place,
     operator::Who,
     render::{self, Output, Paint, cell, verdict},
-    status,
+    sign, status,
 };
 
 /// Which change.
@@ -101,8 +101,12 @@ pub async fn pending(place: &Place, output: Output) -> Done {
 
 /// Countersigns, rejects or withdraws a pending change.
 pub async fn answer(place: &Place, verb: &str, asked: &Pending, output: Output) -> Done {
-    let path = format!("/v1/proposals/{}/{verb}", asked.id);
-    let proposal: Proposal = Client::control(place).post(&path, &asked.who.shown()).await?;
+    let control = Client::control(place);
+    let proposal: Proposal = if verb == "countersign" && sign::is_wanted(&control, &asked.who, output).await? {
+        sign::countersign(&control, &asked.who, &asked.id).await?
+    } else {
+        control.post(&format!("/v1/proposals/{}/{verb}", asked.id), &asked.who.shown()).await?
+    };
     render::answer(output, &proposal, one)
 }
 

@@ -7,9 +7,10 @@ use countersign_core::identity::ServiceName;
 
 use crate::{
     client::Client,
-    error::Done,
+    error::{Done, Failure},
     mesh_finder::Place,
     render::{self, Output},
+    sign::{self, Pinned},
     status,
 };
 
@@ -22,7 +23,16 @@ pub async fn invite(
     output: Output,
 ) -> Done {
     let invite = Invite { ttl_seconds: ttl.as_secs().max(1), host: host.clone(), services: services.clone() };
-    let invitation: Invitation = Client::control(place).post("/v1/hosts/invitations", &invite).await?;
+    let control = Client::control(place);
+    let invitation: Invitation = control.post("/v1/hosts/invitations", &invite).await?;
+    let status: Status = control.get("/v1/status").await?;
+    if let Some(name) = &status.trust_domain
+        && let Ok(pinned) = Pinned::here()
+        && !sign::pins_the_same(&invitation.token, pinned.of(name)?)
+    {
+        return Err(Failure::refused("the join token names other operators than those pinned here, and is not shown")
+            .help("tell the other operators; if the mesh was made anew on purpose, remove what is pinned of it"));
+    }
     render::answer(output, &invitation, |invitation, paint| {
         let host = host.map(|host| format!(" --host {host}")).unwrap_or_default();
         let services = services.map(|services| services.iter().map(ServiceName::as_str).collect::<Vec<_>>().join(","));

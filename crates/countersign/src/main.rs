@@ -31,6 +31,7 @@ mod run;
 mod sealing_key;
 mod serve;
 mod service;
+mod sign;
 mod status;
 mod telemetry;
 mod tell;

@@ -10,6 +10,7 @@ use countersign_api::local::{
     Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, EnrolmentLink, Mesh, OperatorInvitation, Shown,
 };
 use countersign_core::{
+    canonical::Digest,
     change::{Bodies, Change, ChangeSet, RoleName},
     identity::{FactorId, OperatorName},
 };
@@ -19,7 +20,7 @@ use crate::{
     error::{Done, Failure, Kind},
     mesh_finder::Place,
     render::{self, Output, Paint, cell, verdict},
-    status,
+    sign, status,
 };
 
 /// How often a change is asked for again because someone else's came first.
@@ -36,6 +37,12 @@ pub struct Who {
     /// The code that the operator's authenticator app shows now
     #[arg(long, value_name = "CODE")]
     pub otp: Option<String>,
+    /// Sign it with a passkey or a security key, over what this command verified itself [default: in a sealed mesh]
+    #[arg(long, conflicts_with = "otp")]
+    pub sign: bool,
+    /// The anchor of the mesh, as other operators say it [default: the one pinned when it was first seen]
+    #[arg(long, value_name = "DIGEST", hide_short_help = true)]
+    pub anchor: Option<Digest>,
 }
 
 impl Who {
@@ -208,7 +215,13 @@ async fn change(
     planned: impl Fn(&Mesh) -> Result<Change, Failure>,
 ) -> Done {
     let mut attempts = 0;
+    let is_signed = sign::is_wanted(control, who, output).await?;
     let applied: Applied = loop {
+        if is_signed {
+            let ground = sign::verified(control, who).await?;
+            let change_set = ChangeSet { base: ground.mesh.revision, changes: vec![planned(&ground.mesh)?] };
+            break sign::ask(control, &ground, who, Apply { change_set, bodies: Bodies::default() }).await?;
+        }
         let mesh: Mesh = control.get("/v1/mesh").await?;
         let change_set = ChangeSet { base: mesh.revision, changes: vec![planned(&mesh)?] };
         let asked = ApplyAs { apply: Apply { change_set, bodies: Bodies::default() }, shown: who.shown() };

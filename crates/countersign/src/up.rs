@@ -125,7 +125,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         client: Client::control(&place),
         address: arguments.address,
         // Whoever saves a file has shown nothing by it: what needs a factor waits for one.
-        who: Who { operator: arguments.operator, otp: None },
+        who: Who { operator: arguments.operator, ..Who::default() },
         started,
     };
     let result = tokio::select! {

@@ -47,6 +47,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
+/// What one agent is told.
+type Told = mpsc::Sender<Result<FollowEvent, Status>>;
 
 /// The control plane.
 pub struct Control {
@@ -56,7 +58,7 @@ pub struct Control {
     ledger: Mutex<Ledger>,
     /// What some hosts are shown in place of the ledger.
     shown_to: Mutex<BTreeMap<String, Ledger>>,
-    streams: Mutex<Vec<(String, mpsc::Sender<Result<FollowEvent, Status>>)>>,
+    streams: Mutex<Vec<(String, Told)>>,
     discovery: Mutex<(u64, BTreeMap<String, mesh::Endpoint>)>,
     /// Everything agents said, in order.
     pub said: Mutex<Vec<Message>>,

@@ -2,7 +2,7 @@
 //! restarts, and no request under another one is served.
 
 use std::{
-    fs, io,
+    fs, io, iter,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -10,7 +10,11 @@ use std::{
 use tokio::net::TcpListener;
 use webauthn_rs::{Webauthn, WebauthnBuilder, prelude::Url};
 
-use countersign_core::{assurance::webauthn::RelyingParty, operator::EnrolledFactor, state::MeshState};
+use countersign_core::{
+    assurance::webauthn::{LOCAL_ORIGIN, RelyingParty},
+    operator::EnrolledFactor,
+    state::MeshState,
+};
 
 /// The file below the data directory that keeps the port of `http://localhost:PORT`.
 pub const PORT_FILE: &str = "dashboard.port";
@@ -160,7 +164,9 @@ impl Site {
         let webauthn = WebauthnBuilder::new(&host, &url)
             .and_then(|builder| builder.rp_name("Countersign").build())
             .map_err(|_| wrong("passkeys cannot be bound to it"))?;
-        let relying_party = RelyingParty { id: host, origins: vec![origin.clone()] };
+        // A key of this machine also signs on the page that a command serves here, where it verified the ledger itself.
+        let commands = (host == "localhost").then(|| LOCAL_ORIGIN.to_owned());
+        let relying_party = RelyingParty { id: host, origins: iter::once(origin.clone()).chain(commands).collect() };
         Ok(Self { listen, authority, is_https, relying_party, webauthn, origin })
     }
 }
@@ -214,7 +220,9 @@ mod tests {
         ] {
             let found = match Site::at(origin.into(), listen) {
                 Ok(site) => {
-                    assert_eq!(site.relying_party.origins, [origin]);
+                    let commands = origin.starts_with("http://localhost:").then_some(LOCAL_ORIGIN);
+                    let expected: Vec<_> = iter::once(origin).chain(commands).collect();
+                    assert_eq!(site.relying_party.origins, expected);
                     None
                 }
                 Err(SiteError::Origin { what, .. }) => Some(what),

@@ -27,6 +27,10 @@ pub const SIGNATURE_BYTES_MAX: usize = 512;
 /// Longest public key, in bytes.
 const KEY_BYTES_MAX: usize = 1024;
 
+/// The origin of the page on which a command has a change signed: `localhost` is its relying party, so factors that are enrolled for
+/// `localhost` have to name it among their origins.
+pub const LOCAL_ORIGIN: &str = "http://localhost:7449";
+
 const USER_PRESENT: u8 = 1;
 const USER_VERIFIED: u8 = 1 << 2;
 const BACKUP_ELIGIBLE: u8 = 1 << 3;
