@@ -243,7 +243,7 @@ impl Held {
     /// What is seen for the first time is pinned from now on.
     fn pin_seen(&self, seen: Pins) {
         let mut pins = self.pins.lock();
-        let new = Pins { anchor: pins.anchor.or(seen.anchor), seal: pins.seal.or(seen.seal) };
+        let new = Pins { anchor: pins.anchor.or(seen.anchor), seal: pins.seal.or(seen.seal), recovery: pins.recovery };
         if new == *pins {
             return;
         }

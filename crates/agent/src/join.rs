@@ -125,9 +125,10 @@ impl JoinToken {
             let bytes = URL_SAFE_NO_PAD.decode(part).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
             bytes.map(Digest).ok_or(JoinTokenError("a part of it is not a SHA-256 in base64url"))
         };
-        let pins = Pins { anchor: parts.next().map(digest).transpose()?, seal: parts.next().map(digest).transpose()? };
+        let mut pin = || parts.next().map(digest).transpose();
+        let pins = Pins { anchor: pin()?, seal: pin()?, recovery: pin()? };
         if parts.next().is_some() {
-            return Err(JoinTokenError("it has more than five parts"));
+            return Err(JoinTokenError("it has more than six parts"));
         }
         if secret.len() < 16 || secret.len() > 200 || URL_SAFE_NO_PAD.decode(secret).is_err() {
             return Err(JoinTokenError("its second part is not a secret in base64url"));

@@ -139,6 +139,9 @@ pub struct Shown {
     pub countersignature: Option<Box<Countersignature>>,
 }
 
+/// A header of every answer while a recovery is recent: the operator whom somebody made owner past the gate.
+pub const RECOVERED_HEADER: &str = "countersign-recovered";
+
 /// Where a key-encryption key comes from. It is never the key, nor a PIN.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

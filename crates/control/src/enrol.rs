@@ -63,21 +63,21 @@ pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem>
     }
     let mut token =
         format!("{PREFIX}.{}.{}", URL_SAFE_NO_PAD.encode(*secret), URL_SAFE_NO_PAD.encode(authority.root_sha256().0));
-    let Pins { anchor, seal } = plane.ledger.head().keyring.pins();
-    for pin in [anchor, seal].into_iter().flatten() {
+    let Pins { anchor, seal, recovery } = plane.ledger.head().keyring.pins();
+    for pin in [anchor, seal, recovery].into_iter().flatten() {
         token = format!("{token}.{}", URL_SAFE_NO_PAD.encode(pin.0));
     }
     Ok(Invitation { token, expires_at_ms, control: plane.advertised.url.clone(), note: plane.advertised.note.clone() })
 }
 
-/// The hash of the secret of a well-formed token for our root, and for our anchor and seal if it names them.
+/// The hash of the secret of a well-formed token for our root, and for our anchor, seal and recovery if it names them.
 fn hash_of(token: &str, root: Digest, pins: Pins) -> Option<Digest> {
     if token.len() > TOKEN_BYTES_MAX {
         return None;
     }
     let parts: Vec<_> = token.split('.').collect();
     let [PREFIX, secret, claimed_root, ref claimed_pins @ ..] = parts[..] else { return None };
-    let own = [pins.anchor, pins.seal];
+    let own = [pins.anchor, pins.seal, pins.recovery];
     let is_own = |(claimed, own): (&&str, &Option<Digest>)| {
         own.is_some_and(|own| URL_SAFE_NO_PAD.decode(claimed).is_ok_and(|claimed| claimed == own.0))
     };
@@ -157,7 +157,8 @@ mod tests {
         let part = |of: &[u8]| URL_SAFE_NO_PAD.encode(Digest::of(of).0);
         let (root, anchor, seal) = (Digest::of(b"root"), Digest::of(b"anchor"), Digest::of(b"seal"));
         let secret = URL_SAFE_NO_PAD.encode([7; SECRET_BYTES]);
-        let pins = |anchor, seal| Pins { anchor, seal };
+        let pins = |anchor, seal| Pins { anchor, seal, recovery: None };
+        let recovered = Pins { recovery: Some(Digest::of(b"recovery")), ..pins(Some(anchor), Some(seal)) };
         let sealed = pins(Some(anchor), Some(seal));
         for (case, parts, own, good) in [
             ("unprotected", vec![part(b"root")], Pins::default(), true),
@@ -174,6 +175,9 @@ mod tests {
                 false,
             ),
             ("a part too many", vec![part(b"root"), part(b"anchor"), part(b"seal"), part(b"seal")], sealed, false),
+            ("recovered", vec![part(b"root"), part(b"anchor"), part(b"seal"), part(b"recovery")], recovered, true),
+            ("made before the recovery", vec![part(b"root"), part(b"anchor"), part(b"seal")], recovered, true),
+            ("another recovery", vec![part(b"root"), part(b"anchor"), part(b"seal"), part(b"x")], recovered, false),
             ("another root", vec![part(b"x"), part(b"anchor"), part(b"seal")], sealed, false),
         ] {
             let token = format!("csj1.{secret}.{}", parts.join("."));

@@ -25,7 +25,7 @@ use countersign_core::{
     state::{MeshState, PolicyRef},
 };
 
-use crate::ledger::Head;
+use crate::{ledger::Head, recover::KeyHeld};
 
 /// Changes of one change-set at most.
 pub const CHANGES_MAX: usize = 100_000;
@@ -50,7 +50,8 @@ struct InForce {
 
 /// A change-set that passed the gate, on the base it names.
 ///
-/// INVARIANT (admitted-before-append): only [`Gate::admit_of`] makes one, and the ledger takes nothing else.
+/// INVARIANT (admitted-before-append): only [`Gate::admit_of`] makes one, and [`Admitted::of_recovery`] with a proof of the key; the
+/// ledger takes nothing else.
 #[derive(Debug)]
 pub struct Admitted {
     change_set: ChangeSet,
@@ -106,6 +107,13 @@ impl Admitted {
     /// The change-set, the texts it brings, who asked for it, and what was signed for it.
     pub fn into_parts(self) -> (ChangeSet, Bodies, String, Vec<Countersignature>) {
         (self.change_set, self.bodies, self.actor, self.countersignatures)
+    }
+}
+
+impl Admitted {
+    /// What goes past the gate: the appointment of an owner by whoever holds the control plane's files and what opens them.
+    pub(crate) fn of_recovery(change_set: ChangeSet, _held: &KeyHeld) -> Self {
+        Self { change_set, bodies: Bodies::default(), actor: LOCAL.into(), countersignatures: Vec::new() }
     }
 }
 

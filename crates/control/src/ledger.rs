@@ -163,7 +163,7 @@ impl Ledger {
         let unread = |source| OpenError::Store { place: place.clone(), source };
         let damaged = |what: String| OpenError::Damaged { place: place.clone(), what };
         let stored = storage.run("head", |store| store.head()).await.map_err(unread)?;
-        let mut head = Head::default();
+        let mut head = Head { keyring: Keyring::of_control(), ..Head::default() };
         let mut tree = Frontier::default();
         let mut past = Past::default();
         loop {
@@ -376,7 +376,8 @@ impl Ledger {
             return Ok(None);
         }
         let damaged = |what| StoreError::Damaged { path: self.storage.place().to_owned(), what };
-        let (mut past, mut tree, mut hashes) = (Head::default(), Frontier::default(), Past::default());
+        let past = Head { keyring: Keyring::of_control(), ..Head::default() };
+        let (mut past, mut tree, mut hashes) = (past, Frontier::default(), Past::default());
         while tree.size() < revision.0 {
             let limit = (revision.0 - tree.size()).min(u64::from(PAGE_ENTRIES)) as u32;
             let page = self.stored(tree.size(), limit).await?;

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`gate`] | judges change-sets; the only maker of `Admitted` | writes |
 //! | [`mfa`] | enrols operators, verifies their codes | decides what a factor is good for |
+//! | [`recover`] | appoints an owner past the gate, for whoever has the files and the key | runs beside a control plane |
 //! | [`sealing`] | seals everything with another key, once a change chose it | chooses one |
 //! | [`proposals`] | change-sets that wait for a factor or for other operators | judges them |
 //! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
@@ -68,6 +69,7 @@ pub mod metrics;
 pub mod mfa;
 pub mod proposals;
 pub mod publish;
+pub mod recover;
 pub mod registry;
 pub mod sealing;
 pub mod site;
@@ -522,7 +524,8 @@ impl Plane {
         let is_protected = self.ledger.head().follower.state().is_protected();
         let unprotected = (!is_protected).then(|| unprotected.to_owned());
         let waiting = sealing::waiting(self);
-        unprotected.into_iter().chain(waiting).chain(self.warnings.read().values().cloned()).collect()
+        let recovered = recover::told(self.ledger.head().follower.state(), mfa::seconds(self.clock.now_ms()));
+        unprotected.into_iter().chain(recovered).chain(waiting).chain(self.warnings.read().values().cloned()).collect()
     }
 
     /// The flow of a change: gate, ledger, and what follows from it.

@@ -21,8 +21,8 @@ use tokio::{
 use countersign_api::local::{
     Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView, Confirm,
     DecisionDetail, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, Invitation, Invite,
-    LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RecordFilter, Rotate, Rotated,
-    ServiceView, Shown, Status, TailEvent, Waited,
+    LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter,
+    Rotate, Rotated, ServiceView, Shown, Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -39,7 +39,7 @@ use crate::{
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused, EnrolsFrom},
     proposals::{self, Answering},
-    sealing, site,
+    recover, sealing, site,
     store::{StoreError, StoredEntry},
 };
 
@@ -127,7 +127,21 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/hosts/invitations", post(invite))
         .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(axum::middleware::map_response_with_state(plane.clone(), told_of_recovery))
         .with_state(plane)
+}
+
+/// While a recovery is recent, every answer names it.
+async fn told_of_recovery(State(plane): State<Arc<Plane>>, mut response: Response) -> Response {
+    let head = plane.ledger.head();
+    let state = head.follower.state();
+    if let Some(recovery) = &state.recovery
+        && recover::told(state, mfa::seconds(plane.clock.now_ms())).is_some()
+        && let Ok(operator) = header::HeaderValue::from_str(recovery.operator.as_str())
+    {
+        response.headers_mut().insert(RECOVERED_HEADER, operator);
+    }
+    response
 }
 
 /// Binds the socket, with mode 0600 from its first moment on. A socket left by a process that is gone is replaced: the

@@ -30,6 +30,8 @@ pub const BASES_MAX: usize = 256;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Keyring {
     pinned: Pins,
+    /// Whether it takes recoveries that too few signed.
+    recovers: bool,
     seen: Pins,
     /// Operators and seal; nothing else of a state is kept in it.
     state: MeshState,
@@ -48,6 +50,10 @@ pub struct Pins {
     /// The entry that sealed the mesh. The state that it names holds every operator and key at that moment.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seal: Option<Digest>,
+    /// The last recovery of the sealed mesh that its operators did not sign. Only a join token pins one: a host that sees it
+    /// does not follow it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Digest>,
 }
 
 /// What a keyring knows beside the state that a follower holds: with it, whoever held both goes on without the whole ledger.
@@ -125,6 +131,12 @@ impl Keyring {
         Self { pinned, ..Self::default() }
     }
 
+    /// The keyring of the control plane itself, against which no seal protects: it takes a recovery that nobody signed, of whoever
+    /// opened its sealed ledger.
+    pub fn of_control() -> Self {
+        Self { recovers: true, ..Self::default() }
+    }
+
     /// Goes on from what was remembered beside `follower`; `None` when the two do not belong together, or not to what is pinned.
     /// Of a mesh that was never protected there is nothing to remember.
     pub fn resume(remembered: Remembered, pinned: Pins, follower: &Follower) -> Option<Self> {
@@ -137,11 +149,11 @@ impl Keyring {
             ..MeshState::default()
         };
         let fits = seen.anchor.is_some() == held.is_protected()
-            && seen.seal.is_some() == held.seal.is_some()
+            && (seen.seal.is_some() == held.seal.is_some() || seen.recovery.is_some())
             && recent.len() <= BASES_MAX
             && recent.len() as u64 <= follower.revision().0;
         let frontier = follower.frontier().clone();
-        let keyring = Self { pinned, seen, state, frontier, recent: recent.into() };
+        let keyring = Self { pinned, recovers: false, seen, state, frontier, recent: recent.into() };
         (fits && keyring.meets_pins()).then_some(keyring)
     }
 
@@ -162,9 +174,10 @@ impl Keyring {
 
     /// Whether everything that was pinned has come. Until then the ledger so far says nothing about the mesh: it may have been cut.
     pub fn meets_pins(&self) -> bool {
-        let Pins { anchor, seal } = self.pinned;
+        let Pins { anchor, seal, recovery } = self.pinned;
         anchor.is_none_or(|pinned| self.seen.anchor == Some(pinned))
             && seal.is_none_or(|pinned| self.seen.seal == Some(pinned))
+            && recovery.is_none_or(|pinned| self.seen.recovery == Some(pinned))
     }
 
     /// What a sealed mesh asks for.
@@ -232,8 +245,13 @@ impl Keyring {
         let entry = entry_at(index, bytes).map_err(damaged)?;
         let change_set = change_set_of(&entry, change_set).map_err(damaged)?;
         let judged = self.judge(&entry, &change_set);
+        let unsigned = self.state.seal.is_some_and(|seal| judged.signers.len() < seal.quorum as usize);
+        let is_recovery = matches!(change_set.changes.first(), Some(Change::Recover { .. }));
+        // Up to the one that is pinned: nothing of such a history is used before that one has come.
+        let recovers = self.recovers || (self.pinned.recovery.is_some() && self.seen.recovery != self.pinned.recovery);
         if let Some(Seal { quorum }) = self.state.seal
-            && judged.signers.len() < quorum as usize
+            && unsigned
+            && !(is_recovery && recovers)
         {
             return Err(KeyringError::Unsigned { index, quorum, judged });
         }
@@ -245,6 +263,7 @@ impl Keyring {
         let seen = Pins {
             anchor: self.seen.anchor.or_else(|| this(state.is_protected())),
             seal: self.seen.seal.or_else(|| this(state.seal.is_some())),
+            recovery: this(is_recovery && unsigned).or(self.seen.recovery),
         };
         if let (Some(pinned), Some(found)) = (self.pinned.anchor, seen.anchor)
             && pinned != found
@@ -333,6 +352,45 @@ mod tests {
 
     fn route_to(given: &str) -> Route {
         serde_json::from_value(serde_json::json!({ "service": given, "rank": 0 })).unwrap()
+    }
+
+    #[test]
+    fn a_recovery_that_nobody_signed_is_followed_only_by_who_pinned_it_or_holds_the_ledgers_key() {
+        let mesh = Mesh::new(Some(2));
+        let recover = Change::Recover {
+            operator: name("alice"),
+            id: FactorId::parse("totp-1").unwrap(),
+            factor: EnrolledFactor::Totp,
+            reason: "lost".into(),
+            at_seconds: 7,
+        };
+        let (bytes, set) = mesh.entry("local", vec![recover], &[]);
+        let refused = mesh.keyring.clone().take(&bytes, &set).unwrap_err();
+        assert!(matches!(refused, KeyringError::Unsigned { .. }), "{refused}");
+        let pins = Pins { recovery: Some(Digest::of(&bytes)), ..mesh.keyring.pins() };
+        let mut control = Keyring { recovers: true, ..mesh.keyring.clone() };
+        control.take(&bytes, &set).unwrap();
+        assert_eq!((control.pins(), control.seal()), (pins, Some(Seal { quorum: 1 })), "only bob can still sign");
+
+        let mut joined = Keyring { pinned: pins, ..mesh.keyring.clone() };
+        assert!(!joined.meets_pins(), "nothing is used before the recovery has come");
+        joined.take(&bytes, &set).unwrap();
+        assert!(joined.meets_pins());
+        let mut followed = Mesh { keyring: Keyring { pinned: pins, ..mesh.keyring.clone() }, ..mesh };
+        followed.take(&bytes, &set).unwrap();
+        let again = Change::Recover {
+            operator: name("mallory"),
+            id: FactorId::parse("totp-2").unwrap(),
+            factor: EnrolledFactor::Totp,
+            reason: "another".into(),
+            at_seconds: 8,
+        };
+        let (bytes, set) = followed.entry("local", vec![again], &[]);
+        let refused = followed.take(&bytes, &set).unwrap_err();
+        assert!(
+            matches!(refused, KeyringError::Unsigned { quorum: 1, .. }),
+            "one recovery is pinned, not any: {refused}"
+        );
     }
 
     fn relying_party() -> RelyingParty {
@@ -602,7 +660,7 @@ mod tests {
         let (mesh, other) = (Mesh::new(None), Mesh::new(None));
         let anchor = mesh.keyring.anchor().unwrap();
         assert_ne!(Some(anchor), other.keyring.anchor());
-        let mut pinned = Keyring::pinned(Pins { anchor: Some(anchor), seal: None });
+        let mut pinned = Keyring::pinned(Pins { anchor: Some(anchor), ..Pins::default() });
         assert_eq!(pinned.anchor(), None);
         let created =
             Mesh { follower: Follower::default(), keyring: Keyring::default(), alice: Soft::new(), bob: Soft::new() };
@@ -652,7 +710,7 @@ mod tests {
         let (bytes, set) = mesh.entry("alice", sealing.clone(), &[]);
         mesh.take(&bytes, &set).unwrap();
         let pins = mesh.keyring.pins();
-        assert_eq!(pins, Pins { anchor: mesh.keyring.anchor(), seal: Some(Digest::of(&bytes)) });
+        assert_eq!(pins, Pins { anchor: mesh.keyring.anchor(), seal: Some(Digest::of(&bytes)), recovery: None });
         // Before the seal nothing is signed: a control plane can add an operator of its own there, and seal for them.
         let mallory = Soft::new();
         let key = SigningKey { key: mallory.key.clone(), backup_eligible: false, relying_party: relying_party() };

@@ -569,6 +569,36 @@ mod tests {
     }
 
     #[test]
+    fn a_recovery_leaves_one_factor_of_one_owner_and_a_seal_that_somebody_can_meet() {
+        let enrol = |whose: &str, id: &str, factor: EnrolledFactor| {
+            let (name, id) = (operator(whose), FactorId::parse(id).unwrap());
+            [
+                Change::InviteOperator { name: name.clone(), roles: ["editor".into()].into() },
+                Change::EnrollOperator { name, id, factor },
+            ]
+        };
+        let recover = |whose: &str, reason: &str| Change::Recover {
+            operator: operator(whose),
+            id: FactorId::parse("new").unwrap(),
+            factor: EnrolledFactor::Totp,
+            reason: reason.into(),
+            at_seconds: 7,
+        };
+        assert_eq!(folded(&[recover("alice", "lost")]).unwrap_err(), FoldError::NotProtected);
+        let alice = enrol("alice", "a", EnrolledFactor::Totp);
+        assert_eq!(folded(&[&alice[..], &[recover("alice", "")]].concat()).unwrap_err(), FoldError::Reason);
+        let long = "x".repeat(REASON_BYTES_MAX + 1);
+        assert_eq!(folded(&[&alice[..], &[recover("alice", &long)]].concat()).unwrap_err(), FoldError::Reason);
+        let state = folded(&[&alice[..], &[recover("alice", "lost")]].concat()).unwrap();
+        let recovered = &state.operators[&operator("alice")];
+        assert_eq!(recovered.factors.keys().map(FactorId::as_str).collect::<Vec<_>>(), ["new"]);
+        assert_eq!(recovered.roles, [OWNER.into(), "editor".into()].into());
+        assert_eq!(state.recovery.as_ref().map(|told| (&*told.reason, told.at_seconds)), Some(("lost", 7)));
+        let state = folded(&[&alice[..], &[recover("carol", "new here")]].concat()).unwrap();
+        assert_eq!(state.operators.len(), 2, "somebody new can be appointed, and the others keep what they have");
+    }
+
+    #[test]
     fn a_deployment_is_of_a_service_and_ends_with_it() {
         let deploy = |artifacts: &[&[u8]]| Change::Deploy {
             service: name("a"),

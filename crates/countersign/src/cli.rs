@@ -17,7 +17,7 @@ use crate::{
     error::{Done, Failure},
     exec, host, init, ledger,
     mesh_finder::{self, Place},
-    operator, policy, render,
+    operator, policy, recover, render,
     render::{Output, Paint},
     run,
     sealing_key::NextSealingKeyArguments,
@@ -88,6 +88,11 @@ pub enum Command {
     /// How operators show who they are
     #[command(subcommand)]
     Factor(operator::FactorVerb),
+    /// Appoint an owner anew when nobody can show a factor any more: past the gate, with the mesh stopped
+    ///
+    /// It needs the data directory and what opens its keys, is written into the ledger with the reason, and is told by every
+    /// command for a week. Agents of a sealed mesh do not follow it.
+    Recover(recover::Recover),
     /// Changes of the mesh
     #[command(subcommand)]
     Change(ChangeVerb),
@@ -312,6 +317,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),
         Command::Operator(verb) => ask(operator::operator(verb, &place(&global)?, output)),
         Command::Factor(verb) => ask(operator::factor(verb, &place(&global)?, output)),
+        Command::Recover(arguments) => ask(recover::recover(arguments, &place(&global)?, output)),
         Command::Change(ChangeVerb::List { limit: _, pending: true }) => ask(change::pending(&place(&global)?, output)),
         Command::Change(ChangeVerb::List { limit, pending: false }) => {
             ask(change::list(&place(&global)?, limit, output))

@@ -4,6 +4,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -16,11 +17,18 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use countersign_api::{
-    local::Problem,
+    local::{Problem, RECOVERED_HEADER},
     run_file::{AGENT_SOCKET, CONTROL_SOCKET},
 };
 
-use crate::{error::Failure, mesh_finder::Place};
+use crate::{
+    error::Failure,
+    mesh_finder::Place,
+    render::{self, Paint},
+};
+
+/// Whether this command has spoken of a recovery already.
+static WARNED: AtomicBool = AtomicBool::new(false);
 
 /// Longest answer that is read whole, in bytes.
 const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -95,6 +103,14 @@ impl Client {
             .map_err(|e| Failure::new(format!("could not ask for `{path}`")).because(&e))?;
         let response = sender.send_request(request).await.map_err(|e| lost(&e))?;
         let status = response.status();
+        if let Some(operator) = response.headers().get(RECOVERED_HEADER).and_then(|name| name.to_str().ok())
+            && !WARNED.swap(true, Ordering::Relaxed)
+        {
+            render::print_error(&format!(
+                "{} this mesh was recovered past its gate, `{operator}` was made owner; `countersign status` says more\n",
+                Paint::stderr().warn("warning:")
+            ));
+        }
         if status.is_success() {
             return Ok(response.into_body());
         }

@@ -26,6 +26,7 @@ mod mesh_finder;
 mod mistake;
 mod operator;
 mod policy;
+mod recover;
 mod render;
 mod run;
 mod sealing_key;

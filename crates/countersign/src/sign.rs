@@ -572,7 +572,7 @@ mod tests {
                 .collect();
             parts.join(".")
         };
-        let sealed = Pins { anchor: Some(anchor), seal: Some(seal) };
+        let sealed = Pins { anchor: Some(anchor), seal: Some(seal), recovery: None };
         for (case, token, pinned, good) in [
             ("nothing is pinned", token(&[]), Pins::default(), true),
             ("both", token(&[anchor, seal]), sealed, true),

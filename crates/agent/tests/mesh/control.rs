@@ -175,8 +175,8 @@ impl Control {
     pub fn token(&self) -> String {
         let secret = URL_SAFE_NO_PAD.encode(fastrand::u128(..).to_be_bytes());
         let mut token = format!("csj1.{secret}.{}", URL_SAFE_NO_PAD.encode(Digest::of(self.root.der()).0));
-        let Pins { anchor, seal } = self.ledger.lock().keyring.pins();
-        for pin in [anchor, seal].into_iter().flatten() {
+        let Pins { anchor, seal, recovery } = self.ledger.lock().keyring.pins();
+        for pin in [anchor, seal, recovery].into_iter().flatten() {
             token = format!("{token}.{}", URL_SAFE_NO_PAD.encode(pin.0));
         }
         self.tokens.lock().push(token.clone());

@@ -233,7 +233,7 @@ impl<'a> Audit<'a> {
             known,
             tree: TileHashes::default(),
             follower: Follower::default(),
-            keyring: Keyring::pinned(Pins { anchor: known.and_then(|known| known.anchor), seal: None }),
+            keyring: Keyring::pinned(Pins { anchor: known.and_then(|known| known.anchor), ..Pins::default() }),
             keys: BTreeMap::new(),
             protected: 0,
             countersigned: 0,

@@ -63,7 +63,7 @@ impl Pinned {
     /// Pins what was seen. Returns whether anything is new.
     pub fn pin(&self, mesh: &TrustDomain, seen: Pins) -> Result<bool, Failure> {
         let held = self.of(mesh)?;
-        let new = Pins { anchor: held.anchor.or(seen.anchor), seal: held.seal.or(seen.seal) };
+        let new = Pins { anchor: held.anchor.or(seen.anchor), seal: held.seal.or(seen.seal), recovery: held.recovery };
         if new == held {
             return Ok(false);
         }
