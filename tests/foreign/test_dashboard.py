@@ -28,9 +28,12 @@ def countersign(directory, *arguments, given=None):
 class Running:
     """A mesh that `up` runs, and the link that it printed."""
 
-    def __init__(self, tmp_path):
+    def __init__(self, tmp_path, gate=None):
         self.directory = tmp_path / "mesh"
         subprocess.run([BINARY, "init", self.directory], check=True, capture_output=True)
+        if gate:
+            (self.directory / "gate").mkdir()
+            (self.directory / "gate/gate.cedar").write_text(gate)
         self.log = tmp_path / "up.log"
         words = [BINARY, "-o", "json", "up", "--no-watch", self.directory]
         self.up = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=open(self.log, "w"), stderr=subprocess.STDOUT)
@@ -99,7 +102,7 @@ class Browser:
     def shot(self, name):
         """The page as wide screens and telephones show it, by day and by night."""
         SHOTS.mkdir(parents=True, exist_ok=True)
-        for width, scheme in ((1280, "light"), (1280, "dark"), (400, "light")):
+        for width, scheme in ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")):
             self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
             self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             wide = self.driver.execute_script("return document.documentElement.scrollWidth")
@@ -143,6 +146,14 @@ class Browser:
 
     def quit(self):
         self.driver.quit()
+
+
+# Fields and buttons that a screen reader would have no name for.
+UNNAMED = """
+    return [...document.querySelectorAll("input:not([type=hidden]), button, a")]
+        .filter((e) => !(e.labels?.length || e.innerText.trim() || e.textContent.trim() || e.getAttribute("aria-label")))
+        .map((e) => e.outerHTML);
+"""
 
 
 @pytest.fixture
@@ -200,8 +211,14 @@ def test_a_passkey_makes_the_owner_and_signs_what_the_page_shows(mesh, browser):
     detail = json.loads(countersign(mesh.directory, "change", "show", str(before + 1)).stdout)
     [signed] = json.loads(detail["entry"])["countersignatures"]
     assert signed["operator"] == "alice" and signed["purpose"] == "step_up"
-    for path in ("", "sign-in", "nowhere"):
+    for path in ("", "sign-in", "nowhere", "enroll", "changes", "ledger", f"ledger/{before + 1}", "operators", "account"):
         alice.open(f"{mesh.origin}/{path}")
+        alice.shot(f"page-{path.replace('/', '-') or 'overview'}")
+        [heading] = alice.driver.find_elements(By.TAG_NAME, "h1")
+        assert heading.text
+        assert alice.driver.execute_script(UNNAMED) == [], path
+    alice.open(f"{mesh.origin}/ledger/{before + 1}")
+    assert "verified" in alice.text() and "counts" in alice.text()
     assert alice.complaints() == []
 
 

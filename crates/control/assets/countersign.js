@@ -111,6 +111,22 @@ function enrolled(form, answer) {
   done.querySelector("a, button").focus();
 }
 
+// After an answer to a change: the page as it is now, unless there is something to hand to those whom it invites.
+function answered(form, { invitations }) {
+  if (!invitations?.length) return location.reload();
+  const handed = document.getElementById("handed");
+  handed.querySelector("[data-invitations]").replaceChildren(...invitations.map(({ operator, url, token }) => {
+    const line = document.createElement("li");
+    const link = document.createElement("code");
+    link.textContent = url ?? token;
+    line.append(`${operator}: `, link);
+    return line;
+  }));
+  document.getElementById("answers").hidden = true;
+  handed.hidden = false;
+  handed.focus();
+}
+
 // What a form does when it is sent, by its data-do.
 const deeds = {
   async "sign-in-key"(form) {
@@ -147,11 +163,17 @@ const deeds = {
   async "change-key"(form) {
     const path = `/changes/${form.dataset.change}`;
     const challenge = await send(`${path}/challenge`);
-    await send(`${path}/sign`, await sign(challenge));
-    location.reload();
+    answered(form, await send(`${path}/sign`, await sign(challenge)));
   },
   async "change-code"(form, submitter) {
-    await send(`/changes/${form.dataset.change}/${submitter?.value || "code"}`, { code: field(form, "code") });
+    answered(form, await send(`/changes/${form.dataset.change}/${submitter?.value || "code"}`, { code: field(form, "code") }));
+  },
+  async ask(form) {
+    const { change } = await send("/operators/ask", Object.fromEntries(new FormData(form)));
+    location.assign(change ? `/changes/${change}` : "/operators");
+  },
+  async "end-session"(form) {
+    await send(`/sessions/${form.dataset.session}/end`);
     location.reload();
   },
 };

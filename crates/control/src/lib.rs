@@ -7,6 +7,7 @@
 //! | [`recover`] | appoints an owner past the gate, for whoever has the files and the key | runs beside a control plane |
 //! | [`sealing`] | seals everything with another key, once a change chose it | chooses one |
 //! | [`proposals`] | change-sets that wait for a factor or for other operators | judges them |
+//! | [`impact`] | says which decisions a change-set would have changed | decides one |
 //! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
 //! | [`store`] | keeps everything, on a thread of its own | decides |
 //! | [`authority`] | signs; seals its keys | decides who may have what |
@@ -62,6 +63,7 @@ pub mod clock;
 pub mod decisions;
 pub mod enrol;
 pub mod gate;
+pub mod impact;
 pub mod ledger;
 pub mod local_api;
 pub mod mark;
@@ -91,7 +93,7 @@ use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
 use publish::Publisher;
 use registry::Registry;
-use site::{Site, SiteConfig, SiteError, guard::Attempts};
+use site::{Site, SiteConfig, SiteError, guard::Attempts, live::Listeners, standing::Standing};
 use store::{Storage, StoreError, sqlite::SqliteStore};
 
 /// The file below the data directory that holds everything but the key-encryption key.
@@ -303,6 +305,10 @@ pub struct Plane {
     pub site: Option<Site>,
     /// What strangers tried.
     pub attempts: Attempts,
+    /// Pages that listen for news.
+    pub listeners: Listeners,
+    /// Whose signatures count, entry by entry.
+    pub standing: Standing,
     changes: broadcast::Sender<Changed>,
     enrolments: mfa::Enrolments,
     decided: proposals::Decided,
@@ -409,6 +415,8 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         listen,
         site: served,
         attempts: Attempts::default(),
+        listeners: Listeners::default(),
+        standing: Standing::default(),
         changes: broadcast::Sender::new(CHANGES_KEPT),
         enrolments: mfa::Enrolments::default(),
         decided: proposals::Decided::default(),

@@ -46,6 +46,13 @@ impl Default for Decided {
     }
 }
 
+impl Decided {
+    /// Told whenever a proposal begins to wait, or is answered.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.0.subscribe()
+    }
+}
+
 /// All that is kept of a proposal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Document {
@@ -204,7 +211,10 @@ async fn propose(
     let stored = stored(&Document { proposal, apply, proofs, countersignatures, enrols }, 1);
     let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
     match kept.map_err(|error| store_problem(&error))? {
-        true => Ok(id),
+        true => {
+            plane.decided.0.send_replace(());
+            Ok(id)
+        }
         false => {
             let help = "reject or withdraw some (`countersign change list --pending`), or wait until they expire";
             Err(problem(429, "too many changes wait already", None, Some(help)))
@@ -498,7 +508,8 @@ fn stored(document: &Document, version: u64) -> StoredProposal {
     }
 }
 
-fn is_open(state: &ProposalState) -> bool {
+/// Whether it waits for somebody.
+pub fn is_open(state: &ProposalState) -> bool {
     matches!(state, ProposalState::StepUp | ProposalState::NeedsCountersign)
 }
 

@@ -10,7 +10,14 @@
 //! | [`sign_in`] | how they came to be |
 //! | [`enroll`] | how somebody becomes an operator, and gets one more factor |
 //! | [`ceremony`] | how an operator signs a change, or answers for somebody else's |
-//! | [`pages`] | what is shown |
+//! | [`pages`] | the pages, and what is around each |
+//! | [`overview`] | what the mesh is, and what runs |
+//! | [`changes`] | what waits, and what it would change |
+//! | [`entries`] | the ledger, with proofs |
+//! | [`people`] | operators, factors, sessions |
+//! | [`live`] | news for pages that are open |
+//! | [`standing`] | whose signatures count, entry by entry |
+//! | [`words`] | how times, states and changes are said |
 //! | [`assets`] | files that pages load |
 
 use std::sync::Arc;
@@ -26,15 +33,22 @@ use crate::Plane;
 
 pub mod assets;
 pub mod ceremony;
+pub mod changes;
 pub mod enroll;
+pub mod entries;
 pub mod guard;
+pub mod live;
+pub mod overview;
 pub mod pages;
+pub mod people;
 pub mod place;
 pub mod serve;
 pub mod session;
 pub mod sign_in;
+pub mod standing;
 #[cfg(test)]
 mod tests;
+pub mod words;
 
 pub use place::{Site, SiteConfig, SiteError};
 
@@ -54,6 +68,8 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route_layer(middleware::from_fn_with_state(plane.clone(), guard::slow_down_strangers));
     let operators = Router::new()
         .route("/sign-out", post(sign_in::sign_out))
+        .route("/operators/ask", post(people::ask))
+        .route("/sessions/{id}/end", post(people::end_session))
         .route("/changes/{id}/challenge", post(ceremony::challenge))
         .route("/changes/{id}/sign", post(ceremony::sign))
         .route("/changes/{id}/code", post(ceremony::code))

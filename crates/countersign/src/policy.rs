@@ -151,7 +151,7 @@ fn test(directory: &Directory, output: Output) -> Done {
 /// Puts the questions of `tests/*.toml` to the policies of `directory`. A file with mistakes asks nothing.
 pub fn run_tests(directory: &Directory) -> Result<(Vec<Tested>, Vec<Mistake>), Failure> {
     let (state, bodies) = mesh_directory::state(directory);
-    let library = library(&bodies)?;
+    let library = library(&state, &bodies)?;
     let (mut tested, mut mistakes) = (Vec::new(), Vec::new());
     for (file, text) in &directory.tests {
         match law::parse_cases(text, &state) {
@@ -182,7 +182,7 @@ pub fn run_tests(directory: &Directory) -> Result<(Vec<Tested>, Vec<Mistake>), F
 
 fn lint(directory: &Directory, output: Output) -> Done {
     let (state, bodies) = mesh_directory::state(directory);
-    let found = law::lint(&state, &library(&bodies)?);
+    let found = law::lint(&state, &library(&state, &bodies)?);
     render::answer(output, &found, |found, paint| {
         if found.is_empty() {
             return format!("{} {} policies, nothing to look at\n", paint.good("clean:"), state.policies.len());
@@ -274,11 +274,12 @@ fn inputs(arguments: &Explain, state: &MeshState) -> Result<Inputs, Failure> {
     })
 }
 
-/// Every text of `bodies`, parsed.
-pub fn library(bodies: &Bodies) -> Result<Library, Failure> {
+/// The texts of the request gate of `state`, parsed. Those of the change gate lie in `bodies` too.
+pub fn library(state: &MeshState, bodies: &Bodies) -> Result<Library, Failure> {
     let mut library = Library::default();
-    for (digest, text) in bodies.iter() {
-        library.insert(*digest, text).map_err(|e| Failure::new("a policy of the mesh cannot be read").cause(e))?;
+    for policy in state.policies.values() {
+        let Some(text) = bodies.get(&policy.body) else { continue };
+        library.insert(policy.body, text).map_err(|e| Failure::new("a policy of the mesh cannot be read").cause(e))?;
     }
     Ok(library)
 }
@@ -286,7 +287,7 @@ pub fn library(bodies: &Bodies) -> Result<Library, Failure> {
 /// The law of one service of `mesh`.
 pub fn law_of(mesh: &Mesh, service: &ServiceName) -> Result<Law, Failure> {
     let could_not = || Failure::new(format!("could not compile the policies of revision {}", mesh.revision));
-    let library = library(&mesh.bodies)?;
+    let library = library(&mesh.state, &mesh.bodies)?;
     let local = Local { service: service.clone() };
     let view = view::view(&mesh.state, mesh.revision, &library, &local).map_err(|e| could_not().because(&e))?;
     Law::compile(&view).map_err(|errors| errors.iter().fold(could_not(), |failure, e| failure.cause(e.to_string())))

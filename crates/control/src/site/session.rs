@@ -41,6 +41,11 @@ const AGENT_CHARS_MAX: usize = 160;
 /// The header in which a page's script shows that it can read the page.
 pub const CSRF: HeaderName = HeaderName::from_static("x-countersign-csrf");
 
+/// The header with which htmx asks.
+const HX_REQUEST: HeaderName = HeaderName::from_static("hx-request");
+/// The header that sends htmx to another page.
+const HX_REDIRECT: HeaderName = HeaderName::from_static("hx-redirect");
+
 /// One session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Session {
@@ -129,8 +134,8 @@ pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Proble
     }
 }
 
-/// The session of `token`, if it is good now.
-pub async fn find(plane: &Plane, token: &str) -> Result<Option<Session>, StoreError> {
+/// The session of `token`, if it is good now. `is_used` is false for what a page asks by itself: nobody has to sit before it.
+pub async fn find(plane: &Plane, token: &str, is_used: bool) -> Result<Option<Session>, StoreError> {
     let (id, now_ms) = (id_of(token), plane.clock.now_ms());
     let key = id.clone();
     let found = plane.storage.run("session", move |store| store.document(KIND, &key, now_ms)).await?;
@@ -144,7 +149,7 @@ pub async fn find(plane: &Plane, token: &str) -> Result<Option<Session>, StoreEr
         end(plane, vec![session.id]).await?;
         return Ok(None);
     }
-    if now_ms >= session.used_at_ms + WRITE_EVERY_MS {
+    if is_used && now_ms >= session.used_at_ms + WRITE_EVERY_MS {
         session.used_at_ms = now_ms;
         let document = session.document();
         // Somebody else may have written the same at the same moment.
@@ -154,6 +159,13 @@ pub async fn find(plane: &Plane, token: &str) -> Result<Option<Session>, StoreEr
             .await?;
     }
     Ok(Some(session))
+}
+
+/// Whether the session called `id` has ended. Asking does not use it.
+pub async fn has_ended(plane: &Plane, id: &str) -> Result<bool, StoreError> {
+    let (id, now_ms) = (id.to_owned(), plane.clock.now_ms());
+    let found = plane.storage.run("session", move |store| store.document(KIND, &id, now_ms)).await?;
+    Ok(found.is_none())
 }
 
 /// All sessions that are good now.
@@ -202,6 +214,11 @@ pub fn token_of<'a>(plane: &Plane, headers: &'a HeaderMap) -> Option<&'a str> {
     (token.len() == 64).then_some(token)
 }
 
+/// Whether a page asks to be brought up to date, as htmx says it, or listens for news.
+fn asks_by_itself(headers: &HeaderMap) -> bool {
+    headers.contains_key(HX_REQUEST) || text(headers, header::ACCEPT) == Some("text/event-stream")
+}
+
 /// Whoever is signed in, if anybody is. Pages that strangers may see take this.
 pub struct Visitor(pub Option<Session>);
 
@@ -210,7 +227,7 @@ impl FromRequestParts<Arc<Plane>> for Visitor {
 
     async fn from_request_parts(parts: &mut Parts, plane: &Arc<Plane>) -> Result<Self, Response> {
         let Some(token) = token_of(plane, &parts.headers) else { return Ok(Self(None)) };
-        match find(plane, token).await {
+        match find(plane, token, !asks_by_itself(&parts.headers)).await {
             Ok(session) => Ok(Self(session)),
             Err(error) => Err(Refusal::from(store_problem(&error)).into_response()),
         }
@@ -230,6 +247,10 @@ impl FromRequestParts<Arc<Plane>> for Session {
                 let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
                 let next: String =
                     path.bytes().flat_map(|byte| format!("%{byte:02X}").into_bytes()).map(char::from).collect();
+                if parts.headers.contains_key(HX_REQUEST) {
+                    let refused = Refusal::from(problem(401, "nobody is signed in", None, None));
+                    return Err(([(HX_REDIRECT, format!("/sign-in?next={next}"))], refused).into_response());
+                }
                 return Err(Redirect::to(&format!("/sign-in?next={next}")).into_response());
             }
             let help = "sign in again; nothing was changed";

@@ -7,6 +7,7 @@ use std::sync::{
 
 use axum::{Router, body::Body};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL};
+use futures_util::StreamExt as _;
 use http::{Method, Request, StatusCode, header};
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -16,6 +17,7 @@ use countersign_core::{
     change::{Bodies, Change, ChangeSet},
     identity::{OperatorName, ServiceName, TrustDomain},
     keyring::Keyring,
+    ledger::{EntryProof, Trust},
     service::{Protocol, ServiceSpec},
 };
 use countersign_testkit::security_key::SecurityKey;
@@ -392,6 +394,8 @@ async fn every_request_that_changes_something_is_refused_from_another_page_witho
         "/changes/p1/code",
         "/changes/p1/reject",
         "/changes/p1/withdraw",
+        "/operators/ask",
+        "/sessions/s1/end",
     ];
     let for_strangers = [
         "/sign-in/key/begin",
@@ -420,7 +424,8 @@ async fn every_request_that_changes_something_is_refused_from_another_page_witho
             let (status, _) = stranger.send(Method::POST, path, &own, "{}".into()).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{path} of a stranger");
         }
-        let takes_nothing = ["/sign-out", "/changes/p1/challenge", "/changes/p1/reject", "/changes/p1/withdraw"];
+        let takes_nothing =
+            ["/sign-out", "/changes/p1/challenge", "/changes/p1/reject", "/changes/p1/withdraw", "/sessions/s1/end"];
         if !takes_nothing.contains(path) {
             let long = format!("{{\"a\":\"{}\"}}", "x".repeat(70_000));
             let (status, _) = alice.send(Method::POST, path, &own, long.into()).await;
@@ -444,4 +449,132 @@ async fn strangers_who_try_too_much_are_slowed_down() {
         }
     }
     assert_eq!(last, 429);
+}
+
+/// What a hostile author writes into names and texts stands on pages as text.
+#[tokio::test]
+async fn what_a_change_says_is_shown_as_text_and_runs_nowhere() {
+    const HOSTILE: &str = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>";
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    let text = format!("// {HOSTILE}\n@id(\"all\")\npermit (principal, action, resource);");
+    let mut bodies = Bodies::default();
+    let body = bodies.insert(text.as_str());
+    let changes = vec![
+        Change::SetPolicy { id: "all".into(), file: "policies/all.cedar".into(), body },
+        Change::DeclareService { name: ServiceName::parse("web").unwrap(), spec: ServiceSpec::new(Protocol::Http) },
+    ];
+    let apply = Apply { bodies, ..mesh.asked(changes) };
+    let shown = Shown { operator: Some(OperatorName::parse("alice").unwrap()), ..Shown::default() };
+    let refused = proposals::apply(mesh.plane(), ApplyAs { apply, shown }).await.unwrap_err();
+    let id = refused.refusal.as_ref().and_then(|refusal| refusal.change.clone());
+    let id = id.unwrap_or_else(|| panic!("{refused:?}"));
+    let (_, page) = alice.get(&format!("/changes/{id}")).await;
+    assert!(page.contains("Set policy all and one more change"), "{page}");
+    assert!(page.contains("alert(1)") && !page.contains("<script>alert") && !page.contains("<img src=x"), "{page}");
+    let digest = proposals::show(mesh.plane(), &id).await.unwrap().change_set.digest();
+    assert!(page.contains(&digest.to_string()), "what is hashed is what is shown");
+    alice.signs_change(&id, &mesh.origin()).await.unwrap();
+    let (status, page) = alice.get("/ledger/3").await;
+    assert_eq!(status, StatusCode::OK, "{page}");
+    assert!(page.contains("alert(1)") && !page.contains("<script>alert") && !page.contains("<img src=x"), "{page}");
+    let hostile = alice.get(&format!("/changes/{}", "%3Cscript%3Ealert(3)%3C%2Fscript%3E")).await.1;
+    assert!(!hostile.contains("<script>alert"), "{hostile}");
+}
+
+#[tokio::test]
+async fn an_entry_shows_who_signed_it_and_its_proof_is_verified_and_can_be_taken_along() {
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    let id = mesh.proposed("alice", "web").await;
+    alice.signs_change(&id, &mesh.origin()).await.unwrap();
+    let (_, page) = alice.get("/ledger").await;
+    assert!(page.contains("Set service web"), "{page}");
+    let (_, page) = alice.get("/ledger/3").await;
+    assert!(page.contains(">verified</span>") && page.contains(">counts</span>"), "{page}");
+    let (status, proof) = alice.get("/ledger/3/proof").await;
+    assert_eq!(status, StatusCode::OK);
+    let stored = mesh.plane().ledger.stored(2, 1).await.unwrap().pop().unwrap();
+    let key = mesh.plane().authority().unwrap().log().verifier().clone();
+    let proof = EntryProof::parse(proof.as_bytes()).unwrap();
+    assert_eq!(proof.verify(&stored.entry, &Trust::log(key)).unwrap().checkpoint().size(), 3);
+    assert_eq!(alice.get("/ledger/4").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(alice.get("/ledger/0").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(alice.get("/changes/3").await.0, StatusCode::SEE_OTHER, "a revision is in the ledger");
+    for path in ["/", "/changes", "/operators", "/account", "/enroll"] {
+        assert_eq!(alice.get(path).await.0, StatusCode::OK, "{path}");
+    }
+}
+
+/// An owner invites somebody, who countersigns nothing yet but has sessions that the owner can end and they cannot end the owner's.
+#[tokio::test]
+async fn operators_are_asked_for_on_a_page_and_sessions_are_ended_by_their_operator_or_an_owner() {
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    for (roles, name) in [("Owner!", "bob"), ("owner", "Bob Builder!")] {
+        let refused = alice.post("/operators/ask", json!({ "ask": "invite", "operator": name, "roles": roles })).await;
+        assert_eq!(refused.unwrap_err().0, 400, "{roles} {name}");
+    }
+    let asked = alice.post("/operators/ask", json!({ "ask": "invite", "operator": "bob", "roles": "editor" })).await;
+    let id = asked.unwrap()["change"].as_str().unwrap().to_owned();
+    let (_, page) = alice.get(&format!("/changes/{id}")).await;
+    assert!(page.contains("bob is invited, as editor"), "{page}");
+    let answer = alice.signs_change(&id, &mesh.origin()).await.unwrap();
+    let token = answer["invitations"][0]["token"].as_str().unwrap().to_owned();
+    let mut bob = mesh.browser();
+    bob.enrols("bob", Some(&token)).await.unwrap();
+    bob.signs_in(json!({ "operator": "bob" })).await.unwrap();
+    let denied = bob.post("/operators/ask", json!({ "ask": "invite", "operator": "carol", "roles": "owner" })).await;
+    assert_eq!(denied.unwrap_err().0, 403, "an editor does not invite operators");
+
+    let sessions = session::list(mesh.plane()).await.unwrap();
+    let of = |name: &str| sessions.iter().find(|session| session.operator.as_str() == name).unwrap().id.clone();
+    let (_, page) = bob.get("/operators").await;
+    assert!(!page.contains(&of("alice")) && !page.contains("Sessions of everybody"), "{page}");
+    assert_eq!(bob.post(&format!("/sessions/{}/end", of("alice")), json!({})).await.unwrap_err().0, 404);
+    let csrf = std::mem::take(&mut alice.csrf);
+    assert_eq!(
+        alice.post(&format!("/sessions/{}/end", of("bob")), json!({})).await.unwrap_err().0,
+        403,
+        "without the page"
+    );
+    alice.csrf = csrf;
+    let (_, page) = alice.get("/operators").await;
+    assert!(page.contains(&of("bob")), "{page}");
+    alice.post(&format!("/sessions/{}/end", of("bob")), json!({})).await.unwrap();
+    assert_eq!(bob.get("/").await.0, StatusCode::SEE_OTHER);
+    assert_eq!(alice.get("/").await.0, StatusCode::OK);
+    alice.post(&format!("/sessions/{}/end", of("alice")), json!({})).await.unwrap();
+    let (status, _) = alice.send(Method::GET, "/", &[("hx-request", "true")], Body::empty()).await;
+    assert_eq!(status, StatusCode::UNAUTHORIZED, "a part of a page is not replaced by the sign-in");
+}
+
+#[tokio::test]
+async fn a_page_that_listens_is_told_and_does_not_keep_its_session_alive() {
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    let authority = alice.origin.split_once("://").unwrap().1.to_owned();
+    let request = Request::builder()
+        .uri("/events")
+        .header(header::HOST, authority)
+        .header(header::ACCEPT, "text/event-stream")
+        .header(header::COOKIE, alice.cookie.clone().unwrap());
+    let mut request = request.body(Body::empty()).unwrap();
+    request.extensions_mut().insert(From("192.0.2.7".parse().unwrap()));
+    let response = alice.router.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "text/event-stream");
+    let mut events = response.into_body().into_data_stream();
+    mesh.proposed("alice", "web").await;
+    let event =
+        tokio::time::timeout(std::time::Duration::from_secs(20), events.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(&event[..], b"event: changed\ndata: look\n\n");
+
+    mesh.pass(session::IDLE_MS - 1);
+    let (status, _) = alice.send(Method::GET, "/", &[("hx-request", "true")], Body::empty()).await;
+    assert_eq!(status, StatusCode::OK);
+    mesh.pass(2);
+    assert_eq!(alice.get("/").await.0, StatusCode::SEE_OTHER, "what a page asks by itself is no use of a session");
+    mesh.proposed("alice", "other").await;
+    let end = tokio::time::timeout(std::time::Duration::from_secs(20), events.next()).await.unwrap();
+    assert!(end.is_none(), "it ends with its session");
 }
