@@ -47,7 +47,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
     countersignature::{Bytes, Countersignature},
-    gate::Requires,
+    gate::{Author, Requires},
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
     state::MeshState,
@@ -214,8 +214,8 @@ pub struct ApplyAs {
 pub struct Proposal {
     /// What commands call it: `p` and hexadecimal digits.
     pub id: String,
-    /// Who asked for it.
-    pub author: OperatorName,
+    /// Who asked for it: an operator by name, or a pipeline with what was verified of it.
+    pub author: Author,
     /// The digest of the change-set.
     pub digest: Digest,
     /// The revision that it was planned on.

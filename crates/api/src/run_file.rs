@@ -29,6 +29,8 @@ pub struct RunFile {
     pub metrics: Option<String>,
     /// The dashboard: a URL.
     pub dashboard: Option<String>,
+    /// Where pipelines propose: a URL.
+    pub pipelines: Option<String>,
     /// The origin of the ledger: the first line of its checkpoints and the name of the key that signs them.
     pub ledger_origin: Option<String>,
     /// Every service of the mesh directory that runs on this machine.

@@ -75,7 +75,7 @@ pub async fn begin(plane: &Plane, proposal: &Proposal, operator: OperatorName) -
 pub async fn verify(
     plane: &Plane,
     operator: &OperatorName,
-    author: &OperatorName,
+    author: &str,
     change_set: &ChangeSet,
     given: &Countersignature,
 ) -> Result<Proof, Problem> {
@@ -96,7 +96,7 @@ pub async fn verify(
         let help = "sign again: each ceremony is good once, for five minutes, for one operator and one change";
         return Err(problem(410, "this ceremony was ended already, or its time is over", None, Some(help)));
     }
-    let signed = Signed { anchor, author: author.as_str(), change_set: digest, base, root };
+    let signed = Signed { anchor, author, change_set: digest, base, root };
     let counted = countersignature::verify(given, &head.keyring, &signed).map_err(|why| {
         tracing::info!(%operator, digest = %digest.short(), %why, "a signature was refused");
         refused(&why)
@@ -229,6 +229,7 @@ mod tests {
                 trust_domain: None,
                 witnesses: Default::default(),
                 site: None,
+                pipelines: Default::default(),
             };
             let clock = Clock::from_fn(move || told.load(Ordering::Relaxed));
             let control = start_with_clock(config, clock).await.unwrap();

@@ -7,6 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -18,7 +19,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Member, PolicyId, Revision},
     countersignature::Countersignature,
-    gate::{Answer, Asked, Author, ChangeGate, Origin, Requires},
+    gate::{Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires},
     identity::{OperatorName, TrustDomain},
     pipeline,
     policy::{self, Factor, Library, ParsedPolicy, PolicyError},
@@ -86,6 +87,10 @@ pub enum Refused {
 pub struct Petitioner {
     /// The operator who is said to ask; nobody in an unprotected mesh.
     pub operator: Option<OperatorName>,
+    /// The pipeline that asks, in place of an operator.
+    pub pipeline: Option<Pipeline>,
+    /// Where it came in; at the socket when absent.
+    pub from: Option<IpAddr>,
     /// What was proven: that it is they, how strongly, when.
     pub assurance: Assurance,
     /// When they asked, in seconds since 1970.
@@ -96,6 +101,17 @@ pub struct Petitioner {
     pub enrols: bool,
     /// What the author and those who countersigned have signed, each verified: it goes into the entry.
     pub countersignatures: Vec<Countersignature>,
+}
+
+impl Petitioner {
+    /// Who asks.
+    pub fn author(&self) -> Option<Author> {
+        match (&self.operator, &self.pipeline) {
+            (Some(name), _) => Some(Author::Operator(name.clone())),
+            (None, Some(pipeline)) => Some(Author::Pipeline(pipeline.clone())),
+            (None, None) => None,
+        }
+    }
 }
 
 impl Admitted {
@@ -127,7 +143,7 @@ impl Gate {
     /// Examines `asked`, of `petitioner`, against the mesh at `head`, and puts it to the change gate when the mesh is protected.
     ///
     /// INVARIANT (gated): a protected mesh admits only what its own change gate, as it stands before the change, permits to an
-    /// operator who has proven to be one.
+    /// operator who has proven to be one, or to a pipeline that an operator countersigned.
     pub fn admit_of(
         &self,
         asked: Apply,
@@ -176,10 +192,10 @@ impl Gate {
         }
         let answer = self.answer(&change_set, petitioner, head, now_seconds);
         let answer = with_seal(answer, head, petitioner);
-        match (answer, &petitioner.operator) {
+        match (answer, petitioner.author()) {
             (Answer::Permit, Some(_)) if base != held && petitioner.countersignatures.is_empty() => moved,
-            (Answer::Permit, Some(operator)) => {
-                let (actor, countersignatures) = (operator.to_string(), petitioner.countersignatures.clone());
+            (Answer::Permit, Some(author)) => {
+                let (actor, countersignatures) = (author.to_string(), petitioner.countersignatures.clone());
                 Ok(Admitted { change_set, bodies, actor, countersignatures })
             }
             (answer, _) => Err(Refused::Gate { answer, digest: change_set.digest() }),
@@ -188,7 +204,7 @@ impl Gate {
 
     /// What the change gate of the mesh at `head` says to `change_set`, of `petitioner`. It admits nothing.
     pub fn answer(&self, change_set: &ChangeSet, petitioner: &Petitioner, head: &Head, now_seconds: i64) -> Answer {
-        let Some(operator) = &petitioner.operator else {
+        let Some(author) = petitioner.author() else {
             return Answer::Deny(vec!["the mesh is protected: an operator has to ask".to_owned()]);
         };
         let gate = match self.change_gate(head) {
@@ -196,13 +212,13 @@ impl Gate {
             Err(errors) => return Answer::Deny(errors.iter().map(ToString::to_string).collect()),
         };
         gate.decide(&Asked {
-            author: &Author::Operator(operator.clone()),
+            author: &author,
             change_set,
             state: head.follower.state(),
             assurance: &petitioner.assurance,
             asked_at_seconds: petitioner.asked_at_seconds,
             approvals: &petitioner.approvals,
-            origin: Origin::Socket,
+            origin: petitioner.from.map_or(Origin::Socket, Origin::Network),
             now_seconds,
         })
     }
@@ -251,7 +267,9 @@ fn with_seal(answer: Answer, head: &Head, petitioner: &Petitioner) -> Answer {
     let Some(seal) = head.keyring.seal() else { return answer };
     let signers: BTreeSet<_> = petitioner.countersignatures.iter().map(|signed| &signed.operator).collect();
     let missing = seal.quorum.saturating_sub(signers.len() as u32);
-    let author_signed = petitioner.operator.as_ref().is_some_and(|author| signers.contains(author));
+    // A pipeline signs nothing: as many others do.
+    let author_signed =
+        petitioner.pipeline.is_some() || petitioner.operator.as_ref().is_some_and(|author| signers.contains(author));
     let of_author = || Requires { factor: Some(Factor::Phr), max_age_seconds: None, countersign: missing - 1 };
     let of_others = Requires { countersign: missing, ..Requires::default() };
     match answer {

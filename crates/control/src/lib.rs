@@ -11,6 +11,8 @@
 //! | [`ledger`] | folds and verifies at start, appends what was admitted | judges |
 //! | [`store`] | keeps everything, on a thread of its own | decides |
 //! | [`authority`] | signs; seals its keys | decides who may have what |
+//! | [`pipelines`] | the HTTPS listener of pipelines, which propose | applies anything |
+//! | [`oidc`] | verifies tokens of OpenID Connect providers | decides what they are good for |
 //! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
 //! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
@@ -69,6 +71,8 @@ pub mod local_api;
 pub mod mark;
 pub mod metrics;
 pub mod mfa;
+pub mod oidc;
+pub mod pipelines;
 pub mod proposals;
 pub mod publish;
 pub mod recover;
@@ -133,6 +137,8 @@ pub struct ControlConfig {
     pub witnesses: Witnesses,
     /// How browsers are served; not at all unless given.
     pub site: Option<SiteConfig>,
+    /// Where pipelines propose.
+    pub pipelines: pipelines::Settings,
 }
 
 /// A running control plane.
@@ -141,6 +147,8 @@ pub struct Control {
     pub listen: SocketAddr,
     /// Where Prometheus reads.
     pub metrics: Option<SocketAddr>,
+    /// Where pipelines propose: a URL.
+    pub pipelines: Option<String>,
     plane: Arc<Plane>,
     tasks: Mutex<JoinSet<&'static str>>,
     stop: watch::Sender<bool>,
@@ -216,6 +224,9 @@ pub enum StartError {
         #[source]
         source: RolledBack,
     },
+    /// Pipelines cannot be served.
+    #[error(transparent)]
+    Pipelines(#[from] pipelines::SettingsError),
     /// Whether it is cannot be found out.
     #[error(transparent)]
     Mark(#[from] MarkError),
@@ -270,6 +281,7 @@ impl StartError {
                  the later history refuse this one until they join again"
                     .into()
             }
+            Self::Pipelines(error) => error.help().into(),
             Self::Mark(error) => format!("make {} readable, or remove it to start without it", error.path.display()),
             Self::Site(error) => error.help(),
             Self::OtherMesh { .. } => {
@@ -313,6 +325,7 @@ pub struct Plane {
     enrolments: mfa::Enrolments,
     decided: proposals::Decided,
     data_dir: PathBuf,
+    providers: oidc::Providers,
     /// Where other hosts find it.
     pub advertised: Advertised,
     high_water: Arc<HighWater>,
@@ -339,7 +352,9 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         accept_rollback,
         witnesses,
         site,
+        pipelines,
     } = config;
+    let (providers, certificate) = (pipelines.providers()?, pipelines.tls()?);
     let socket = data_dir.join(CONTROL_SOCKET);
     if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(StartError::SocketPath(socket));
@@ -399,6 +414,15 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         let (site, listener) = Site::bind(&config, &data_dir, ledger.head().follower.state()).await?;
         (served, bound) = (Some(site), Some((listener, certificate)));
     }
+    let pipelines_listener = match pipelines.listen {
+        None => None,
+        Some(address) => {
+            Some(TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, source })?)
+        }
+    };
+    let scheme = if certificate.is_some() { "https" } else { "http" };
+    let pipelines_address = pipelines_listener.as_ref().and_then(|listener| listener.local_addr().ok());
+    let pipelines_url = pipelines_address.map(|address| format!("{scheme}://{address}"));
     let metrics_address = metrics_listener.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let decisions = Decisions::start(storage.clone(), publisher.clone(), metrics.clone(), clock.clone());
@@ -421,6 +445,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         enrolments: mfa::Enrolments::default(),
         decided: proposals::Decided::default(),
         data_dir: data_dir.clone(),
+        providers,
         advertised: advertise::advertised(advertise.as_ref(), listen, Own::look),
         high_water,
         sealer,
@@ -455,10 +480,22 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         let of = plane.clone();
         spawn("the metrics listener", metrics::serve(listener, move || of.metrics.page(of.levels())).boxed());
     }
+    if let Some(listener) = pipelines_listener {
+        spawn("the listener of pipelines", pipelines::serve(plane.clone(), listener, certificate).boxed());
+    }
     // It ends by itself when told to stop: agents are told that their connection goes.
     tasks.spawn(serve_agents(plane.clone(), listener, stopping));
     tracing::info!(%listen, revision = plane.ledger.head().follower.revision().0, "control plane started");
-    Ok(Control { listen, metrics: metrics_address, plane, tasks: Mutex::new(tasks), stop, socket, _lock: lock })
+    Ok(Control {
+        listen,
+        metrics: metrics_address,
+        pipelines: pipelines_url,
+        plane,
+        tasks: Mutex::new(tasks),
+        stop,
+        socket,
+        _lock: lock,
+    })
 }
 
 impl Control {

@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// Longest request body, in bytes: a change-set of the largest mesh with all its texts.
-const BODY_BYTES_MAX: usize = 64 * 1024 * 1024;
+pub const BODY_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Longest time one request can wait for a revision.
 const WAIT_MAX: Duration = Duration::from_secs(10 * 60);
 /// Revisions of one list at most.

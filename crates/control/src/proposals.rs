@@ -4,7 +4,7 @@
 //! A proposal is bound to its base, the ledger's root there and its digest, and is good once: what it would apply was stored
 //! when it was asked for, and an entry since then that wrote what it reads or writes voids it. No answer of the gate is given here, and no factor verified.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -17,7 +17,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Change, ChangeSet, Revision},
     countersignature::Countersignature,
-    gate::{Answer, Requires},
+    gate::{Answer, Author, Pipeline, Requires},
     identity::OperatorName,
 };
 
@@ -34,6 +34,8 @@ use crate::{
 pub const STEP_UP_LIFETIME_MS: u64 = 5 * 60 * 1000;
 /// How long a proposal waits for other operators.
 pub const COUNTERSIGN_LIFETIME_MS: u64 = 24 * 60 * 60 * 1000;
+/// Proposals of one pipeline that wait at the same time at most.
+pub const PIPELINE_OPEN_MAX: usize = 16;
 /// Changes of a proposal that its summary names at most.
 const NAMED_MAX: usize = 1_000;
 
@@ -63,6 +65,9 @@ struct Document {
     /// What was signed for it.
     #[serde(default)]
     countersignatures: Vec<Countersignature>,
+    /// Where it came in; at the socket when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    from: Option<IpAddr>,
     /// Whether factors in it were verified by an enrolment.
     #[serde(default)]
     enrols: bool,
@@ -112,8 +117,43 @@ async fn ask(
         Answer::NeedsCountersign(_) => ProposalState::NeedsCountersign,
         Answer::Permit | Answer::Deny(_) => return Err(refusal(plane, &held.answer, held.digest, None, None)),
     };
-    let id = propose(plane, &head, apply, operator, state, &held).await?;
+    let id = propose(plane, &head, apply, Author::Operator(operator), state, &held).await?;
     Err(refusal(plane, &held.answer, held.digest, Some(id), why.as_ref()))
+}
+
+/// A pipeline asks for a change-set. It shows no factor, and nothing that it asks for is applied before somebody countersigned: the
+/// answer is the pending change, or why there is none.
+pub async fn propose_as(plane: &Plane, apply: Apply, pipeline: Pipeline, from: IpAddr) -> Result<Proposal, Problem> {
+    let head = plane.ledger.head();
+    if !head.follower.state().is_protected() {
+        let help = "enrol an operator first, with `countersign operator enroll`";
+        return Err(problem(409, "the mesh is unprotected: nobody could countersign", None, Some(help)));
+    }
+    let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
+    let petitioner =
+        Petitioner { pipeline: Some(pipeline.clone()), from: Some(from), asked_at_seconds, ..Petitioner::default() };
+    let (answer, digest) = match enter(plane, &apply, &petitioner).await? {
+        Err(held) => held,
+        Ok(_) => unreachable!("INVARIANT: no pipeline is let through whom nobody has countersigned"),
+    };
+    if !matches!(answer, Answer::NeedsCountersign(_)) {
+        return Err(refusal(plane, &answer, digest, None, None));
+    }
+    let waits = |document: &Document| {
+        let Proposal { author, state, digest: waiting, .. } = &document.proposal;
+        is_open(state)
+            && *waiting != digest
+            && matches!(author, Author::Pipeline(author) if author.name == pipeline.name)
+    };
+    if documents(plane).await?.iter().filter(|(_, document)| waits(document)).count() >= PIPELINE_OPEN_MAX {
+        let help = "an operator rejects some: `countersign change list --pending`";
+        return Err(problem(429, "too many changes of this pipeline wait already", None, Some(help)));
+    }
+    let held = Held { answer, digest, petitioner };
+    let id = propose(plane, &head, apply, Author::Pipeline(pipeline), ProposalState::NeedsCountersign, &held).await?;
+    let (_, Document { proposal, .. }) = document(plane, &id).await?;
+    tracing::info!(proposal = id, author = %proposal.author, digest = %digest.short(), "a pipeline proposed a change");
+    Ok(proposal)
 }
 
 /// One attempt to bring a change-set in: asked without a factor first, so that none is used up on what the gate denies anyway.
@@ -135,7 +175,7 @@ async fn attempt(
         return Ok(Err((held, None)));
     }
     if let Some(given) = &shown.countersignature {
-        let proof = ceremony::verify(plane, &operator, &operator, &apply.change_set, given).await?;
+        let proof = ceremony::verify(plane, &operator, operator.as_str(), &apply.change_set, given).await?;
         petitioner.assurance.add(proof);
         petitioner.countersignatures.push((**given).clone());
         return Ok(match enter(plane, apply, &petitioner).await? {
@@ -173,14 +213,16 @@ async fn propose(
     plane: &Plane,
     head: &Head,
     apply: Apply,
-    author: OperatorName,
+    author: Author,
     state: ProposalState,
     held: &Held,
 ) -> Result<String, Problem> {
     let now_ms = plane.clock.now_ms();
     let is_same = |document: &Document| {
         let known = &document.proposal;
-        (&known.author, known.digest, &known.state) == (&author, held.digest, &state) && known.expires_at_ms > now_ms
+        // A pipeline that runs again has other claims, such as the number of its run, and is the same pipeline.
+        let author_is_same = known.author.to_string() == author.to_string();
+        author_is_same && (known.digest, &known.state) == (held.digest, &state) && known.expires_at_ms > now_ms
     };
     if let Some((_, known)) = documents(plane).await?.into_iter().find(|(_, document)| is_same(document)) {
         return Ok(known.proposal.id);
@@ -197,7 +239,7 @@ async fn propose(
         author,
         digest: held.digest,
         base: apply.change_set.base,
-        root: head.follower.root(),
+        root: head.keyring.root_at(apply.change_set.base).unwrap_or_else(|| head.follower.root()),
         requires: requires(&held.answer),
         state,
         approvals: BTreeSet::new(),
@@ -207,8 +249,8 @@ async fn propose(
     };
     let id = proposal.id.clone();
     let (proofs, countersignatures) = (shown_factors(&held.petitioner), held.petitioner.countersignatures.clone());
-    let enrols = held.petitioner.enrols;
-    let stored = stored(&Document { proposal, apply, proofs, countersignatures, enrols }, 1);
+    let (enrols, from) = (held.petitioner.enrols, held.petitioner.from);
+    let stored = stored(&Document { proposal, apply, proofs, countersignatures, enrols, from }, 1);
     let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
     match kept.map_err(|error| store_problem(&error))? {
         true => {
@@ -225,18 +267,18 @@ async fn propose(
 /// Begins the ceremony in which an operator signs it: its author, unless another is named.
 pub async fn begin_ceremony(plane: &Plane, id: &str, shown: &Shown) -> Result<Ceremony, Problem> {
     let (_, document) = pending(plane, id).await?;
-    let operator = shown.operator.clone().unwrap_or_else(|| document.proposal.author.clone());
+    let operator = match (&shown.operator, &document.proposal.author) {
+        (Some(named), _) | (None, Author::Operator(named)) => named.clone(),
+        (None, Author::Pipeline(_)) => mfa::named(plane.ledger.head().follower.state(), None)?,
+    };
     ceremony::begin(plane, &document.proposal, operator).await
 }
 
 /// The author shows what the gate asks for: what was proposed, exactly that, becomes an entry, once.
 pub async fn apply_pending(plane: &Plane, id: &str, shown: Shown) -> Result<Applied, Problem> {
     let (version, mut document) = pending(plane, id).await?;
-    let author = document.proposal.author.clone();
-    if shown.operator.as_ref().is_some_and(|operator| *operator != author) {
-        let help = "another operator countersigns it: `countersign change countersign ID --otp CODE`";
-        return Err(problem(403, format!("`{author}` asked for it, and only they apply it"), None, Some(help)));
-    }
+    let help = "another operator countersigns it: `countersign change countersign ID --otp CODE`";
+    let author = own(&document.proposal.author, shown.operator.as_ref(), "apply", help)?;
     match attempt(plane, &document.apply, author, &shown, document.enrols).await? {
         Ok(applied) => {
             document.proposal.state = ProposalState::Applied { revision: applied.revision };
@@ -277,7 +319,9 @@ pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Propos
     save(plane, version, &document).await?;
     tracing::info!(proposal = id, by = %approver, digest = %document.proposal.digest.short(), "a change was countersigned");
     let mut petitioner = Petitioner {
-        operator: Some(document.proposal.author.clone()),
+        operator: document.proposal.author.operator().cloned(),
+        pipeline: document.proposal.author.pipeline().cloned(),
+        from: document.from,
         asked_at_seconds: mfa::seconds(document.proposal.asked_at_ms),
         approvals: document.proposal.approvals.clone(),
         countersignatures: document.countersignatures.clone(),
@@ -315,11 +359,8 @@ pub async fn reject(plane: &Plane, id: &str, answering: Answering) -> Result<Pro
 /// Its author takes it back.
 pub async fn withdraw(plane: &Plane, id: &str, answering: Answering) -> Result<Proposal, Problem> {
     let (version, mut document) = pending(plane, id).await?;
-    let author = document.proposal.author.clone();
-    if answering.operator().is_some_and(|operator| *operator != author) {
-        let help = "another operator rejects it: `countersign change reject ID --otp CODE`";
-        return Err(problem(403, format!("`{author}` asked for it, and only they withdraw it"), None, Some(help)));
-    }
+    let help = "another operator rejects it: `countersign change reject ID --otp CODE`";
+    let author = own(&document.proposal.author, answering.operator(), "withdraw", help)?;
     answering.is(plane, &author).await?;
     document.proposal.state = ProposalState::Withdrawn;
     save(plane, version, &document).await?;
@@ -377,23 +418,35 @@ pub async fn wait(plane: &Plane, id: &str, deadline: tokio::time::Instant) -> Re
     }
 }
 
+/// The operator who asked for it, and is not said to be another.
+fn own(author: &Author, named: Option<&OperatorName>, verb: &str, help: &str) -> Result<OperatorName, Problem> {
+    match author {
+        Author::Operator(name) if named.is_none_or(|operator| operator == name) => Ok(name.clone()),
+        _ => Err(problem(403, format!("`{author}` asked for it, and only they {verb} it"), None, Some(help))),
+    }
+}
+
 /// The operator who answers for somebody else's proposal.
 fn approver(plane: &Plane, document: &Document, named: Option<&OperatorName>) -> Result<OperatorName, Problem> {
     let head = plane.ledger.head();
     let author = &document.proposal.author;
     let mut others =
-        head.follower.state().operators.iter().filter(|(name, o)| *name != author && !o.factors.is_empty());
+        head.follower.state().operators.iter().filter(|(name, o)| **name != *author && !o.factors.is_empty());
     let approver = match (named, others.next(), others.next()) {
         (Some(named), ..) => named.clone(),
         (None, Some((only, _)), None) => only.clone(),
-        (None, None, _) => author.clone(),
+        (None, None, _) => return Err(not_own(author)),
         (None, Some(_), Some(_)) => mfa::named(head.follower.state(), None)?,
     };
     if approver == *author {
-        let help = "another operator has to; `countersign operator list` shows who there is";
-        return Err(problem(403, format!("`{author}` asked for it and cannot answer for it"), None, Some(help)));
+        return Err(not_own(author));
     }
     Ok(approver)
+}
+
+fn not_own(author: &Author) -> Problem {
+    let help = "another operator has to; `countersign operator list` shows who there is";
+    problem(403, format!("`{author}` asked for it and cannot answer for it"), None, Some(help))
 }
 
 /// `approver` shows a factor, and the gate would let them ask for the same.
@@ -410,7 +463,9 @@ async fn agree(plane: &Plane, document: &Document, approver: &OperatorName, show
         return Err(refused(&answer));
     }
     petitioner.assurance.add(match &shown.countersignature {
-        Some(given) => ceremony::verify(plane, approver, &document.proposal.author, change_set, given).await?,
+        Some(given) => {
+            ceremony::verify(plane, approver, &document.proposal.author.to_string(), change_set, given).await?
+        }
         None => show_one(plane, approver, shown).await?,
     });
     match plane.gate.answer(change_set, &petitioner, &head, asked_at_seconds) {
@@ -518,7 +573,7 @@ fn shown_factors(petitioner: &Petitioner) -> Vec<ShownFactor> {
 }
 
 /// What the gate's answer says to the operator, with the page where what is missing can be signed.
-fn refusal(
+pub(crate) fn refusal(
     plane: &Plane,
     answer: &Answer,
     digest: Digest,

@@ -32,7 +32,7 @@ use crate::{
     change::{Change, ChangeSet, PolicyId},
     identity::OperatorName,
     operator::Operator,
-    pipeline::PipelineName,
+    pipeline::{ACTOR_PREFIX, PipelineName},
     policy::{self, Factor, FilePolicy, JudgedBy, Mistake, Obligation, PolicyError},
     service::ServiceSpec,
     state::MeshState,
@@ -47,8 +47,9 @@ pub const OWNER: &str = "owner";
 /// Changes that one denial names at most.
 const DENIED_MAX: usize = 20;
 
-/// Who asks for a change-set.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Who asks for a change-set. In JSON an operator is a string, and a pipeline an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
 pub enum Author {
     /// A person.
     Operator(OperatorName),
@@ -347,7 +348,7 @@ impl ChangeGate {
             return Err(format!("forbidden by {}", hard.join(", ")));
         }
         if permitted.decision() != Decision::Allow {
-            return Err(format!("no policy of the gate permits {} to {}", asked.author, change.kind()));
+            return Err(format!("no policy of the gate permits `{}` to {}", asked.author, change.kind()));
         }
         Ok(requires)
     }
@@ -573,12 +574,43 @@ fn uid(kind: &str, id: &str) -> EntityUid {
     EntityUid::from_type_name_and_id(kind, EntityId::new(id))
 }
 
+impl Author {
+    /// The operator, if it is one.
+    pub fn operator(&self) -> Option<&OperatorName> {
+        match self {
+            Self::Operator(name) => Some(name),
+            Self::Pipeline(_) => None,
+        }
+    }
+
+    /// The pipeline, if it is one.
+    pub fn pipeline(&self) -> Option<&Pipeline> {
+        match self {
+            Self::Operator(_) => None,
+            Self::Pipeline(pipeline) => Some(pipeline),
+        }
+    }
+}
+
+/// As the ledger names them: no operator's name holds a `:`.
 impl fmt::Display for Author {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Operator(name) => write!(f, "operator `{name}`"),
-            Self::Pipeline(pipeline) => write!(f, "pipeline `{}`", pipeline.name),
+            Self::Operator(name) => name.fmt(f),
+            Self::Pipeline(pipeline) => write!(f, "{ACTOR_PREFIX}{}", pipeline.name),
         }
+    }
+}
+
+impl PartialEq<OperatorName> for Author {
+    fn eq(&self, operator: &OperatorName) -> bool {
+        self.operator() == Some(operator)
+    }
+}
+
+impl PartialEq<Author> for OperatorName {
+    fn eq(&self, author: &Author) -> bool {
+        author == self
     }
 }
 

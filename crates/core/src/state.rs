@@ -192,6 +192,10 @@ impl MeshState {
             }
             Change::SetIssuer { name, issuer } => {
                 let refusals = issuer.refusals();
+                if self.issuers.iter().any(|(other, held)| other != name && held.url == issuer.url) {
+                    let what = "another one has its URL".to_owned();
+                    return Err(FoldError::Pipeline(change.subject(), what));
+                }
                 taken(change, name, refusals, self.issuers.keys().filter(|held| *held != name).count())?;
                 self.issuers.insert(name.clone(), issuer.clone());
             }

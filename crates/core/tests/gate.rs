@@ -384,7 +384,7 @@ fn nobody_hopeless_is_challenged_and_what_faults_denies() {
     let nothing = Assurance::default();
     let policy = || vec![one_of("remove_policy", "")];
     assert_eq!(cell(&decide(&own(stepped), &state, &alice, &nothing, policy())), "step-up mfa");
-    expect![[r#"Deny(["policy any: no policy of the gate permits operator `bob` to remove_policy"])"#]]
+    expect![[r#"Deny(["policy any: no policy of the gate permits `bob` to remove_policy"])"#]]
         .assert_eq(&format!("{:?}", decide(&own(stepped), &state, &bob, &nothing, policy())));
     let overflows = format!(
         "{stepped} @id(\"faults\") permit (principal, action, resource) when {{ context.time.hour * 9223372036854775807 * 3 > 0 }};"

@@ -7,7 +7,7 @@ use clap::Args;
 use countersign_api::local::{
     ChangeDetail, ChangeSummary, Mesh, Proposal, ProposalDetail, ProposalState, ProxyRevision, Status, Waited,
 };
-use countersign_core::change::Revision;
+use countersign_core::{change::Revision, gate::Author};
 
 use crate::{
     client::{Client, query},
@@ -89,7 +89,7 @@ pub async fn pending(place: &Place, output: Output) -> Done {
             vec![
                 cell(&proposal.id),
                 cell(render::moment(proposal.asked_at_ms)),
-                cell(&proposal.author),
+                cell(proposal.author.to_string()),
                 verdict(state(proposal), !is_open),
                 cell(proposal.digest.short()),
                 cell(brief(&proposal.changes)),
@@ -114,7 +114,8 @@ fn one(proposal: &Proposal, _: Paint) -> String {
     format!("change {} by {}: {}\n", proposal.id, proposal.author, state(proposal))
 }
 
-fn state(proposal: &Proposal) -> String {
+/// What a pending change waits for, or what became of it.
+pub fn state(proposal: &Proposal) -> String {
     match &proposal.state {
         ProposalState::StepUp => format!("waits for {}", proposal.requires),
         ProposalState::NeedsCountersign => {
@@ -172,11 +173,12 @@ async fn show_pending(place: &Place, id: &str, output: Output) -> Done {
         // What it would replace is known only while the mesh is what it was planned on.
         let before = (mesh.revision == proposal.base).then_some(&mesh);
         format!(
-            "{} by {} at {}: {}\n{} {}\n{} revision {}\n{} {}\n\n{}",
+            "{} by {} at {}: {}\n{}{} {}\n{} revision {}\n{} {}\n\n{}",
             paint.strong(&format!("change {}", proposal.id)),
-            proposal.author,
+            render::tame(&proposal.author.to_string()),
             render::moment_full(proposal.asked_at_ms),
             state(proposal),
+            proven(&proposal.author, paint),
             paint.dim("change-set"),
             proposal.digest,
             paint.dim("planned on"),
@@ -186,6 +188,16 @@ async fn show_pending(place: &Place, id: &str, output: Output) -> Done {
             difference::difference(&detail.change_set.changes, &detail.bodies, before, paint),
         )
     })
+}
+
+/// What was verified of a pipeline: whoever countersigns sees where the change comes from.
+fn proven(author: &Author, paint: Paint) -> String {
+    let Author::Pipeline(pipeline) = author else { return String::new() };
+    let mut text = format!("{} {}\n", paint.dim("issued by "), render::tame(&pipeline.issuer));
+    for claim in &pipeline.claims {
+        let _ = writeln!(text, "{} {}", paint.dim("claim     "), render::tame(claim));
+    }
+    text
 }
 
 /// Waits until every connected proxy enforces a revision, and fails with the names of those that do not; or until a pending change

@@ -18,6 +18,7 @@ use crate::{
     exec, host, init, ledger,
     mesh_finder::{self, Place},
     operator, policy, recover, render,
+    operator, policy, propose, render,
     render::{Output, Paint},
     run,
     sealing_key::NextSealingKeyArguments,
@@ -29,7 +30,8 @@ use crate::{
 /// A zero-trust service mesh: every request is judged while it lives.
 ///
 /// A command finds the mesh from the current directory (or -C DIR) upwards: the first directory with a `mesh.toml`.
-/// Exit codes: 0 done, 1 failed, 2 the command line is wrong, 3 refused by the change gate or the law.
+/// Exit codes: 0 done, 1 failed, 2 the command line is wrong, 3 refused by the change gate or the law, or waiting for a
+/// countersignature.
 #[derive(Debug, Parser)]
 #[command(name = "countersign", version, max_term_width = 100, arg_required_else_help = true)]
 pub struct Cli {
@@ -75,6 +77,8 @@ pub enum Command {
     Plan(apply::PlanArguments),
     /// Make the mesh what its directory says
     Apply(apply::ApplyArguments),
+    /// Propose, as a pipeline, what `apply` would change; an operator countersigns exactly that
+    Propose(propose::ProposeArguments),
     /// Run a command as a running workload would run it: its namespace, environment and sidecar
     Exec(exec::Exec),
     /// Show the mesh at a glance
@@ -304,6 +308,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Agent(arguments) => serve(async |telemetry| agent::agent(arguments, &global, telemetry).await),
         Command::Plan(arguments) => ask(apply::plan(arguments, &global)),
         Command::Apply(arguments) => ask(apply::apply(arguments, &global)),
+        Command::Propose(arguments) => ask(propose::propose(arguments, &global)),
         Command::Policy(verb) => policy::policy(verb, &global),
         Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),

@@ -140,7 +140,8 @@ impl Client {
     }
 }
 
-fn problem(status: StatusCode, bytes: &[u8]) -> Problem {
+/// What an answer that is no success says.
+pub fn problem(status: StatusCode, bytes: &[u8]) -> Problem {
     serde_json::from_slice(bytes).unwrap_or_else(|_| Problem {
         title: format!("the answer was {status}"),
         status: status.as_u16(),

@@ -8,6 +8,7 @@ use countersign_api::run_file::{CONTROL_SOCKET, RunFile};
 use countersign_control::{
     Control, ControlConfig,
     advertise::Advertise,
+    pipelines,
     site::{SiteConfig, place::TlsFiles},
 };
 use countersign_core::identity::TrustDomain;
@@ -22,6 +23,31 @@ use crate::{
     serve,
     telemetry::Telemetry,
 };
+
+/// Where pipelines find the control plane.
+#[derive(Debug, Args)]
+pub struct PipelineArguments {
+    /// Where pipelines propose changes, over HTTPS; on 127.0.0.1 also without a certificate
+    #[arg(long, value_name = "IP:PORT")]
+    pub api: Option<SocketAddr>,
+    /// A PEM file of the certificate chain for --api; it is read again when it was renewed
+    #[arg(long, value_name = "FILE", requires = "api_key")]
+    pub api_cert: Option<PathBuf>,
+    /// A PEM file of the key of --api-cert
+    #[arg(long, value_name = "FILE", requires = "api_cert")]
+    pub api_key: Option<PathBuf>,
+    /// A PEM file of certificates that issuers are verified with, beside those that the system trusts
+    #[arg(long, value_name = "FILE")]
+    pub issuer_ca: Option<PathBuf>,
+}
+
+impl PipelineArguments {
+    /// The same, for the control plane.
+    pub fn settings(self) -> pipelines::Settings {
+        let Self { api, api_cert, api_key, issuer_ca } = self;
+        pipelines::Settings { listen: api, certificate: api_cert.zip(api_key), issuer_ca }
+    }
+}
 
 /// Where it keeps its state and where it listens.
 #[derive(Debug, Args)]
@@ -62,6 +88,9 @@ pub struct ControlArguments {
     /// Who cosigns the ledger's checkpoints
     #[command(flatten)]
     pub witnesses: WitnessArguments,
+    /// Where pipelines propose
+    #[command(flatten)]
+    pub pipelines: PipelineArguments,
 }
 
 /// Runs until it is told to stop.
@@ -91,6 +120,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         trust_domain: trust_domain.clone(),
         witnesses: arguments.witnesses.witnesses()?,
         site,
+        pipelines: arguments.pipelines.settings(),
     };
     let control = start(config).await?;
     telemetry.follow(&control, trust_domain.as_ref());
@@ -129,6 +159,7 @@ pub fn run_file(place: &Place, control: &Control) -> RunFile {
         control: Some(format!("https://{}", control.listen)),
         metrics: control.metrics.map(|address| format!("http://{address}/metrics")),
         dashboard: control.dashboard().map(str::to_owned),
+        pipelines: control.pipelines.clone(),
         ledger_origin: control.ledger_origin(),
         services: Default::default(),
     }

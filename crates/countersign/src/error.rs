@@ -5,7 +5,7 @@
 //! | 0 | done |
 //! | 1 | failed |
 //! | 2 | the command line is wrong |
-//! | 3 | refused: by the change gate or the law |
+//! | 3 | refused, or not yet let through: by the change gate or the law |
 
 use std::{error::Error, fmt, process::ExitCode};
 

@@ -27,6 +27,7 @@ mod mistake;
 mod operator;
 mod policy;
 mod recover;
+mod propose;
 mod render;
 mod run;
 mod sealing_key;

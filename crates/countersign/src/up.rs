@@ -30,7 +30,7 @@ use crate::{
     change, cli,
     cli::Global,
     client::{Client, shown},
-    control,
+    control::{self, PipelineArguments},
     error::{Done, Failure},
     glance::{self, Glance},
     ledger::WitnessArguments,
@@ -74,6 +74,9 @@ pub struct Up {
     /// What seals all other keys
     #[command(flatten)]
     pub key: SealingKeyArguments,
+    /// Where pipelines propose
+    #[command(flatten)]
+    pub pipelines: PipelineArguments,
     /// Where other hosts reach the sidecars of this one [default: the address of --listen]
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
@@ -114,6 +117,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         trust_domain: Some(directory.trust_domain.clone()),
         witnesses: arguments.witnesses.witnesses()?,
         site: Some(SiteConfig { listen: arguments.dashboard, origin: None, tls: None }),
+        pipelines: arguments.pipelines.settings(),
     })
     .await?;
     telemetry.follow(&control, Some(&directory.trust_domain));

@@ -107,7 +107,7 @@ pub async fn code(
 }
 
 async fn answer(plane: &Plane, proposal: &Proposal, shown: Shown) -> Answered<Answer> {
-    if shown.operator.as_ref() != Some(&proposal.author) {
+    if shown.operator.as_ref() != proposal.author.operator() {
         let Proposal { state, .. } = proposals::countersign(plane, &proposal.id, shown).await?;
         return Ok(Json(Answer { revision: state.revision(), ..Answer::default() }));
     }

@@ -45,6 +45,7 @@ impl Mesh {
             key: Default::default(),
             trust_domain: None,
             witnesses: Default::default(),
+            pipelines: Default::default(),
             site: Some(SiteConfig { listen: "127.0.0.1:0".parse().unwrap(), origin: None, tls: None }),
         };
         let control = start_with_clock(config, Clock::from_fn(move || told.load(Ordering::Relaxed))).await.unwrap();

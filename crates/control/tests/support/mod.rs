@@ -54,6 +54,7 @@ pub fn config(data_dir: PathBuf) -> ControlConfig {
         trust_domain: Some(trust_domain()),
         witnesses: Default::default(),
         site: None,
+        pipelines: Default::default(),
     }
 }
 

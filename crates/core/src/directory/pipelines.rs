@@ -41,6 +41,9 @@ pub(super) fn read(top: &Table<'_>) -> (BTreeMap<IssuerName, Issuer>, BTreeMap<P
             let at = if what.starts_with("an issuer") { url.at.clone() } else { audience.at.clone() };
             table.mistake(at, what, help);
         }
+        if let Some((first, _)) = issuers.iter().find(|(_, held)| held.url == issuer.url) {
+            table.mistake(url.at, "this issuer stands here twice", format!("`{first}` is it already"));
+        }
         issuers.insert(name.value.into(), issuer);
     }
     let mut pipelines = BTreeMap::new();

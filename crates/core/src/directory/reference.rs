@@ -59,7 +59,7 @@ pub fn reference() -> [Section; 10] {
         Section {
             file: mesh,
             table: "[pipelines.NAME]",
-            says: "An automation that may propose changes, which an operator countersigns. It is matched by\nclaims that its issuer gives to nobody else. A `*`, the `sub` of GitHub or GitLab, and names without their ids are refused: a\nname that is given up can be registered by a stranger.",
+            says: "An automation that may propose changes, which an operator countersigns: [pipelines.md](pipelines.md). It is matched by\nclaims that its issuer gives to nobody else. A `*`, the `sub` of GitHub or GitLab, and names without their ids are refused: a\nname that is given up can be registered by a stranger.",
             keys: PIPELINE,
         },
         Section {
