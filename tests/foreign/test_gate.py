@@ -31,7 +31,7 @@ def directory(tmp_path):
     place = tmp_path / "mesh"
     subprocess.run([BINARY, "init", place], check=True, capture_output=True)
     log = open(tmp_path / "up.log", "w")
-    words = [BINARY, "up", "--no-watch", place]
+    words = [BINARY, "up", "--no-watch", "--api", "127.0.0.1:0", place]
     up = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 60
