@@ -21,6 +21,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet},
     countersignature::{self, Countersignature, Signed},
+    gate::Author,
     identity::{FactorId, OperatorName},
     keyring::Pins,
 };
@@ -51,7 +52,7 @@ struct Signing<'a> {
     id: &'a str,
     change_set: &'a ChangeSet,
     bodies: &'a Bodies,
-    author: &'a OperatorName,
+    author: &'a Author,
     operator: &'a OperatorName,
 }
 
@@ -98,7 +99,8 @@ pub async fn ask(control: &Client, ground: &Ground, who: &Who, apply: Apply) -> 
     };
     let Some(id) = id else { return Err(refused) };
     let (change_set, bodies) = (&change_set, &bodies);
-    let signing = Signing { ground, id: &id, change_set, bodies, author: &author, operator: &author };
+    let asking = Author::Operator(author.clone());
+    let signing = Signing { ground, id: &id, change_set, bodies, author: &asking, operator: &author };
     signed(control, &signing, "apply", open_browser).await
 }
 
@@ -106,7 +108,11 @@ pub async fn ask(control: &Client, ground: &Ground, who: &Who, apply: Apply) -> 
 pub async fn apply_pending(control: &Client, who: &Who, id: &str) -> Result<Applied, Failure> {
     let (ground, detail) = pending(control, who, id).await?;
     let ProposalDetail { proposal: Proposal { author, .. }, change_set, bodies } = &detail;
-    let signing = Signing { ground: &ground, id, change_set, bodies, author, operator: author };
+    let operator = author.operator().ok_or_else(|| {
+        Failure::refused(format!("`{author}` asked for it, and signs nothing"))
+            .help(format!("an operator runs `countersign change countersign {id} --sign`"))
+    })?;
+    let signing = Signing { ground: &ground, id, change_set, bodies, author, operator };
     signed(control, &signing, "apply", open_browser).await
 }
 
@@ -126,8 +132,8 @@ async fn pending(control: &Client, who: &Who, id: &str) -> Result<(Ground, Propo
 }
 
 /// Who signs: the operator that is named, or the only one who can beside the author.
-fn signer(ground: &Ground, who: &Who, author: Option<&OperatorName>) -> Result<OperatorName, Failure> {
-    let mut others = ground.keyring.signers().filter(|name| Some(*name) != author);
+fn signer(ground: &Ground, who: &Who, author: Option<&Author>) -> Result<OperatorName, Failure> {
+    let mut others = ground.keyring.signers().filter(|name| author.is_none_or(|author| author != *name));
     match (&who.operator, others.next(), others.next()) {
         (Some(named), ..) => Ok(named.clone()),
         (None, Some(only), None) => Ok(only.clone()),
@@ -147,6 +153,7 @@ async fn signed<T: DeserializeOwned>(
     open: impl FnOnce(&str),
 ) -> Result<T, Failure> {
     let Signing { ground, id, change_set, author, operator, .. } = *signing;
+    let asked_by = author.to_string();
     let text = shown(signing)?;
     let keyring = &ground.keyring;
     keyring.still_holds(change_set).map_err(|(revision, _)| {
@@ -167,7 +174,7 @@ async fn signed<T: DeserializeOwned>(
         mesh: ground.mesh.state.trust_domain.as_ref().map(ToString::to_string).unwrap_or_default(),
         operator: operator.to_string(),
         purpose: if operator == author { "apply it" } else { "countersign it" },
-        author: author.to_string(),
+        author: asked_by.clone(),
         base: base.0,
         digest: digest.to_string(),
         text: text.clone(),
@@ -199,7 +206,7 @@ async fn signed<T: DeserializeOwned>(
             client_data_json: answer.client_data_json,
             signature: answer.signature,
         };
-        let signed = Signed { anchor, author: author.as_str(), change_set: digest, base, root };
+        let signed = Signed { anchor, author: &asked_by, change_set: digest, base, root };
         match countersignature::verify(&countersignature, keyring, &signed) {
             Ok(_) => Ok(countersignature),
             Err(why) => Err(why.to_string()),
@@ -466,14 +473,15 @@ mod tests {
         let control = Control::serve(&ledger);
         let ground = Ground::verify(&control.client, &control.pinned(), None).await.unwrap();
         let change_set = ChangeSet { base: ground.mesh.revision, changes: vec![declare("web")] };
-        let (bodies, author) = (Bodies::default(), alice());
+        let (bodies, operator) = (Bodies::default(), alice());
+        let author = Author::Operator(operator.clone());
         let signing = Signing {
             ground: &ground,
             id: "p1",
             change_set: &change_set,
             bodies: &bodies,
             author: &author,
-            operator: &author,
+            operator: &operator,
         };
         let expected =
             [shown(&signing).unwrap().replace('"', "&quot;").replace('\'', "&#39;"), change_set.digest().to_string()];
