@@ -221,6 +221,13 @@ def test_a_passkey_makes_the_owner_and_signs_what_the_page_shows(mesh, browser):
     assert "verified" in alice.text() and "counts" in alice.text()
     assert alice.complaints() == []
 
+    [session] = json.loads(countersign(mesh.directory, "session", "list").stdout)
+    assert session["operator"] == "alice" and session["factor"] == "platform"
+    assert countersign(mesh.directory, "session", "revoke", "0000").returncode == 1
+    assert json.loads(countersign(mesh.directory, "session", "revoke", "--operator", "alice").stdout) == {"ended": 1}
+    alice.open(refusal["url"])
+    assert "/sign-in?next=" in alice.driver.current_url, "nobody is signed in any more"
+
 
 def test_what_an_honest_browser_never_sends_changes_nothing(mesh, browser):
     alice = browser("alice")

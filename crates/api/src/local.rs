@@ -30,6 +30,8 @@
 //! | `POST /v1/enrolments` | [`Enrol`] | [`Enrolment`]: what an authenticator app is to be told |
 //! | `POST /v1/enrolments/{id}` | [`Confirm`] | [`Enrolled`] |
 //! | `POST /v1/enrolments/link` | | [`EnrolmentLink`]; 409 once the mesh is protected |
+//! | `GET /v1/sessions` | | `[`[`SessionView`]`]`: who is signed in |
+//! | `POST /v1/sessions/end` | [`EndSessions`] | [`SessionsEnded`] |
 //! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
@@ -397,6 +399,46 @@ pub struct SignedChallenge {
     /// Whose the authenticator says it is, when it says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_handle: Option<Bytes>,
+}
+
+/// A session of an operator, in a browser.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionView {
+    /// What it is called. It opens nothing.
+    pub id: String,
+    /// Whose.
+    pub operator: OperatorName,
+    /// The kind of the factor that it began with.
+    pub factor: String,
+    /// Where it began.
+    pub address: String,
+    /// What its browser said of itself.
+    pub agent: String,
+    /// When it began, in milliseconds since 1970.
+    pub began_at_ms: u64,
+    /// When it was last used, in milliseconds since 1970; a minute may be missing.
+    pub used_at_ms: u64,
+    /// When it ends unless it is used, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+}
+
+/// Which sessions are to end: those that a member names, and all when none does.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EndSessions {
+    /// The one of this id, or of this beginning of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// All of one operator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operator: Option<OperatorName>,
+}
+
+/// How many sessions ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionsEnded {
+    /// So many.
+    pub ended: usize,
 }
 
 /// Where the first operator enrols in a browser. It holds a secret and is told this once.

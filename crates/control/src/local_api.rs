@@ -20,9 +20,9 @@ use tokio::{
 
 use countersign_api::local::{
     Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView, Confirm,
-    DecisionDetail, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, Invitation, Invite,
-    LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter,
-    Rotate, Rotated, ServiceView, Shown, Status, TailEvent, Waited,
+    DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, Invitation,
+    Invite, LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
+    RecordFilter, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -39,7 +39,8 @@ use crate::{
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused, EnrolsFrom},
     proposals::{self, Answering},
-    recover, sealing, site,
+    recover, sealing,
+    site::{self, session},
     store::{StoreError, StoredEntry},
 };
 
@@ -124,6 +125,8 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/enrolments", post(begin_enrolment))
         .route("/v1/enrolments/link", post(enrolment_link))
         .route("/v1/enrolments/{id}", post(confirm_enrolment))
+        .route("/v1/sessions", get(sessions))
+        .route("/v1/sessions/end", post(end_sessions))
         .route("/v1/hosts/invitations", post(invite))
         .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -636,6 +639,30 @@ async fn enrolment_link(State(plane): State<Arc<Plane>>) -> Answered<EnrolmentLi
     let url = mfa::enrolment_link(&plane).await.map_err(stored)?;
     let url = url.ok_or_else(|| problem(409, "the mesh is protected already", None, Some(help)))?;
     Ok(Json(EnrolmentLink { url }))
+}
+
+async fn sessions(State(plane): State<Arc<Plane>>) -> Answered<Vec<SessionView>> {
+    let sessions = session::list(&plane).await.map_err(stored)?;
+    Ok(Json(sessions.iter().map(session::Session::view).collect()))
+}
+
+/// Ending a session gives nobody anything: the mesh's own user needs no factor for it.
+async fn end_sessions(State(plane): State<Arc<Plane>>, Json(which): Json<EndSessions>) -> Answered<SessionsEnded> {
+    let sessions = session::list(&plane).await.map_err(stored)?.into_iter().filter(|session| {
+        which.operator.as_ref().is_none_or(|operator| *operator == session.operator)
+            && which.id.as_ref().is_none_or(|id| session.id.starts_with(id.as_str()))
+    });
+    let ids: Vec<String> = sessions.map(|session| session.id).collect();
+    if ids.is_empty() {
+        return Err(not_found(
+            "there is no such session".into(),
+            "`countersign session list` shows those that are open",
+        ));
+    }
+    let ended = ids.len();
+    session::end(&plane, ids).await.map_err(stored)?;
+    tracing::info!(ended, "sessions were ended");
+    Ok(Json(SessionsEnded { ended }))
 }
 
 async fn confirm_enrolment(

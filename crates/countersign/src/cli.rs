@@ -21,7 +21,7 @@ use crate::{
     render::{Output, Paint},
     run,
     sealing_key::NextSealingKeyArguments,
-    service, status,
+    service, session, status,
     telemetry::{self, Telemetry},
     up,
 };
@@ -96,6 +96,9 @@ pub enum Command {
     /// It needs the data directory and what opens its keys, is written into the ledger with the reason, and is told by every
     /// command for a week. Agents of a sealed mesh do not follow it.
     Recover(recover::Recover),
+    /// Who is signed in to the dashboard
+    #[command(subcommand)]
+    Session(session::SessionVerb),
     /// Changes of the mesh
     #[command(subcommand)]
     Change(ChangeVerb),
@@ -322,6 +325,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Operator(verb) => ask(operator::operator(verb, &place(&global)?, output)),
         Command::Factor(verb) => ask(operator::factor(verb, &place(&global)?, output)),
         Command::Recover(arguments) => ask(recover::recover(arguments, &place(&global)?, output)),
+        Command::Session(verb) => ask(session::session(verb, &place(&global)?, output)),
         Command::Change(ChangeVerb::List { limit: _, pending: true }) => ask(change::pending(&place(&global)?, output)),
         Command::Change(ChangeVerb::List { limit, pending: false }) => {
             ask(change::list(&place(&global)?, limit, output))

@@ -33,6 +33,7 @@ mod run;
 mod sealing_key;
 mod serve;
 mod service;
+mod session;
 mod sign;
 mod status;
 mod telemetry;

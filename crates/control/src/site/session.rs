@@ -12,7 +12,7 @@ use axum::{
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header, request::Parts};
 use serde::{Deserialize, Serialize};
 
-use countersign_api::local::Problem;
+use countersign_api::local::{Problem, SessionView};
 use countersign_core::{
     assurance::FactorKind,
     canonical::Digest,
@@ -89,6 +89,20 @@ impl Session {
     /// When it ends unless it is used, in milliseconds since 1970.
     pub fn expires_at_ms(&self) -> u64 {
         (self.used_at_ms + IDLE_MS).min(self.began_at_ms + LIFETIME_MS)
+    }
+
+    /// As it is told.
+    pub fn view(&self) -> SessionView {
+        SessionView {
+            id: self.id.clone(),
+            operator: self.operator.clone(),
+            factor: self.kind.as_str().into(),
+            address: self.address.to_string(),
+            agent: self.agent.clone(),
+            began_at_ms: self.began_at_ms,
+            used_at_ms: self.used_at_ms,
+            expires_at_ms: self.expires_at_ms(),
+        }
     }
 
     fn document(&self) -> Document {

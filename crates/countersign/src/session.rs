@@ -1,0 +1,62 @@
+//! `session`: who is signed in to the dashboard, and taking that back.
+
+use clap::Subcommand;
+
+use countersign_api::local::{EndSessions, SessionView, SessionsEnded};
+use countersign_core::identity::OperatorName;
+
+use crate::{
+    client::Client,
+    error::Done,
+    mesh_finder::Place,
+    render::{self, Output, cell},
+};
+
+/// What can be done with sessions.
+#[derive(Debug, Subcommand)]
+pub enum SessionVerb {
+    /// List those that are open
+    List,
+    /// End one, all of one operator, or all
+    Revoke {
+        /// Its id, or the beginning of it
+        #[arg(required_unless_present_any = ["operator", "all"], conflicts_with_all = ["operator", "all"])]
+        id: Option<String>,
+        /// All of this operator
+        #[arg(long, value_name = "NAME", conflicts_with = "all")]
+        operator: Option<OperatorName>,
+        /// All of everybody
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// Does what `session …` says.
+pub async fn session(verb: SessionVerb, place: &Place, output: Output) -> Done {
+    let control = Client::control(place);
+    match verb {
+        SessionVerb::List => {
+            let sessions: Vec<SessionView> = control.get("/v1/sessions").await?;
+            render::answer(output, &sessions, |sessions, paint| {
+                let rows = sessions.iter().map(|session| {
+                    vec![
+                        cell(session.id.get(..12).unwrap_or(&session.id)),
+                        cell(&session.operator),
+                        cell(&session.factor),
+                        cell(&session.address),
+                        cell(render::moment(session.began_at_ms)),
+                        cell(render::moment(session.used_at_ms)),
+                        cell(render::tame(&session.agent)),
+                    ]
+                });
+                render::table(&["ID", "OPERATOR", "FACTOR", "FROM", "BEGAN", "USED", "BROWSER"], rows, paint)
+            })
+        }
+        SessionVerb::Revoke { id, operator, all: _ } => {
+            let ended: SessionsEnded = control.post("/v1/sessions/end", &EndSessions { id, operator }).await?;
+            render::answer(output, &ended, |ended, paint| {
+                format!("{} {} sessions\n", paint.good("ended:"), ended.ended)
+            })
+        }
+    }
+}
