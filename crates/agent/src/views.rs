@@ -1,7 +1,10 @@
 //! What each service's proxies need of the mesh: computed once per service and revision, shared by its instances, and
 //! encoded only when its content changed. A view that cannot be built never replaces a good one.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use countersign_core::{
@@ -86,16 +89,19 @@ impl Inner {
         if follower.state().trust_domain.is_none() {
             return Vec::new();
         }
-        for (digest, text) in follower.bodies().iter() {
+        // The texts of the change gate are in force too, and are no policies of requests.
+        let in_force: HashSet<Digest> = follower.state().policies.values().map(|policy| policy.body).collect();
+        for digest in &in_force {
             if self.library.get(digest).is_none()
                 && !self.unreadable.contains_key(digest)
+                && let Some(text) = follower.bodies().get(digest)
                 && let Err(why) = self.library.insert(*digest, text)
             {
                 self.unreadable.insert(*digest, why);
             }
         }
-        self.library.retain(|digest| follower.bodies().get(digest).is_some());
-        self.unreadable.retain(|digest, _| follower.bodies().get(digest).is_some());
+        self.library.retain(|digest| in_force.contains(digest));
+        self.unreadable.retain(|digest, _| in_force.contains(digest));
 
         let mut refused = Vec::new();
         for (service, sender) in self.by_service.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
