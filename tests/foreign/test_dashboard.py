@@ -275,3 +275,73 @@ def test_what_an_honest_browser_never_sends_changes_nothing(mesh, browser):
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(request)
     assert refusal.value.code == 403
+
+
+def test_two_operators_with_the_keyboard_alone_and_pages_that_follow(tmp_path, browser):
+    shipped = (ROOT / "crates/core/src/gate/shipped.cedar").read_text()
+    two = '@id("two-for-policies")\n@countersign("1")\nforbid (principal is Operator, action in Action::"policies", resource);\n'
+    mesh = Running(tmp_path, gate=shipped + two)
+    try:
+        alice, bob = browser("alice"), browser("bob")
+        alice.enrols(mesh.told["enroll"], "alice")
+        alice.signs_in(mesh.origin)
+
+        # By Tab and Enter only: the skip link first, then the form that invites.
+        alice.open(f"{mesh.origin}/operators")
+        tabs(alice, lambda element: element.get_attribute("class") == "skip", most=1)
+        tabs(alice, lambda element: element.get_attribute("id") == "invite-name")
+        alice.driver.switch_to.active_element.send_keys("bob", Keys.TAB, "owner", Keys.ENTER)
+        alice.until(lambda driver: "/changes/" in driver.current_url)
+        assert "bob is invited, as owner" in alice.text()
+        tabs(alice, lambda element: element.text == "Sign and apply")
+        alice.driver.switch_to.active_element.send_keys(Keys.ENTER)
+        alice.until(lambda _: "/enroll#" in alice.text())
+        alice.shot("invited")
+        link = alice.find("[data-invitations] code").text
+        bob.enrols(link, "bob")
+        bob.signs_in(mesh.origin)
+        bob.open(f"{mesh.origin}/changes")
+        assert "Nothing waits" in bob.text()
+
+        before = mesh.revision()
+        asked = mesh.asks("guests-are-welcome", "alice")
+        bob.until(lambda _: "guests-are-welcome" in bob.text())
+        bob.shot("queue")
+        alice.open(asked["url"])
+        alice.signs(asked["url"])
+        alice.until(lambda _: "waits for the countersignature" in alice.text())
+        alice.shot("change-waits")
+        own, answer = alice.fetch(f"/changes/{asked['change']}/challenge", {})
+        assert own == 200 and mesh.revision() == before, answer
+        bob.open(asked["url"])
+        assert asked["digest"] in bob.text() and "Which decisions change" in bob.text()
+        bob.shot("countersign")
+        bob.signs(asked["url"])
+        bob.until(lambda _: mesh.revision() == before + 1)
+        alice.until(lambda _: f"applied, as revision {before + 1}" in alice.text())
+        bob.open(f"{mesh.origin}/ledger/{before + 1}")
+        assert bob.text().count("counts") == 2, bob.text()
+        bob.shot("entry-countersigned")
+
+        # An owner ends another's session, and the other's page goes to the sign-in by itself.
+        bob.open(f"{mesh.origin}/changes")
+        alice.open(f"{mesh.origin}/operators")
+        alice.shot("operators")
+        row = next(row for row in alice.driver.find_elements(By.CSS_SELECTOR, "tbody tr") if "bob" in row.text)
+        row.find_element(By.TAG_NAME, "button").click()
+        bob.driver.execute_script("htmx.trigger('#live', 'sse:changed')")
+        bob.until(lambda driver: "/sign-in" in driver.current_url)
+        assert alice.complaints() == [] and bob.complaints() == []
+    finally:
+        mesh.stop()
+
+
+def tabs(browser, reached, most=80):
+    """Presses Tab until the focus is there, and can be seen."""
+    for _ in range(most):
+        browser.driver.switch_to.active_element.send_keys(Keys.TAB)
+        element = browser.driver.switch_to.active_element
+        if reached(element):
+            assert element.value_of_css_property("outline-style") != "none", element.get_attribute("outerHTML")
+            return
+    pytest.fail("the keyboard does not reach it")
