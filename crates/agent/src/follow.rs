@@ -62,6 +62,7 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
                 host.contact.send_replace(Contact::Lost);
                 let retry_in = backoff.next_delay();
                 tracing::warn!(target: TOLD, control = %host.control, why, ?retry_in, "lost the control plane; proxies go on from what they hold");
+                host.control.move_on();
                 host.tell(AgentEvent::ControlLost { why });
                 retry_in
             }
@@ -70,6 +71,8 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
                 let retry_in = backoff.next_delay();
                 let revision = host.held.head().0;
                 tracing::error!(target: TOLD, control = %host.control, why, revision, ?retry_in, "refused the control plane's history; the last good state stays");
+                // Another one may be right; whether it is, its history says.
+                host.control.move_on();
                 *host.refused.lock() = Some(why.clone());
                 host.tell(AgentEvent::HistoryRefused { why });
                 retry_in

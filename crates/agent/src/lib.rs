@@ -73,7 +73,7 @@ pub struct AgentConfig {
     pub data_dir: PathBuf,
     /// The name of this host.
     pub host: ServiceName,
-    /// Where the control plane listens: `https://host:port`.
+    /// Where the control plane listens: `https://host:port`; several of them with commas between.
     pub control: String,
     /// A join token. Not needed by a host that has joined before.
     pub join: Option<String>,

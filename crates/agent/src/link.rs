@@ -4,12 +4,15 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use countersign_api::svid::server_name;
-use http::Uri;
+use http::{Uri, uri::Authority};
 use hyper_util::rt::TokioIo;
 use rustls::{CertificateError, ClientConfig, OtherError};
 use tokio::net::TcpStream;
@@ -23,10 +26,11 @@ pub(crate) const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// The protocol of gRPC.
 pub(crate) const ALPN: &[&[u8]] = &[b"h2"];
 
-/// Where control listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Where the control planes of the mesh listen, and which of them is spoken to. Clones agree on that.
+#[derive(Debug, Clone)]
 pub(crate) struct ControlAddress {
-    authority: http::uri::Authority,
+    authorities: Vec<Authority>, // at least one
+    current: Arc<AtomicUsize>,
 }
 
 /// The address given for control is none.
@@ -40,8 +44,13 @@ pub struct ControlAddressError {
 }
 
 impl ControlAddress {
-    /// Parses `https://host:port`.
+    /// Parses `https://host:port`, or several of them with commas between.
     pub(crate) fn parse(given: &str) -> Result<Self, ControlAddressError> {
+        let authorities = given.split(',').map(|one| Self::parse_one(one.trim())).collect::<Result<_, _>>()?;
+        Ok(Self { authorities, current: Arc::default() })
+    }
+
+    fn parse_one(given: &str) -> Result<Authority, ControlAddressError> {
         let no = |why| ControlAddressError { given: given.chars().take(200).collect(), why };
         let uri: Uri = given.parse().map_err(|_| no("it is not a URL"))?;
         if uri.scheme_str() != Some("https") {
@@ -54,14 +63,23 @@ impl ControlAddress {
         if authority.as_str().contains('@') || authority.port_u16().is_none() {
             return Err(no("it must be `https://host:port`"));
         }
-        Ok(Self { authority })
+        Ok(authority)
+    }
+
+    fn current(&self) -> &Authority {
+        &self.authorities[self.current.load(Ordering::Relaxed) % self.authorities.len()]
+    }
+
+    /// The one that was spoken to is gone, or of no use: the next time it is another one's turn.
+    pub(crate) fn move_on(&self) {
+        self.current.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The address of this host from which control is reached, which is where the rest of the mesh finds this host.
     /// Asks the kernel which way a packet would take and sends none.
     pub(crate) async fn own_address(&self) -> io::Result<IpAddr> {
-        let host = self.authority.host().trim_start_matches('[').trim_end_matches(']');
-        let port = self.authority.port_u16().unwrap_or_default();
+        let host = self.current().host().trim_start_matches('[').trim_end_matches(']');
+        let port = self.current().port_u16().unwrap_or_default();
         let mut last = io::Error::other("the name has no address");
         for to in tokio::net::lookup_host((host, port)).await? {
             let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -76,9 +94,30 @@ impl ControlAddress {
         Err(last)
     }
 
-    /// Opens a channel with `tls`, which says who we are and whom we accept.
+    /// Opens a channel with `tls`, which says who we are and whom we accept, to the first that answers.
     pub(crate) async fn connect(&self, tls: Arc<ClientConfig>) -> Result<Channel, tonic::transport::Error> {
-        let address = self.authority.as_str().to_owned();
+        let mut others = self.authorities.len() - 1;
+        loop {
+            match self.connect_to(self.current().clone(), tls.clone()).await {
+                Err(_) if others > 0 => {
+                    others -= 1;
+                    self.move_on();
+                }
+                Err(error) => {
+                    self.move_on();
+                    return Err(error);
+                }
+                Ok(channel) => return Ok(channel),
+            }
+        }
+    }
+
+    async fn connect_to(
+        &self,
+        authority: Authority,
+        tls: Arc<ClientConfig>,
+    ) -> Result<Channel, tonic::transport::Error> {
+        let address = authority.as_str().to_owned();
         let connector = tower::service_fn(move |_: Uri| {
             let (address, tls) = (address.clone(), tls.clone());
             async move { dial(&address, tls).await.map(TokioIo::new) }
@@ -86,7 +125,7 @@ impl ControlAddress {
         // The scheme is ours to hide: tonic refuses `https` unless its own TLS is compiled in.
         let uri = Uri::builder()
             .scheme("http")
-            .authority(self.authority.clone())
+            .authority(authority)
             .path_and_query("/")
             .build()
             .expect("INVARIANT: scheme, authority and path make a URI");
@@ -121,7 +160,7 @@ fn in_words(error: io::Error) -> io::Error {
 
 impl std::fmt::Display for ControlAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "https://{}", self.authority)
+        write!(f, "https://{}", self.current())
     }
 }
 
@@ -155,6 +194,10 @@ mod tests {
             ("https://me@127.0.0.1:7443", false),
             ("https://127.0.0.1:7443/path", false),
             ("127.0.0.1:7443", false),
+            ("https://10.0.0.1:7443,https://10.0.0.2:7443", true),
+            ("https://10.0.0.1:7443, https://10.0.0.2:7443", true),
+            ("https://10.0.0.1:7443,", false),
+            ("https://10.0.0.1:7443,10.0.0.2:7443", false),
             ("", false),
         ] {
             assert_eq!(ControlAddress::parse(given).is_ok(), good, "{given}");

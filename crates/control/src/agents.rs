@@ -212,6 +212,12 @@ impl Agents {
             )));
         }
         let plane = self.0.clone();
+        // It may come from another control plane of this store, and know what that one wrote a moment ago.
+        if plane.ledger.root_at(Revision(hello.revision)).is_none()
+            && let Err(error) = plane.ledger.catch_up().await
+        {
+            return Err(Status::unavailable(format!("the ledger cannot be read: {error}")));
+        }
         same_history(&plane, &hello).inspect_err(|refused| {
             plane.publisher.registry(|registry| registry.refuse(&host, refused.message()));
         })?;

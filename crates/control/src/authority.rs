@@ -32,14 +32,14 @@ use countersign_core::{
 
 use crate::{
     clock::Clock,
-    store::{IssuedSerial, Storage, StoreError},
+    store::{IssuedSerial, Storage, Store, StoreError},
 };
 
 pub mod log_key;
 pub mod note_key;
 pub mod seal;
 
-use log_key::LogKey;
+use log_key::{LOG_KEY, LOG_SIGNED, LogKey};
 use seal::{Sealer, Unopened};
 
 /// How long an SVID lives.
@@ -139,14 +139,11 @@ impl SigningRequest {
 impl Authority {
     /// Opens the stored authority, if there is one.
     pub async fn open(storage: Storage, sealer: Arc<Sealer>, clock: Clock) -> Result<Option<Self>, AuthorityError> {
-        let stored = storage
-            .run("authority_keys", |store| {
-                Ok([store.key(ROOT_CERTIFICATE)?, store.key(ISSUING_CERTIFICATE)?, store.key(ISSUING_KEY)?])
-            })
-            .await?;
-        let [root, issuing, key] = match stored {
-            [None, None, None] => return Ok(None),
-            [Some(root), Some(issuing), Some(key)] => [root, issuing, key],
+        let read = |store: &mut dyn Store| store.keys(&[ROOT_CERTIFICATE, ISSUING_CERTIFICATE, ISSUING_KEY]);
+        let stored = storage.run("authority_keys", read).await?;
+        let [root, issuing, key] = match <[_; 3]>::try_from(stored) {
+            Ok([None, None, None]) => return Ok(None),
+            Ok([Some(root), Some(issuing), Some(key)]) => [root, issuing, key],
             _ => return Err(AuthorityError::Damaged("one of them is missing".into())),
         };
         let root = CertificateDer::from(root);
@@ -161,13 +158,16 @@ impl Authority {
         Ok(Some(authority))
     }
 
-    /// Makes the authority of a new mesh: both levels, stored at once.
+    /// Makes the authority of a new mesh: both levels and the log's key, stored at once. `None` when another control plane made
+    /// one first.
+    ///
+    /// INVARIANT (one-authority): of several control planes that make it at the same time, one does, and whole.
     pub async fn create(
         trust_domain: TrustDomain,
         storage: Storage,
         sealer: Arc<Sealer>,
         clock: Clock,
-    ) -> Result<Self, AuthorityError> {
+    ) -> Result<Option<Self>, AuthorityError> {
         let now_ms = clock.now_ms();
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let params = signing_params(&trust_domain, "root", BasicConstraints::Constrained(1), now_ms, ROOT_LIFETIME);
@@ -177,9 +177,13 @@ impl Authority {
         let (issuing, issuing_key) = Issuing::create(&trust_domain, &root_issuer, now_ms)?;
         let seals = sealer.clone();
         let (root_der, issuing_der) = (root.to_vec(), issuing.certificate.to_vec());
-        storage
+        let (log, log_secret) = LogKey::make(&trust_domain, storage.clone(), sealer.clone());
+        let made = storage
             .run("authority_keys", move |store| {
-                store.put_keys(&[
+                let [log_key, nothing_signed] = log_secret.seal(&seals)?;
+                store.create_keys(&[
+                    (LOG_KEY, &log_key),
+                    (LOG_SIGNED, &nothing_signed),
                     (ROOT_CERTIFICATE, &root_der),
                     (ROOT_KEY, &seals.seal(ROOT_KEY, &root_key)?),
                     (ISSUING_CERTIFICATE, &issuing_der),
@@ -187,8 +191,8 @@ impl Authority {
                 ])
             })
             .await?;
-        let log = LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?;
-        Ok(Self { trust_domain, root, issuing: RwLock::new(Arc::new(issuing)), log, sealer, storage, clock })
+        let issuing = RwLock::new(Arc::new(issuing));
+        Ok(made.then_some(Self { trust_domain, root, issuing, log, sealer, storage, clock }))
     }
 
     /// The trust domain it speaks for.
@@ -218,18 +222,41 @@ impl Authority {
         if self.issuing.read().not_after_ms > now_ms + ISSUING_OVERLAP.as_millis() as u64 {
             return Ok(false);
         }
+        let seen = self.issuing.read().certificate.to_vec();
+        if self.reload(&seen).await? {
+            return Ok(true);
+        }
         let sealed = self.storage.run("authority_keys", |store| store.key(ROOT_KEY)).await?;
         let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the root's key is missing".into()))?;
         let root_issuer = Issuer::from_ca_cert_der(&self.root, open_key(&self.sealer, ROOT_KEY, &sealed)?)?;
         let (issuing, issuing_key) = Issuing::create(&self.trust_domain, &root_issuer, now_ms)?;
-        let (certificate, seals) = (issuing.certificate.to_vec(), self.sealer.clone());
-        self.storage
+        let (certificate, seals, before) = (issuing.certificate.to_vec(), self.sealer.clone(), seen.clone());
+        let swapped = self
+            .storage
             .run("authority_keys", move |store| {
                 let sealed = seals.seal(ISSUING_KEY, &issuing_key)?;
-                store.put_keys(&[(ISSUING_CERTIFICATE, &certificate), (ISSUING_KEY, &sealed)])
+                let keys = [(ISSUING_CERTIFICATE, &certificate[..]), (ISSUING_KEY, &sealed)];
+                store.swap_key(ISSUING_CERTIFICATE, &before, &keys)
             })
             .await?;
-        *self.issuing.write() = Arc::new(issuing);
+        if swapped {
+            *self.issuing.write() = Arc::new(issuing);
+            return Ok(true);
+        }
+        self.reload(&seen).await
+    }
+
+    /// Takes the intermediate that another control plane put in the place of `seen`; false when none did.
+    async fn reload(&self, seen: &[u8]) -> Result<bool, AuthorityError> {
+        let read = |store: &mut dyn Store| store.keys(&[ISSUING_CERTIFICATE, ISSUING_KEY]);
+        let stored = self.storage.run("authority_keys", read).await?;
+        let Ok([Some(certificate), Some(key)]) = <[_; 2]>::try_from(stored) else {
+            return Err(AuthorityError::Damaged("the intermediate is missing".into()));
+        };
+        if certificate == seen {
+            return Ok(false);
+        }
+        *self.issuing.write() = Arc::new(Issuing::open(&self.sealer, CertificateDer::from(certificate), &key)?);
         Ok(true)
     }
 

@@ -24,7 +24,11 @@ use countersign_core::{
     ledger::{AddCheckpoint, Note, Signature, SignatureKind, VerifierKey},
 };
 
-use crate::{Plane, authority::log_key::SignError, ledger::Ledger};
+use crate::{
+    Plane,
+    authority::log_key::SignError,
+    ledger::{self, Ledger},
+};
 
 /// Witnesses of one ledger at most.
 pub const WITNESSES_MAX: usize = 16;
@@ -140,6 +144,10 @@ impl Checkpoints {
     /// Signs the checkpoint of the ledger as it is now, and returns its size.
     async fn sign(&self, plane: &Plane) -> Result<Option<u64>, SignError> {
         let Some(authority) = plane.authority() else { return Ok(None) };
+        // Another control plane may have signed what is not taken up here yet. What cannot be read now is not signed either.
+        if let Err(ledger::AppendError::Store(error)) = plane.ledger.catch_up().await {
+            return Err(error.into());
+        }
         let size = plane.ledger.head().follower.revision().0;
         if self.newest.borrow().as_ref().is_some_and(|newest| newest.size >= size) {
             return Ok(Some(size));

@@ -46,6 +46,8 @@ pub struct Head {
 /// The hashes of every entry so far.
 #[derive(Default)]
 struct Past {
+    /// What the next entry is appended to.
+    frontier: Frontier,
     /// The root after each entry: what an agent that holds `n` entries must hold too.
     roots: Vec<Digest>,
     /// The tree over all of them: what proofs are made of.
@@ -55,6 +57,7 @@ struct Past {
 impl Past {
     fn append(&mut self, leaf: Digest, root: Digest) {
         self.tree.append(leaf);
+        self.frontier.append(leaf);
         self.roots.push(root);
     }
 }
@@ -136,6 +139,9 @@ pub enum AppendError {
     /// It could not be written. Nothing changed.
     #[error("the change could not be written")]
     Store(#[from] StoreError),
+    /// What another control plane wrote does not follow from what this one holds.
+    #[error("the store holds another history than this control plane: {0}")]
+    Forked(String),
     /// The machine's clock jumped back.
     #[error("the clock is {behind_seconds} s before the newest ledger entry")]
     Clock {
@@ -166,14 +172,18 @@ impl Ledger {
         let mut head = Head { keyring: Keyring::of_control(), ..Head::default() };
         let mut tree = Frontier::default();
         let mut past = Past::default();
-        loop {
+        // What another control plane appends meanwhile is taken up afterwards.
+        let ends_at = if storage.is_shared() { stored.as_ref().map_or(0, |stored| stored.size) } else { u64::MAX };
+        while tree.size() < ends_at {
             let from = tree.size();
-            let page = storage.run("entries", move |store| store.entries(from, PAGE_ENTRIES)).await.map_err(unread)?;
+            let limit = u64::from(PAGE_ENTRIES).min(ends_at - from) as u32;
+            let page = storage.run("entries", move |store| store.entries(from, limit)).await.map_err(unread)?;
             if page.is_empty() {
                 break;
             }
             let bodies = texts_of(&storage, &page).await.map_err(unread)?;
-            fold_page(&mut head, &mut tree, &mut past, &page, &bodies).map_err(damaged)?;
+            let grown = fold_page(&mut head, &mut tree, &page, &bodies).map_err(damaged)?;
+            grown.into_iter().for_each(|(leaf, root)| past.append(leaf, root));
         }
         let (size, root) = (tree.size(), tree.root());
         match stored {
@@ -256,6 +266,7 @@ impl Ledger {
     async fn append_whole(&self, admitted: Admitted) -> Result<Arc<Head>, AppendError> {
         let _one_by_one = self.appending.lock().await;
         self.settle().await?;
+        self.take_up_others().await?;
         let head = self.head();
         let now_ms = self.clock.now_ms();
         if now_ms + CLOCK_BEHIND_MAX_MS < head.newest_at_ms {
@@ -298,6 +309,10 @@ impl Ledger {
         });
         match append.await {
             Ok(()) => Ok(self.take_up(draft, &bodies)),
+            Err(StoreError::Taken(index)) if self.storage.is_shared() => {
+                self.take_up_others().await?;
+                Err(AppendError::Moved { base: Revision(index), held: self.head().follower.revision() })
+            }
             Err(error) => {
                 *self.uncertain.lock() = Some(draft);
                 // "Failed" may also mean that the answer was lost: what the store holds decides.
@@ -309,14 +324,83 @@ impl Ledger {
     /// Finds out whether the uncertain entry was kept, and takes it up if so.
     async fn settle(&self) -> Result<bool, AppendError> {
         let Some(draft) = self.uncertain.lock().clone() else { return Ok(false) };
-        let stored = self.storage.run("head", |store| store.head()).await?;
+        let index = draft.draft.entry.index;
+        // The entry and not the head: another control plane may have gone on from it.
+        let stored = self.storage.run("entries", move |store| store.entries(index, 1)).await?;
         self.uncertain.lock().take();
-        let kept = stored.is_some_and(|stored| stored.root == draft.keyring.root());
+        let leaf = hash_leaf(&draft.draft.bytes);
+        let kept = stored.first().is_some_and(|stored| stored.index == index && stored.leaf == leaf);
         if kept {
             let bodies = draft.draft.next.bodies().clone();
             self.take_up(draft, &bodies);
         }
         Ok(kept)
+    }
+
+    /// Takes up what other control planes wrote.
+    pub async fn catch_up(self: &Arc<Self>) -> Result<(), AppendError> {
+        if !self.storage.is_shared() {
+            return Ok(());
+        }
+        let ledger = self.clone();
+        // A task of its own, as appending is.
+        let caught_up = tokio::spawn(async move {
+            let _one_by_one = ledger.appending.lock().await;
+            ledger.settle().await?;
+            ledger.take_up_others().await
+        });
+        caught_up.await.map_err(|_| AppendError::Stopping)?
+    }
+
+    /// INVARIANT (others-verified): what another control plane wrote is folded, compared and its seal opened, as at start, before it
+    /// is published. What does not follow from what is held is not published, and nothing is appended to it.
+    async fn take_up_others(&self) -> Result<(), AppendError> {
+        if !self.storage.is_shared() {
+            return Ok(());
+        }
+        let forked = |what: String| AppendError::Forked(what);
+        let stored = self.storage.run("head", |store| store.head()).await?;
+        let (mut head, mut tree) = (Head::clone(&self.head()), self.past.read().frontier.clone());
+        let (size, root) = stored.as_ref().map_or((0, Frontier::default().root()), |stored| (stored.size, stored.root));
+        if size < tree.size() {
+            return Err(forked(format!("it ends at {size}, and {} entries were read from it", tree.size())));
+        }
+        if let Some(stored) = &stored {
+            let sealed = self.sealer.unseal(HEAD_PURPOSE, &stored.seal);
+            if !sealed.is_ok_and(|sealed| *sealed == head_bytes(size, root)) {
+                return Err(forked("its root was sealed with another key than this control plane's".into()));
+            }
+        }
+        let mut pages = Vec::new();
+        while tree.size() < size {
+            let (from, limit) = (tree.size(), (size - tree.size()).min(u64::from(PAGE_ENTRIES)) as u32);
+            let page = self.stored(from, limit).await?;
+            if page.is_empty() {
+                return Err(forked(format!("entry {from} is missing")));
+            }
+            let texts = texts_of(&self.storage, &page).await?;
+            let grown = fold_page(&mut head, &mut tree, &page, &texts).map_err(forked)?;
+            pages.push((page, texts, grown, Arc::new(head.clone())));
+        }
+        if tree.root() != root {
+            return Err(forked(format!("its root is {}, its entries add up to {}", root.short(), tree.root().short())));
+        }
+        for (page, texts, grown, head) in pages {
+            let entries = mesh::Entries {
+                first_index: page[0].index,
+                size: page[0].index + page.len() as u64,
+                root: Bytes::copy_from_slice(&head.follower.root().0),
+                bodies: texts.values().map(ToString::to_string).collect(),
+                change_sets: page.iter().map(|entry| Bytes::from(entry.change_set.clone())).collect(),
+                entries: page.into_iter().map(|entry| entry.entry.into()).collect(),
+            };
+            let mut past = self.past.write();
+            grown.into_iter().for_each(|(leaf, root)| past.append(leaf, root));
+            drop(past);
+            self.head.send_replace(head.clone());
+            (self.publish)(&head, entries);
+        }
+        Ok(())
     }
 
     fn take_up(&self, followed: Followed, bodies: &Bodies) -> Arc<Head> {
@@ -377,12 +461,12 @@ impl Ledger {
         }
         let damaged = |what| StoreError::Damaged { path: self.storage.place().to_owned(), what };
         let past = Head { keyring: Keyring::of_control(), ..Head::default() };
-        let (mut past, mut tree, mut hashes) = (past, Frontier::default(), Past::default());
+        let (mut past, mut tree) = (past, Frontier::default());
         while tree.size() < revision.0 {
             let limit = (revision.0 - tree.size()).min(u64::from(PAGE_ENTRIES)) as u32;
             let page = self.stored(tree.size(), limit).await?;
             let bodies = texts_of(&self.storage, &page).await?;
-            fold_page(&mut past, &mut tree, &mut hashes, &page, &bodies).map_err(damaged)?;
+            fold_page(&mut past, &mut tree, &page, &bodies).map_err(damaged)?;
         }
         Ok(Some(Arc::new(past)))
     }
@@ -403,14 +487,14 @@ async fn texts_of(storage: &Storage, page: &[StoredEntry]) -> Result<BTreeMap<Di
     Ok(storage.run("bodies", move |store| store.bodies(&digests)).await?.into_iter().collect())
 }
 
-/// Folds stored entries one after the other; says which one is not as it was written.
+/// Folds stored entries one after the other, and returns the leaf hash and the root of each; says which one is not as it was written.
 fn fold_page(
     head: &mut Head,
     tree: &mut Frontier,
-    past: &mut Past,
     page: &[StoredEntry],
     texts: &BTreeMap<Digest, Arc<str>>,
-) -> Result<(), String> {
+) -> Result<Vec<(Digest, Digest)>, String> {
+    let mut grown = Vec::with_capacity(page.len());
     let first_index = tree.size();
     for (entry, index) in page.iter().zip(first_index..) {
         if entry.index != index {
@@ -420,7 +504,7 @@ fn fold_page(
             return Err(format!("entry {index} is not what was hashed when it was written"));
         }
         tree.append(entry.leaf);
-        past.append(entry.leaf, tree.root());
+        grown.push((entry.leaf, tree.root()));
     }
     let mut bodies = Bodies::default();
     for (digest, text) in texts {
@@ -452,7 +536,7 @@ fn fold_page(
         head.keyring.take(&entry.entry, &entry.change_set).map_err(|error| error.to_string())?;
     }
     head.newest_at_ms = followed.last().map_or(head.newest_at_ms, |entry: &Entry| entry.at_ms);
-    Ok(())
+    Ok(grown)
 }
 
 fn chain(error: &LedgerError) -> String {

@@ -20,6 +20,7 @@
 //! | [`agents`] | the mutual TLS listener of agents | trusts what an SVID does not say |
 //! | [`advertise`] | says where other hosts find it | resolves a name |
 //! | [`mark`] | notices a store that was restored from an older copy | repairs it |
+//! | `replicas` | takes up what other control planes of one store wrote | writes to the ledger |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
 //! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
 //! | [`site`] | pages and JSON for browsers | enforces a rule in a browser |
@@ -77,6 +78,7 @@ pub mod proposals;
 pub mod publish;
 pub mod recover;
 pub mod registry;
+mod replicas;
 pub mod sealing;
 pub mod site;
 pub mod store;
@@ -98,7 +100,11 @@ use metrics::{LevelsNow, Metrics};
 use publish::Publisher;
 use registry::Registry;
 use site::{Site, SiteConfig, SiteError, guard::Attempts, live::Listeners, standing::Standing};
-use store::{Storage, StoreError, sqlite::SqliteStore};
+use store::{
+    Storage, Store, StoreError,
+    postgres::{PostgresStore, PostgresUrl},
+    sqlite::SqliteStore,
+};
 
 /// The file below the data directory that holds everything but the key-encryption key.
 pub const STORE_FILE: &str = "control.db";
@@ -119,6 +125,8 @@ const STOP_WITHIN: Duration = Duration::from_secs(1);
 pub struct ControlConfig {
     /// Where everything is kept; made with mode 0700 when it is missing.
     pub data_dir: PathBuf,
+    /// The database that several control planes share; the file `control.db` in the data directory unless given.
+    pub store: Option<PostgresUrl>,
     /// Where agents connect; port 0 picks one.
     pub listen: SocketAddr,
     /// Where other hosts find it, as invitations name it; the listener's address, or this machine's, unless given.
@@ -326,6 +334,8 @@ pub struct Plane {
     decided: proposals::Decided,
     data_dir: PathBuf,
     providers: oidc::Providers,
+    /// The name of this run among the control planes of one store; empty where there is only this one.
+    replica: String,
     /// Where other hosts find it.
     pub advertised: Advertised,
     high_water: Arc<HighWater>,
@@ -344,6 +354,7 @@ pub async fn start(config: ControlConfig) -> Result<Control, StartError> {
 pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Control, StartError> {
     let ControlConfig {
         data_dir,
+        store,
         listen,
         advertise,
         metrics_listen,
@@ -362,14 +373,21 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     make_private_dir(&data_dir)?;
     let lock = lock(&data_dir)?;
     let metrics = Arc::new(Metrics::default());
-    let path = data_dir.join(STORE_FILE);
-    let opened = tokio::task::spawn_blocking(move || SqliteStore::open(&path)).await;
-    let store = opened.map_err(|_| StoreError::Closed)??;
-    let storage = Storage::start(Box::new(store), metrics.store.clone()).map_err(|source| in_dir(&data_dir, source))?;
+    let (path, shared) = (data_dir.join(STORE_FILE), store.clone());
+    let opened = tokio::task::spawn_blocking(move || -> Result<Box<dyn Store>, StoreError> {
+        Ok(match store {
+            Some(url) => Box::new(PostgresStore::open(url)?),
+            None => Box::new(SqliteStore::open(&path)?),
+        })
+    });
+    let store = opened.await.map_err(|_| StoreError::Closed)??;
+    let storage = Storage::start(store, metrics.store.clone()).map_err(|source| in_dir(&data_dir, source))?;
 
     let now_ms = clock.now_ms();
     let restored = storage.run("restore", |store| Ok((store.hosts()?, store.instances()?, store.entitlements()?)));
     let (hosts, instances, entitlements) = restored.await?;
+    // Those of a shared store are of control planes that run, or ran: they are looked at with the clock of the store.
+    let instances = if storage.is_shared() { Vec::new() } else { instances };
     let mut registry = Registry::restore(hosts, instances, now_ms);
     entitlements.into_iter().for_each(|(host, services)| registry.entitle(&host, Some(services)));
     let publisher = Arc::new(Publisher::new(registry));
@@ -446,6 +464,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         decided: proposals::Decided::default(),
         data_dir: data_dir.clone(),
         providers,
+        replica: if shared.is_some() { replicas::name() } else { String::new() },
         advertised: advertise::advertised(advertise.as_ref(), listen, Own::look),
         high_water,
         sealer,
@@ -465,12 +484,18 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         plane.begin_authority(&wanted).await?;
     }
 
+    if shared.is_some() {
+        replicas::share(&plane).await?;
+    }
     let local = local_api::bind(&socket).map_err(|source| StartError::Io { path: socket.clone(), source })?;
     let (stop, stopping) = watch::channel(false);
     let mut tasks = JoinSet::new();
     let mut spawn = |part, task| tasks.spawn(until_stopped(part, task, stopping.clone()));
     spawn("the local API", local_api::serve(local, plane.clone()).boxed());
     spawn("the heartbeat", beat(plane.clone()).boxed());
+    if let Some(url) = shared {
+        spawn("the following of the shared store", replicas::follow(plane.clone(), url).boxed());
+    }
     spawn("the renewal of its own SVID", renew(plane.clone()).boxed());
     spawn("the signing of checkpoints", checkpoint::follow(plane.clone()).boxed());
     if let Some((listener, certificate)) = bound {
@@ -550,7 +575,9 @@ impl Control {
             tasks.shutdown().await;
         }
         if let Some(instances) = self.plane.publisher.unsaved_instances() {
-            let _ = self.plane.storage.run("put_instances", move |store| store.put_instances(&instances)).await;
+            let replica = self.plane.replica.clone();
+            let put = move |store: &mut dyn Store| store.put_instances(&replica, &instances);
+            let _ = self.plane.storage.run("put_instances", put).await;
         }
         let _ = fs::remove_file(&self.socket);
         tracing::info!("control plane stopped");
@@ -581,6 +608,12 @@ impl Plane {
     /// As [`Plane::enter`], with what the gate refuses told apart from what failed.
     pub async fn try_enter(&self, asked: Apply, petitioner: Petitioner) -> Result<Result<Applied, Refused>, Problem> {
         let (asked_at_ms, began) = (self.clock.now_ms(), Instant::now());
+        // What another control plane wrote may be what it was planned on.
+        if asked.change_set.base > self.ledger.head().follower.revision()
+            && let Err(error) = self.ledger.catch_up().await
+        {
+            return Err(local_api::append_problem(error));
+        }
         let changes = asked.change_set.changes.clone();
         let change_count = changes.len();
         let authority = self.authority();
@@ -641,7 +674,20 @@ impl Plane {
             Some(stored) => stored,
             None => {
                 let (storage, sealer, clock) = (self.storage.clone(), self.sealer.clone(), self.clock.clone());
-                Authority::create(wanted.clone(), storage, sealer, clock).await?
+                match Authority::create(wanted.clone(), storage, sealer, clock).await? {
+                    Some(made) => made,
+                    None => {
+                        let (storage, sealer, clock) = (self.storage.clone(), self.sealer.clone(), self.clock.clone());
+                        let stored = Authority::open(storage, sealer, clock).await?;
+                        let stored =
+                            stored.ok_or_else(|| AuthorityError::Damaged("those of another one are gone".into()))?;
+                        if stored.trust_domain() != wanted {
+                            let stored = stored.trust_domain().clone();
+                            return Err(AuthorityError::OtherTrustDomain { stored, wanted: wanted.clone() });
+                        }
+                        stored
+                    }
+                }
             }
         };
         let identity = authority.control_identity().await?;
@@ -721,7 +767,9 @@ async fn beat(plane: Arc<Plane>) {
         plane.publisher.sweep(now_ms);
         plane.publisher.heartbeat();
         if let Some(instances) = plane.publisher.unsaved_instances() {
-            let written = plane.storage.run("put_instances", move |store| store.put_instances(&instances)).await;
+            let replica = plane.replica.clone();
+            let put = move |store: &mut dyn Store| store.put_instances(&replica, &instances);
+            let written = plane.storage.run("put_instances", put).await;
             if let Err(error) = written {
                 tracing::warn!(%error, "instances could not be written down");
             }
@@ -791,7 +839,7 @@ fn make_private_dir(dir: &Path) -> Result<(), StartError> {
 }
 
 /// One control plane for each data directory; the kernel forgets the lock with the process.
-fn lock(data_dir: &Path) -> Result<File, StartError> {
+pub fn lock(data_dir: &Path) -> Result<File, StartError> {
     let path = data_dir.join(LOCK_FILE);
     let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = opened.map_err(|source| StartError::Io { path: path.clone(), source })?;

@@ -82,6 +82,7 @@ pub fn store_problem(error: &StoreError) -> Problem {
     let status = match error {
         StoreError::Full(_) | StoreError::ReadOnly(_) => 507,
         StoreError::Taken(_) => 409,
+        StoreError::Away { .. } => 503,
         _ => 500,
     };
     problem(status, error.to_string(), None, Some(error.help()))
@@ -297,6 +298,15 @@ pub fn append_problem(error: AppendError) -> Problem {
         AppendError::Draft(ref cause) => {
             let help = "nothing was changed; correct the mesh directory and apply again";
             problem(422, "the change-set is refused", Some(cause.to_string()), Some(help))
+        }
+        AppendError::Store(ref error @ StoreError::Away { .. }) => Problem {
+            title: "the store is away; look at the revision when it is back before asking for the change again".into(),
+            detail: Some(error.to_string()),
+            ..store_problem(error)
+        },
+        AppendError::Forked(_) => {
+            let help = "stop this control plane and look at its log; the others go on";
+            problem(500, error.to_string(), None, Some(help))
         }
         AppendError::Store(error) => Problem {
             title: "the change could not be written; nothing was changed".into(),

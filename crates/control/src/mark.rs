@@ -127,7 +127,8 @@ fn write(path: &Path, mark: &Mark) -> io::Result<()> {
     if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     }
-    let new = path.with_extension("new");
+    // Replicas on one machine may have one key file.
+    let new = path.with_extension(format!("new.{}", std::process::id()));
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(&serde_json::to_vec(mark)?)?;
     file.sync_all()?;

@@ -55,6 +55,8 @@ struct Inner {
     questions: BTreeMap<u64, Question>,
     next_question: u64,
     unsaved: bool,
+    /// Whether other control planes read what is written down.
+    is_shared: bool,
     dropped: u64,
 }
 
@@ -88,6 +90,18 @@ pub struct Joined {
     pub host: StoredHost,
 }
 
+/// What is written down by all control planes of one store.
+pub struct Elsewhere {
+    /// The others that run.
+    pub alive: BTreeSet<String>,
+    /// All instances, in the order of their ids.
+    pub instances: Vec<StoredInstance>,
+    /// All hosts.
+    pub hosts: Vec<StoredHost>,
+    /// The hosts that may run some services only.
+    pub entitlements: Vec<(ServiceName, BTreeSet<ServiceName>)>,
+}
+
 /// Answers of hosts to one question.
 pub struct Asked {
     /// Encoded records, as they arrive; ends when every host has answered or left.
@@ -111,9 +125,30 @@ impl Publisher {
             questions: BTreeMap::new(),
             next_question: 0,
             unsaved: false,
+            is_shared: false,
             dropped: 0,
         };
         Self { inner: Mutex::new(inner), moved: watch::Sender::new(0) }
+    }
+
+    /// Takes in what other control planes of this store wrote, and writes down what this one knows whenever it is not there.
+    pub fn elsewhere(&self, replica: &str, others: Elsewhere, now_ms: u64) {
+        let Elsewhere { alive, instances, hosts, entitlements } = others;
+        let mut inner = self.inner.lock();
+        inner.is_shared = true;
+        inner.registry.refresh(hosts, entitlements);
+        let moved = inner.registry.elsewhere(&alive, &instances, now_ms);
+        let was_unsaved = inner.unsaved;
+        inner.discover(moved);
+        let own = inner.registry.stored_instances();
+        let written = instances.iter().filter(|instance| instance.replica == replica).count();
+        let is_written = |own: &StoredInstance| {
+            let found = instances.binary_search_by(|instance| instance.instance.cmp(&own.instance));
+            found.is_ok_and(|at| instances[at].replica == replica)
+        };
+        inner.unsaved = was_unsaved || own.len() != written || !own.iter().all(is_written);
+        drop(inner);
+        self.bump();
     }
 
     /// The ledger as opened at start.
@@ -201,7 +236,10 @@ impl Publisher {
         let mut inner = self.inner.lock();
         inner.registry.heard(host, now_ms);
         match said {
-            Said::Acknowledgement(given) => inner.registry.acknowledge(host, &given)?,
+            Said::Acknowledgement(given) => {
+                inner.registry.acknowledge(host, &given)?;
+                inner.unsaved |= inner.is_shared;
+            }
             Said::Up(up) => {
                 let moved = inner.registry.up(host, &up)?;
                 inner.discover(moved);

@@ -57,6 +57,8 @@ struct Instance {
     svid_expires_at_ms: u64,
     /// When it leaves unless its agent speaks of it again.
     leaves_at_ms: Option<u64>,
+    /// Its agent follows another control plane, which answers for it.
+    is_elsewhere: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -254,6 +256,65 @@ impl Registry {
         Moved { up: Vec::new(), down }
     }
 
+    /// What other control planes of this store say: which are there, and all instances with whose they are. What an agent that is
+    /// connected here says counts more. The instances of a control plane that is gone stay a while: their agents move.
+    pub fn elsewhere(&mut self, alive: &BTreeSet<String>, stored: &[StoredInstance], now_ms: u64) -> Moved {
+        let mut moved = Moved::default();
+        let mut told = HashSet::new();
+        for other in stored {
+            let here = self.hosts.get(&other.host).is_some_and(|host| host.connected);
+            let Ok(address) = other.address.parse() else { continue };
+            if here || !alive.contains(&other.replica) {
+                continue;
+            }
+            let endpoint = Endpoint {
+                address,
+                ready: other.ready,
+                admin: other.admin.clone(),
+                isolation: other.isolation.clone(),
+            };
+            let known =
+                self.instances.entry(other.instance.clone()).or_insert_with(|| Instance::of(other.host.clone()));
+            known.host = other.host.clone();
+            (known.is_elsewhere, known.leaves_at_ms) = (true, None);
+            (known.revision, known.error) = (other.revision, other.error.clone());
+            let before = known.endpoint.replace(endpoint.clone());
+            if before.is_none_or(|before| (before.address, before.ready) != (address, other.ready)) {
+                moved.up.push(endpoint.message(&other.instance));
+            }
+            told.insert(other.instance.clone());
+        }
+        let named: HashSet<&InstanceId> = stored.iter().map(|other| &other.instance).collect();
+        for (id, instance) in self.instances.iter_mut().filter(|(_, instance)| instance.is_elsewhere) {
+            if !told.contains(id) && instance.leaves_at_ms.is_none() {
+                // Still written down, by one that is gone: its agent may be on its way.
+                let grace = if named.contains(id) { RESTART_GRACE_MS } else { GRACE_MS };
+                instance.leaves_at_ms = Some(now_ms + grace);
+            }
+        }
+        moved
+    }
+
+    /// Hosts and what they may run, as they are written down now.
+    pub fn refresh(&mut self, hosts: Vec<StoredHost>, entitlements: Vec<(ServiceName, BTreeSet<ServiceName>)>) {
+        for stored in hosts {
+            match self.hosts.get_mut(&stored.host) {
+                Some(known) if known.connected => {}
+                Some(known) => known.stored = stored,
+                None => drop(self.hosts.insert(stored.host.clone(), Host { stored, connected: false })),
+            }
+        }
+        let entitlements: BTreeMap<_, _> = entitlements.into_iter().collect();
+        let ended: Vec<_> =
+            self.entitlements.keys().filter(|host| !entitlements.contains_key(*host)).cloned().collect();
+        ended.iter().for_each(|host| self.entitle(host, None));
+        for (host, services) in entitlements {
+            if self.entitlements.get(&host) != Some(&services) {
+                self.entitle(&host, Some(services));
+            }
+        }
+    }
+
     /// Everything that can be reached.
     pub fn reachable(&self) -> Vec<mesh::Endpoint> {
         self.instances.iter().filter_map(|(id, instance)| Some(instance.endpoint.as_ref()?.message(id))).collect()
@@ -262,15 +323,20 @@ impl Registry {
     /// What each proxy of a connected host enforces.
     pub fn proxies(&self) -> impl Iterator<Item = ProxyRevision> + '_ {
         let connected = |instance: &&Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
-        self.instances.iter().filter(move |(_, i)| i.endpoint.is_some() && connected(i)).map(|(id, instance)| {
-            ProxyRevision { instance: id.clone(), revision: instance.revision, error: instance.error.clone() }
-        })
+        self.instances.iter().filter(move |(_, i)| i.endpoint.is_some() && (follows_another(i) || connected(i))).map(
+            |(id, instance)| ProxyRevision {
+                instance: id.clone(),
+                revision: instance.revision,
+                error: instance.error.clone(),
+            },
+        )
     }
 
     /// Whether each of these proxies enforces `revision` or a later one.
     pub fn all_enforce(&self, revision: Revision) -> bool {
         let connected = |instance: &Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
-        self.instances.values().all(|i| i.revision >= revision || i.endpoint.is_none() || !connected(i))
+        let is_waited_for = |i: &Instance| i.endpoint.is_some() && (follows_another(i) || connected(i));
+        self.instances.values().all(|i| i.revision >= revision || !is_waited_for(i))
     }
 
     /// Where instances of any of `services` run.
@@ -341,13 +407,17 @@ impl Registry {
                 ready: endpoint.ready,
                 admin: endpoint.admin.clone(),
                 isolation: endpoint.isolation.clone(),
+                replica: String::new(),
+                revision: instance.revision,
+                error: instance.error.clone(),
             })
         };
-        self.instances.iter().filter_map(stored).collect()
+        self.instances.iter().filter(|(_, instance)| !instance.is_elsewhere).filter_map(stored).collect()
     }
 
     fn expect_again(&mut self, host: &ServiceName, now_ms: u64) {
         for instance in self.instances.values_mut().filter(|instance| instance.host == *host) {
+            instance.is_elsewhere = false;
             instance.leaves_at_ms = Some(now_ms + GRACE_MS);
         }
     }
@@ -365,13 +435,29 @@ impl Registry {
             }
             None => {}
         }
-        Ok(self.instances.entry(id.clone()).or_insert_with(|| Instance::of(host.clone())))
+        let instance = self.instances.entry(id.clone()).or_insert_with(|| Instance::of(host.clone()));
+        // Its agent speaks to us now.
+        instance.is_elsewhere = false;
+        Ok(instance)
     }
+}
+
+/// Its agent is connected to another control plane that runs.
+fn follows_another(instance: &Instance) -> bool {
+    instance.is_elsewhere && instance.leaves_at_ms.is_none()
 }
 
 impl Instance {
     fn of(host: ServiceName) -> Self {
-        Self { host, endpoint: None, revision: Revision(0), error: None, svid_expires_at_ms: 0, leaves_at_ms: None }
+        Self {
+            host,
+            endpoint: None,
+            revision: Revision(0),
+            error: None,
+            svid_expires_at_ms: 0,
+            leaves_at_ms: None,
+            is_elsewhere: false,
+        }
     }
 }
 

@@ -90,6 +90,15 @@ pub(crate) fn waiting(plane: &Plane) -> Option<String> {
 /// ledger.
 pub async fn rotate(plane: &Arc<Plane>, asked: Rotate) -> Result<Rotated, Problem> {
     let Rotate { next: place, shown } = asked;
+    let replica = plane.replica.clone();
+    let beat = move |store: &mut dyn crate::store::Store| store.beat(&replica, crate::replicas::ALIVE_MS);
+    let others = plane.storage.run("replicas", beat).await.map_err(|error| local_api::store_problem(&error))?;
+    if !others.is_empty() {
+        let help = "stop them, rotate, and start them with the new key";
+        let title =
+            format!("{} other control planes run on this store, and would go on with the old key", others.len());
+        return Err(problem(409, title, None, Some(help)));
+    }
     let opened = tokio::task::spawn_blocking(move || SealingKey::open(&place, true)).await;
     let opened = opened.map_err(|_| local_api::append_problem(ledger::AppendError::Stopping))?;
     let next = opened.map_err(|error| {

@@ -11,13 +11,18 @@ use tokio::sync::{mpsc, oneshot};
 use countersign_api::local::{Caller, RecordFilter};
 use countersign_core::{
     canonical::Digest,
+    change::Revision,
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
 };
 
 use crate::{authority::seal::NotSealed, metrics::StoreLatency};
 
+pub mod migrate;
+pub mod postgres;
 pub mod sqlite;
+#[cfg(test)]
+mod suite;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -33,6 +38,12 @@ pub const PROPOSALS_OPEN_MAX: u32 = 256;
 pub const PROPOSALS_MAX: u32 = 1_024;
 /// Bytes that all proposals that wait may have together.
 pub const PROPOSALS_OPEN_BYTES_MAX: u64 = 256 << 20;
+
+/// Join tokens that may be open at the same time.
+const INVITATIONS_MAX: u32 = 1_000;
+/// Records that one question reads at most before its filter is satisfied.
+const RECORDS_READ_MAX: u32 = RECORDS_MAX;
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// One ledger entry as it lies on the disk; unverified until the ledger has folded it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,6 +123,12 @@ pub struct StoredInstance {
     pub admin: String,
     /// `namespace` or `none`.
     pub isolation: String,
+    /// The control plane that its agent follows; empty where there is only one.
+    pub replica: String,
+    /// The revision that its proxy enforced when that was written.
+    pub revision: Revision,
+    /// Why its proxy could not take up a later one.
+    pub error: Option<String>,
 }
 
 /// A certificate that was signed.
@@ -256,6 +273,14 @@ pub enum StoreError {
     /// The key-encryption key did not seal what was to be written.
     #[error("nothing was written: {0}")]
     NotSealed(#[from] NotSealed),
+    /// The database cannot be reached, or does not answer.
+    #[error("the database `{place}` is away: {why}")]
+    Away {
+        /// Which.
+        place: String,
+        /// What happened.
+        why: String,
+    },
     /// Anything else the database says.
     #[error("the store failed: {0}")]
     Failed(String),
@@ -273,6 +298,9 @@ impl StoreError {
             Self::Damaged { .. } => "restore the data directory from a copy, or start with a new one and apply again",
             Self::Newer { .. } => "run the version of countersign that wrote it, or a later one",
             Self::Taken(_) => "plan again on the current revision",
+            Self::Away { .. } => {
+                "start the database, or mend the way to it; proxies go on meanwhile, and what was acknowledged is kept"
+            }
             Self::NotSealed(_) => "is the token there, and its service running? its module's own log says more",
             Self::Failed(_) | Self::Closed => "see the control plane's log; `countersign doctor` checks the files",
         }
@@ -283,6 +311,8 @@ impl StoreError {
 pub trait Store: Send {
     /// Where it is, for people.
     fn place(&self) -> String;
+    /// Whether other control planes may write to it too.
+    fn is_shared(&self) -> bool;
 
     /// The size and root written with the last entry; `None` while there is none.
     fn head(&mut self) -> Result<Option<StoredHead>, StoreError>;
@@ -297,8 +327,15 @@ pub trait Store: Send {
     fn has_keys(&mut self) -> Result<bool, StoreError>;
     /// A sealed secret or a public certificate of the authority.
     fn key(&mut self, name: &str) -> Result<Option<Vec<u8>>, StoreError>;
+    /// Several of them as they are at one moment.
+    fn keys(&mut self, names: &[&str]) -> Result<Vec<Option<Vec<u8>>>, StoreError>;
     /// Keeps several of them at once.
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError>;
+
+    /// Keeps several at once if none of them is there; false, and nothing is kept, when one is: then somebody else was first.
+    fn create_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<bool, StoreError>;
+    /// Keeps `keys` if what is kept as `name` is still what was `seen`; false when somebody else was faster.
+    fn swap_key(&mut self, name: &str, seen: &[u8], keys: &[(&str, &[u8])]) -> Result<bool, StoreError>;
 
     /// Everything sealed that it keeps: keys under their names other than certificates and notes, what verifies codes, the head.
     fn sealed(&mut self) -> Result<Vec<(SealedAt, Vec<u8>)>, StoreError>;
@@ -382,8 +419,10 @@ pub trait Store: Send {
 
     /// The instances last written down.
     fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError>;
-    /// Replaces them.
-    fn put_instances(&mut self, instances: &[StoredInstance]) -> Result<(), StoreError>;
+    /// Replaces those of one control plane, and takes over those of others that it names.
+    fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError>;
+    /// Notes that this control plane runs, and names the others that did within `alive_ms`, by the clock of the store.
+    fn beat(&mut self, replica: &str, alive_ms: u64) -> Result<Vec<String>, StoreError>;
 
     /// Notes a certificate before it is handed out, and forgets those that expired a day ago.
     fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError>;
@@ -396,6 +435,11 @@ pub trait Store: Send {
     fn callers(&mut self, service: &ServiceName, limit: u32) -> Result<Vec<Caller>, StoreError>;
 }
 
+/// As a column holds them: a JSON array.
+fn names_to_text(names: &BTreeSet<ServiceName>) -> Result<String, StoreError> {
+    serde_json::to_string(names).map_err(|e| StoreError::Failed(e.to_string()))
+}
+
 type Job = Box<dyn FnOnce(&mut dyn Store) + Send>;
 
 /// The door to the store for tasks: jobs run one after the other on one thread.
@@ -404,24 +448,30 @@ pub struct Storage {
     jobs: mpsc::Sender<Job>,
     latency: StoreLatency,
     place: Arc<str>,
+    is_shared: bool,
 }
 
 impl Storage {
     /// Starts the storage thread.
     pub fn start(mut store: Box<dyn Store>, latency: StoreLatency) -> std::io::Result<Self> {
         let (jobs, mut waiting) = mpsc::channel::<Job>(JOBS_MAX);
-        let place = store.place().into();
+        let (place, is_shared) = (store.place().into(), store.is_shared());
         std::thread::Builder::new().name("countersign-store".into()).spawn(move || {
             while let Some(job) = waiting.blocking_recv() {
                 job(&mut *store);
             }
         })?;
-        Ok(Self { jobs, latency, place })
+        Ok(Self { jobs, latency, place, is_shared })
     }
 
     /// Where the store is, for people.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// Whether other control planes may write to it too.
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
     }
 
     /// Runs `job` on the storage thread. The job runs to its end even when the caller stops waiting.

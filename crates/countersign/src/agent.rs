@@ -34,9 +34,9 @@ pub struct AgentArguments {
     /// The mesh directory, for how to run its services
     #[arg(value_name = "DIR")]
     pub mesh: Option<PathBuf>,
-    /// Where the control plane listens
-    #[arg(long, value_name = "https://IP:PORT")]
-    pub control: String,
+    /// Where the control plane listens; each of them, where there are several
+    #[arg(long, value_name = "https://IP:PORT", value_delimiter = ',', required = true)]
+    pub control: Vec<String>,
     /// A join token of `countersign host invite`; not needed by a host that has joined before
     #[arg(long, value_name = "TOKEN", env = "COUNTERSIGN_JOIN", hide_env_values = true)]
     pub join: Option<String>,
@@ -74,7 +74,7 @@ pub async fn agent(arguments: AgentArguments, global: &Global, telemetry: &Telem
     let agent = start(AgentConfig {
         data_dir: place.data_dir.clone(),
         host: arguments.host.unwrap_or_else(serve::host_name),
-        control: arguments.control,
+        control: arguments.control.join(","),
         join: arguments.join,
         address: arguments.address,
         workloads,

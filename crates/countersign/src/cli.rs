@@ -21,7 +21,7 @@ use crate::{
     render::{Output, Paint},
     run,
     sealing_key::NextSealingKeyArguments,
-    service, session, status,
+    service, session, status, store,
     telemetry::{self, Telemetry},
     up,
 };
@@ -67,6 +67,9 @@ pub enum Command {
     Control(control::ControlArguments),
     /// Run the agent of a host: its workloads and their sidecars
     Agent(agent::AgentArguments),
+    /// Where the control plane keeps everything
+    #[command(subcommand)]
+    Store(store::StoreCommand),
     /// Hosts that may run workloads
     #[command(subcommand)]
     Host(HostVerb),
@@ -308,6 +311,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Run(arguments) => return serve(async |telemetry| run::run(arguments, &global, telemetry).await),
         Command::Control(arguments) => serve(async |telemetry| control::control(arguments, &global, telemetry).await),
         Command::Agent(arguments) => serve(async |telemetry| agent::agent(arguments, &global, telemetry).await),
+        Command::Store(command) => ask(store::store(command)),
         Command::Plan(arguments) => ask(apply::plan(arguments, &global)),
         Command::Apply(arguments) => ask(apply::apply(arguments, &global)),
         Command::Propose(arguments) => ask(propose::propose(arguments, &global)),

@@ -10,6 +10,7 @@ use countersign_control::{
     advertise::Advertise,
     pipelines,
     site::{SiteConfig, place::TlsFiles},
+    store::postgres::PostgresUrl,
 };
 use countersign_core::identity::TrustDomain;
 
@@ -55,6 +56,9 @@ pub struct ControlArguments {
     /// The mesh directory whose data directory it uses; not needed with --data-dir
     #[arg(value_name = "DIR")]
     pub mesh: Option<PathBuf>,
+    /// The PostgreSQL database that several control planes share: postgres://USER@HOST/DATABASE [default: a file in the data directory]
+    #[arg(long, value_name = "URL", env = "COUNTERSIGN_STORE", hide_env_values = true)]
+    pub store: Option<String>,
     /// Where agents connect
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7443")]
     pub listen: SocketAddr,
@@ -112,6 +116,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
     let site = arguments.dashboard.map(|listen| SiteConfig { listen, origin: arguments.dashboard_origin, tls });
     let config = ControlConfig {
         data_dir: place.data_dir.clone(),
+        store: store(arguments.store.as_deref())?,
         listen: arguments.listen,
         advertise: arguments.advertise,
         accept_rollback: arguments.accept_rollback,
@@ -138,6 +143,16 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
     }
     control.stop().await;
     Ok(())
+}
+
+/// The shared database, if one is named.
+fn store(given: Option<&str>) -> Result<Option<PostgresUrl>, Failure> {
+    let help = "write `postgres://USER@HOST/DATABASE`; another machine also needs `?sslrootcert=FILE`";
+    given
+        .map(|given| {
+            PostgresUrl::parse(given).map_err(|e| Failure::usage("could not use --store").because(&e).help(help))
+        })
+        .transpose()
 }
 
 /// Starts it, or says why not.

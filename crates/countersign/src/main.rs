@@ -36,6 +36,7 @@ mod service;
 mod session;
 mod sign;
 mod status;
+mod store;
 mod telemetry;
 mod tell;
 mod up;

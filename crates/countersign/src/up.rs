@@ -108,6 +108,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
     let directory = mesh_directory::load(dir)?;
     let told = serve::until_told()?;
     let control = control::start(ControlConfig {
+        store: None,
         data_dir: place.data_dir.clone(),
         listen: arguments.listen,
         advertise: arguments.advertise,

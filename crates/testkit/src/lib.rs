@@ -6,6 +6,8 @@
 //! | [`authority`] | a root, an intermediate, and SVIDs with any defect |
 //! | [`authenticator`] | an authenticator app, as on the phone of an operator |
 //! | [`security_key`] | a WebAuthn authenticator that does what it is told |
+//! | [`postgres`] | a PostgreSQL server of its own, to be killed and started again |
+//! | [`partition`] | a way to it that can be cut |
 //! | [`agent`] | an agent that does what the test says, for a sidecar on the other end |
 //!
 //! A whole mesh in one process, on a clock of its own, stands in `tests/simulation`: it is made of what is tested.
@@ -13,4 +15,6 @@
 pub mod agent;
 pub mod authenticator;
 pub mod authority;
+pub mod partition;
+pub mod postgres;
 pub mod security_key;

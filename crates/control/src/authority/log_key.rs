@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use zeroize::Zeroizing;
+
 use countersign_core::{
     canonical::Digest,
     identity::TrustDomain,
@@ -15,8 +17,8 @@ use super::{
 };
 use crate::store::{Storage, StoreError};
 
-const LOG_KEY: &str = "authority/log/key";
-const LOG_SIGNED: &str = "authority/log/signed";
+pub(super) const LOG_KEY: &str = "authority/log/key";
+pub(super) const LOG_SIGNED: &str = "authority/log/signed";
 
 /// The key that signs the checkpoints of one ledger.
 pub struct LogKey {
@@ -56,8 +58,8 @@ impl LogKey {
         storage: Storage,
         sealer: Arc<Sealer>,
     ) -> Result<Option<Self>, AuthorityError> {
-        let read = storage.run("authority_keys", |store| Ok((store.key(LOG_KEY)?, store.key(LOG_SIGNED)?))).await?;
-        let sealed = match read {
+        let mut read = storage.run("authority_keys", |store| store.keys(&[LOG_KEY, LOG_SIGNED])).await?;
+        let sealed = match (read.remove(0), read.remove(0)) {
             (Some(key), Some(_)) => key,
             (None, None) => return Ok(None),
             // They are written together: whoever took one of the two away wants a second history signed.
@@ -77,17 +79,24 @@ impl LogKey {
         storage: Storage,
         sealer: Arc<Sealer>,
     ) -> Result<Self, AuthorityError> {
+        let (made, secret) = Self::make(trust_domain, storage, sealer);
+        let seals = made.sealer.clone();
+        made.storage
+            .run("authority_keys", move |store| {
+                let [key, nothing] = secret.seal(&seals)?;
+                store.put_keys(&[(LOG_KEY, &key), (LOG_SIGNED, &nothing)])
+            })
+            .await?;
+        Ok(made)
+    }
+
+    /// Makes a key that is not kept yet.
+    pub(super) fn make(trust_domain: &TrustDomain, storage: Storage, sealer: Arc<Sealer>) -> (Self, NewLogKey) {
         let origin = origin_of(trust_domain);
         let (key, seed) = NoteKey::generate(&origin, SignatureKind::Ed25519)
             .expect("INVARIANT: a trust domain makes the name of a key");
-        let seals = sealer.clone();
-        storage
-            .run("authority_keys", move |store| {
-                let nothing = seals.seal(LOG_SIGNED, &encode(0, Frontier::default().root()))?;
-                store.put_keys(&[(LOG_KEY, &seals.seal(LOG_KEY, &*seed)?), (LOG_SIGNED, &nothing)])
-            })
-            .await?;
-        Ok(Self { key, origin, sealer, storage, signing: tokio::sync::Mutex::default() })
+        let seed = Zeroizing::new(seed.to_vec());
+        (Self { key, origin, sealer, storage, signing: tokio::sync::Mutex::default() }, NewLogKey(seed))
     }
 
     /// What verifies its signatures.
@@ -101,24 +110,40 @@ impl LogKey {
     /// root are durable before the signature leaves: not even a crash makes two that disagree.
     pub async fn sign(&self, size: u64, root_at: impl Fn(u64) -> Option<Digest>) -> Result<Note, SignError> {
         let _one_by_one = self.signing.lock().await;
-        let sealed = self.storage.run("log_signed", |store| store.key(LOG_SIGNED)).await?;
-        let last = self.sealer.unseal(LOG_SIGNED, &sealed.unwrap_or_default())?;
-        let (signed, signed_root) = decode(&last).ok_or(Unopened::Changed)?;
-        let Some(root) = root_at(size).filter(|_| root_at(signed) == Some(signed_root)) else {
-            return Err(SignError::Disagrees { signed, held: size });
-        };
-        if size > signed {
+        let root = loop {
+            let sealed = self.storage.run("log_signed", |store| store.key(LOG_SIGNED)).await?.unwrap_or_default();
+            let last = self.sealer.unseal(LOG_SIGNED, &sealed)?;
+            let (signed, signed_root) = decode(&last).ok_or(Unopened::Changed)?;
+            let Some(root) = root_at(size).filter(|_| root_at(signed) == Some(signed_root)) else {
+                return Err(SignError::Disagrees { signed, held: size });
+            };
+            if size <= signed {
+                break root;
+            }
             let seals = self.sealer.clone();
-            self.storage
-                .run("log_signed", move |store| {
-                    store.put_keys(&[(LOG_SIGNED, &seals.seal(LOG_SIGNED, &encode(size, root))?)])
-                })
-                .await?;
-        }
+            let swap = self.storage.run("log_signed", move |store| {
+                let next = seals.seal(LOG_SIGNED, &encode(size, root))?;
+                store.swap_key(LOG_SIGNED, &sealed, &[(LOG_SIGNED, &next)])
+            });
+            // Another control plane signed meanwhile: what it signed is compared first.
+            if swap.await? {
+                break root;
+            }
+        };
         let text =
             Checkpoint::new(&self.origin, size, root).expect("INVARIANT: an origin, and a root of a tree").encode();
         let signature = self.key.sign(&text);
         Ok(Note::new(text, vec![signature]).expect("INVARIANT: a checkpoint is the text of a note"))
+    }
+}
+
+/// The seed of a key that is not kept yet.
+pub(super) struct NewLogKey(Zeroizing<Vec<u8>>);
+
+impl NewLogKey {
+    /// Under [`LOG_KEY`] and [`LOG_SIGNED`]: the seed, and that nothing was signed.
+    pub(super) fn seal(&self, sealer: &Sealer) -> Result<[Vec<u8>; 2], StoreError> {
+        Ok([sealer.seal(LOG_KEY, &self.0)?, sealer.seal(LOG_SIGNED, &encode(0, Frontier::default().root()))?])
     }
 }
 

@@ -37,6 +37,7 @@ impl Mesh {
         let now_ms = Arc::new(AtomicU64::new(1_790_000_000_000));
         let told = now_ms.clone();
         let config = ControlConfig {
+            store: None,
             advertise: None,
             accept_rollback: false,
             data_dir: dir.path().into(),

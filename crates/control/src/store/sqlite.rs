@@ -22,13 +22,14 @@ use countersign_core::{
 };
 
 use super::{
-    CERTIFICATE_SUFFIX, Document, EDGES_MAX, IssuedSerial, NOTE_PREFIX, NewEntry, NewInvitation, PROPOSALS_MAX,
-    PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, Resealed, SealedAt, Spent, Store, StoreError,
-    StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance, StoredProposal,
+    CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
+    NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
+    Resealed, SealedAt, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance,
+    StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
-const SCHEMA: &[&str] = &[
+pub(super) const SCHEMA: &[&str] = &[
     "
     CREATE TABLE entries (
         idx    INTEGER PRIMARY KEY CHECK (idx >= 0),
@@ -154,13 +155,17 @@ const SCHEMA: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX documents_expiry ON documents (kind, expires_at_ms);
 ",
+    "
+    -- Which of several control planes an instance's agent follows, and what its proxy said last.
+    ALTER TABLE instances ADD COLUMN replica TEXT NOT NULL DEFAULT '';
+    ALTER TABLE instances ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE instances ADD COLUMN error TEXT;
+    CREATE TABLE replicas (
+        replica    TEXT PRIMARY KEY,
+        seen_at_ms INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+",
 ];
-
-/// Join tokens that may be open at the same time.
-const INVITATIONS_MAX: u32 = 1_000;
-/// Records that one question reads at most before its filter is satisfied.
-const RECORDS_READ_MAX: u32 = RECORDS_MAX;
-const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// One SQLite file.
 pub struct SqliteStore {
@@ -224,6 +229,10 @@ impl SqliteStore {
 impl Store for SqliteStore {
     fn place(&self) -> String {
         self.path.clone()
+    }
+
+    fn is_shared(&self) -> bool {
+        false
     }
 
     fn head(&mut self) -> Result<Option<StoredHead>, StoreError> {
@@ -296,12 +305,46 @@ impl Store for SqliteStore {
         Ok(self.rows("SELECT bytes FROM keys WHERE name = ?1", &[&name], |row| row.get(0))?.into_iter().next())
     }
 
+    fn keys(&mut self, names: &[&str]) -> Result<Vec<Option<Vec<u8>>>, StoreError> {
+        self.write(|t| {
+            let mut read = t.prepare_cached("SELECT bytes FROM keys WHERE name = ?1")?;
+            names.iter().map(|name| read.query_row([name], |row| row.get(0)).optional()).collect()
+        })
+    }
+
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError> {
         self.write(|t| {
             for (name, bytes) in keys {
                 t.execute("INSERT OR REPLACE INTO keys VALUES (?1, ?2)", params![name, bytes])?;
             }
             Ok(())
+        })
+    }
+
+    fn create_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<bool, StoreError> {
+        self.write(|t| {
+            for (name, _) in keys {
+                if t.query_row("SELECT 1 FROM keys WHERE name = ?1", [name], |_| Ok(())).optional()?.is_some() {
+                    return Ok(false);
+                }
+            }
+            for (name, bytes) in keys {
+                t.execute("INSERT INTO keys VALUES (?1, ?2)", params![name, bytes])?;
+            }
+            Ok(true)
+        })
+    }
+
+    fn swap_key(&mut self, name: &str, seen: &[u8], keys: &[(&str, &[u8])]) -> Result<bool, StoreError> {
+        self.write(|t| {
+            let sql = "SELECT 1 FROM keys WHERE name = ?1 AND bytes = ?2";
+            if t.query_row(sql, params![name, seen], |_| Ok(())).optional()?.is_none() {
+                return Ok(false);
+            }
+            for (name, bytes) in keys {
+                t.execute("INSERT OR REPLACE INTO keys VALUES (?1, ?2)", params![name, bytes])?;
+            }
+            Ok(true)
         })
     }
 
@@ -335,7 +378,7 @@ impl Store for SqliteStore {
     }
 
     fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError> {
-        let services = invitation.services.as_ref().map(names_to_text).transpose()?;
+        let services = invitation.services.as_ref().map(super::names_to_text).transpose()?;
         self.write(|t| {
             // Kept for a day after their end, so that a late holder learns why it is refused.
             t.execute("DELETE FROM invitations WHERE expires_at_ms < ?1", [signed(now_ms.saturating_sub(DAY_MS))])?;
@@ -662,14 +705,18 @@ impl Store for SqliteStore {
                 ready: row.get(3)?,
                 admin: row.get(4)?,
                 isolation: row.get(5)?,
+                replica: row.get(6)?,
+                revision: Revision(unsigned(row, 7)?),
+                error: row.get(8)?,
             })
         })
     }
 
-    fn put_instances(&mut self, instances: &[StoredInstance]) -> Result<(), StoreError> {
+    fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError> {
         self.write(|t| {
-            t.execute("DELETE FROM instances", [])?;
-            let mut insert = t.prepare_cached("INSERT INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+            t.execute("DELETE FROM instances WHERE replica = ?1", [replica])?;
+            let mut insert =
+                t.prepare_cached("INSERT OR REPLACE INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?;
             for i in instances {
                 insert.execute(params![
                     i.instance.as_str(),
@@ -677,10 +724,25 @@ impl Store for SqliteStore {
                     i.address,
                     i.ready,
                     i.admin,
-                    i.isolation
+                    i.isolation,
+                    replica,
+                    signed(i.revision.0),
+                    i.error
                 ])?;
             }
             Ok(())
+        })
+    }
+
+    fn beat(&mut self, replica: &str, alive_ms: u64) -> Result<Vec<String>, StoreError> {
+        self.write(|t| {
+            let now: i64 = t.query_row("SELECT CAST(unixepoch('subsec') * 1000 AS INTEGER)", [], |row| row.get(0))?;
+            t.execute("INSERT OR REPLACE INTO replicas VALUES (?1, ?2)", params![replica, now])?;
+            t.execute("DELETE FROM replicas WHERE seen_at_ms < ?1", [now - signed(DAY_MS)])?;
+            let sql = "SELECT replica FROM replicas WHERE replica <> ?1 AND seen_at_ms >= ?2 ORDER BY 1";
+            let mut others = t.prepare_cached(sql)?;
+            let others = others.query_map(params![replica, now - signed(alive_ms)], |row| row.get(0))?;
+            others.collect()
         })
     }
 
@@ -829,7 +891,7 @@ fn unusable(error: &io::Error, path: &str) -> StoreError {
     }
 }
 
-fn sort(error: rusqlite::Error, path: &str) -> StoreError {
+pub(super) fn sort(error: rusqlite::Error, path: &str) -> StoreError {
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => StoreError::Full(path.into()),
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
@@ -864,10 +926,6 @@ fn stored_proposal(row: &Row<'_>) -> rusqlite::Result<StoredProposal> {
     })
 }
 
-fn names_to_text(names: &BTreeSet<ServiceName>) -> Result<String, StoreError> {
-    serde_json::to_string(names).map_err(|e| StoreError::Failed(e.to_string()))
-}
-
 fn names_of_text(column: usize, text: &str) -> rusqlite::Result<BTreeSet<ServiceName>> {
     serde_json::from_str(text)
         .map_err(|e| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e)))
@@ -896,45 +954,6 @@ mod tests {
         ServiceName::parse(given).unwrap()
     }
 
-    fn until(expires_at_ms: u64, only: Option<&str>, services: Option<&[&str]>) -> NewInvitation {
-        let services = services.map(|names| names.iter().map(|name| host(name)).collect());
-        NewInvitation { expires_at_ms, host: only.map(host), services }
-    }
-
-    #[test]
-    fn a_join_token_is_spent_once_in_time_and_by_whom_it_is_for() {
-        let (mut store, _dir) = open();
-        let [bound, free] = [Digest::of(b"bound"), Digest::of(b"free")];
-        assert!(store.put_invitation(&bound, &until(1_000, Some("h1"), Some(&["web"])), 0).unwrap());
-        assert!(store.put_invitation(&free, &until(1_000, None, None), 0).unwrap());
-        let web = || Some(BTreeSet::from([host("web")]));
-        for (hash, by, at_ms, expected) in [
-            (Digest::of(b"other"), "h1", 0, Spent::Unknown),
-            (bound, "h2", 0, Spent::OtherHost),
-            (bound, "h1", 1_001, Spent::Expired),
-            (bound, "h1", 1_000, Spent::Admitted(web())),
-            (bound, "h1", 1_000, Spent::Used),
-            (bound, "h2", 2_000, Spent::Used),
-            (free, "h9", 1, Spent::Admitted(None)),
-            (free, "h9", 1, Spent::Used),
-        ] {
-            assert_eq!(store.spend_invitation(&hash, &host(by), at_ms).unwrap(), expected, "{by} at {at_ms}");
-        }
-        assert_eq!(store.entitlements().unwrap(), [(host("h1"), web().unwrap())]);
-    }
-
-    #[test]
-    fn a_host_may_run_what_its_last_invitation_says() {
-        let (mut store, _dir) = open();
-        for (services, expected) in [(Some(&["a", "b"][..]), 1), (None, 0), (Some(&["a"]), 1)] {
-            let hash = Digest::of(&fastrand::u128(..).to_be_bytes());
-            store.put_invitation(&hash, &until(1_000, None, services), 0).unwrap();
-            store.spend_invitation(&hash, &host("h1"), 0).unwrap();
-            assert_eq!(store.entitlements().unwrap().len(), expected, "{services:?}");
-        }
-        assert_eq!(store.entitlements().unwrap()[0].1, BTreeSet::from([host("a")]));
-    }
-
     #[test]
     fn a_file_of_an_earlier_version_is_brought_up_to_date_with_what_it_holds() {
         let dir = tempfile::tempdir().unwrap();
@@ -947,91 +966,6 @@ mod tests {
         drop(old);
         let mut store = SqliteStore::open(&path).unwrap();
         assert_eq!(store.spend_invitation(&hash, &host("h1"), 0).unwrap(), Spent::Admitted(None));
-    }
-
-    #[test]
-    fn callers_of_a_service_are_told_most_permitted_first() {
-        let (mut store, _dir) = open();
-        let edge = |from: &str, to: &str, permits| EdgeCount {
-            principal: format!("spiffe://shop.example/{from}").parse().unwrap(),
-            service: host(to),
-            action: "http:GET".into(),
-            permits,
-            revision: Revision(3),
-        };
-        store
-            .put_report(&[], &[edge("web", "catalog", 2), edge("job", "catalog", 5), edge("web", "other", 9)], 1)
-            .unwrap();
-        store.put_report(&[], &[edge("web", "catalog", 4)], 7).unwrap();
-        let told: Vec<_> = store.callers(&host("catalog"), 10).unwrap();
-        let told: Vec<_> = told.iter().map(|c| (c.principal.as_str(), c.permits, c.seen_at_ms)).collect();
-        assert_eq!(told, [("spiffe://shop.example/web", 6, 7), ("spiffe://shop.example/job", 5, 1)]);
-        assert_eq!(store.callers(&host("catalog"), 1).unwrap().len(), 1);
-    }
-
-    #[test]
-    fn open_join_tokens_are_bounded_and_those_that_ended_make_room() {
-        let (mut store, _dir) = open();
-        for n in 0..INVITATIONS_MAX {
-            assert!(store.put_invitation(&Digest::of(&n.to_be_bytes()), &until(1_000, None, None), 0).unwrap());
-        }
-        assert!(!store.put_invitation(&Digest::of(b"one more"), &until(1_000, None, None), 0).unwrap());
-        assert!(store.put_invitation(&Digest::of(b"later"), &until(5_000, None, None), 1_001).unwrap());
-    }
-
-    #[test]
-    fn an_entry_takes_the_next_position_and_no_other() {
-        let (mut store, _dir) = open();
-        let entry = |index: u64| NewEntry {
-            index,
-            entry: vec![index as u8],
-            leaf: Digest::of(b"leaf"),
-            root: Digest::of(&index.to_be_bytes()),
-            seal: b"seal".to_vec(),
-            digest: Digest::of(b"set"),
-            change_set: b"set".to_vec(),
-            bodies: vec![(Digest::of(b"text"), "text".into())],
-        };
-        assert_eq!(store.append(&entry(1)), Err(StoreError::Taken(1)));
-        store.append(&entry(0)).unwrap();
-        assert_eq!(store.append(&entry(0)), Err(StoreError::Taken(0)));
-        assert_eq!(store.append(&entry(2)), Err(StoreError::Taken(2)));
-        store.append(&entry(1)).unwrap();
-        assert_eq!(
-            store.head().unwrap(),
-            Some(StoredHead { size: 2, root: Digest::of(&1u64.to_be_bytes()), seal: b"seal".to_vec() })
-        );
-        assert_eq!(store.entries(1, 10).unwrap()[0].change_set, b"set");
-        assert_eq!(store.bodies(&[Digest::of(b"text"), Digest::of(b"none")]).unwrap().len(), 1);
-    }
-
-    #[test]
-    fn a_document_is_found_by_kind_and_key_until_it_is_void_and_taken_by_one() {
-        let (mut store, _dir) = open();
-        let document = |key: &str, bytes: &[u8], expires_at_ms| Document {
-            kind: "session",
-            key: key.into(),
-            bytes: bytes.into(),
-            expires_at_ms,
-        };
-        assert!(store.put_document(&document("a", b"1", 1_000), 0, 2).unwrap());
-        assert!(!store.put_document(&document("a", b"2", 1_000), 0, 2).unwrap(), "it is there");
-        assert!(store.put_document(&document("b", b"1", 500), 0, 2).unwrap());
-        assert!(!store.put_document(&document("c", b"1", 1_000), 500, 2).unwrap(), "no room");
-        assert!(store.put_document(&document("c", b"1", 1_000), 501, 2).unwrap(), "what is void makes room");
-        assert_eq!(store.document("session", "a", 1_000).unwrap().as_deref(), Some(&b"1"[..]));
-        assert_eq!(store.document("session", "a", 1_001).unwrap(), None);
-        assert_eq!(store.document("ceremony", "a", 0).unwrap(), None);
-        assert!(!store.swap_document("session", "a", b"0", &document("a", b"2", 2_000)).unwrap());
-        assert!(store.swap_document("session", "a", b"1", &document("a", b"2", 2_000)).unwrap());
-        let all = store.documents("session", 1_001).unwrap();
-        assert_eq!(all, [("a".to_owned(), b"2".to_vec())]);
-        assert_eq!(store.take_document("session", "c", 2_000).unwrap(), None, "too late, and gone");
-        assert_eq!(store.take_document("session", "a", 2_000).unwrap().as_deref(), Some(&b"2"[..]));
-        assert_eq!(store.take_document("session", "a", 2_000).unwrap(), None);
-        assert!(store.put_document(&document("d", b"1", 9_000), 2_000, 2).unwrap());
-        store.forget_documents("session", &["d".into(), "e".into()]).unwrap();
-        assert_eq!(store.documents("session", 0).unwrap(), []);
     }
 
     #[test]

@@ -5,7 +5,26 @@ use std::sync::{
     atomic::{AtomicU8, Ordering},
 };
 
-use super::{sqlite::SqliteStore, *};
+use countersign_testkit::postgres;
+
+use super::{
+    postgres::{PostgresStore, PostgresUrl},
+    sqlite::SqliteStore,
+    *,
+};
+
+/// Runs `test` on an empty store of each sort.
+pub fn on_each(test: impl Fn(&mut dyn Store)) {
+    let dir = tempfile::tempdir().unwrap();
+    test(&mut SqliteStore::open(&dir.path().join("control.db")).unwrap());
+    let server = postgres::Server::start();
+    test(&mut open_postgres(&server));
+}
+
+/// A store on `server`.
+pub fn open_postgres(server: &postgres::Server) -> PostgresStore {
+    PostgresStore::open(PostgresUrl::parse(&server.url()).unwrap()).unwrap()
+}
 
 const NONE: u8 = 0;
 const LOSE: u8 = 1;
@@ -23,15 +42,16 @@ pub struct Faults {
 }
 
 /// The store with its faults.
-pub struct Faulty {
-    inner: SqliteStore,
+pub struct Faulty<S> {
+    inner: S,
     faults: Faults,
+    limit: fn(&S, bool),
 }
 
 impl Faults {
     /// `inner`, with these faults.
-    pub fn around(&self, inner: SqliteStore) -> Faulty {
-        Faulty { inner, faults: self.clone() }
+    pub fn around(&self, inner: SqliteStore) -> Faulty<SqliteStore> {
+        Faulty { inner, faults: self.clone(), limit: SqliteStore::limit_pages }
     }
     /// The next entry is not written.
     pub fn lose_next_append(&self) {
@@ -67,7 +87,7 @@ fn lost() -> StoreError {
     StoreError::Full("a test".into())
 }
 
-impl Store for Faulty {
+impl<S: Store> Store for Faulty<S> {
     fn place(&self) -> String {
         self.inner.place()
     }
@@ -82,8 +102,8 @@ impl Store for Faulty {
     }
     fn append(&mut self, entry: &NewEntry) -> Result<(), StoreError> {
         match self.faults.disk.swap(NONE, Ordering::Relaxed) {
-            FULL => self.inner.limit_pages(true),
-            FREE => self.inner.limit_pages(false),
+            FULL => (self.limit)(&self.inner, true),
+            FREE => (self.limit)(&self.inner, false),
             _ => {}
         }
         match self.faults.append.swap(NONE, Ordering::Relaxed) {
@@ -100,6 +120,9 @@ impl Store for Faulty {
     }
     fn key(&mut self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
         self.inner.key(name)
+    }
+    fn keys(&mut self, names: &[&str]) -> Result<Vec<Option<Vec<u8>>>, StoreError> {
+        self.inner.keys(names)
     }
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError> {
         self.inner.put_keys(keys)
@@ -209,8 +232,20 @@ impl Store for Faulty {
     fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError> {
         self.inner.instances()
     }
-    fn put_instances(&mut self, instances: &[StoredInstance]) -> Result<(), StoreError> {
-        self.inner.put_instances(instances)
+    fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError> {
+        self.inner.put_instances(replica, instances)
+    }
+    fn beat(&mut self, replica: &str, alive_ms: u64) -> Result<Vec<String>, StoreError> {
+        self.inner.beat(replica, alive_ms)
+    }
+    fn is_shared(&self) -> bool {
+        self.inner.is_shared()
+    }
+    fn create_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<bool, StoreError> {
+        self.inner.create_keys(keys)
+    }
+    fn swap_key(&mut self, name: &str, seen: &[u8], keys: &[(&str, &[u8])]) -> Result<bool, StoreError> {
+        self.inner.swap_key(name, seen, keys)
     }
     fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError> {
         self.inner.put_serial(serial)

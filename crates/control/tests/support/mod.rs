@@ -45,6 +45,7 @@ pub fn trust_domain() -> TrustDomain {
 
 pub fn config(data_dir: PathBuf) -> ControlConfig {
     ControlConfig {
+        store: None,
         advertise: None,
         accept_rollback: false,
         data_dir,

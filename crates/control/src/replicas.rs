@@ -1,0 +1,89 @@
+//! Several control planes on one store: each takes up what the others wrote and says which agents follow it. A notice of the
+//! database only wakes; what its tables hold counts, and they are looked at every second without one.
+//!
+//! Writes nothing to the ledger, and decides nothing about an agent that is connected here.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+
+use crate::{
+    Plane, error_chain,
+    ledger::AppendError,
+    publish::Elsewhere,
+    store::{
+        StoreError,
+        postgres::{PostgresUrl, listen},
+    },
+};
+
+/// How often the store is looked at when nothing wakes.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Notices come in bunches: what came within this time is looked at once.
+const GATHER: Duration = Duration::from_millis(5);
+/// A control plane that has not said for so long that it runs does not.
+pub(crate) const ALIVE_MS: u64 = 5_000;
+const SYNC_APART: Duration = Duration::from_millis(250);
+
+/// A name for this run of this control plane.
+pub(crate) fn name() -> String {
+    let mut bytes = [0; 8];
+    aws_lc_rs::rand::fill(&mut bytes).expect("INVARIANT: the system's random source does not fail");
+    hex::encode(bytes)
+}
+
+/// Follows the store for as long as the control plane lives.
+pub(crate) async fn follow(plane: Arc<Plane>, url: PostgresUrl) {
+    let (woken, mut wakes) = mpsc::channel(1);
+    tokio::spawn(listen(url, woken));
+    let mut shared_at = tokio::time::Instant::now();
+    loop {
+        let _ = tokio::time::timeout(LOOK_EVERY, wakes.recv()).await;
+        tokio::time::sleep(GATHER).await;
+        let before = plane.ledger.head().follower.revision();
+        let caught_up = plane.ledger.catch_up().await;
+        if plane.ledger.head().follower.revision() > before {
+            plane.mark().await;
+        }
+        match caught_up {
+            Ok(()) => plane.note("store", None),
+            Err(error) => {
+                match error {
+                    AppendError::Forked(_) => tracing::error!(%error, "the store is not followed any more"),
+                    _ => tracing::warn!(error = %error_chain(&error), "the store could not be read"),
+                }
+                plane.note("store", Some(error_chain(&error)));
+                continue;
+            }
+        }
+        let created = plane.ledger.head().follower.state().trust_domain.clone();
+        if let (None, Some(trust_domain)) = (plane.authority(), created)
+            && let Err(error) = plane.begin_authority(&trust_domain).await
+        {
+            plane.note("authority", Some(format!("the authority could not be opened: {}", error_chain(&error))));
+        }
+        if tokio::time::Instant::now() >= shared_at {
+            shared_at = tokio::time::Instant::now() + SYNC_APART;
+            if let Err(error) = share(&plane).await {
+                tracing::warn!(%error, "what other control planes know could not be read");
+            }
+        }
+    }
+}
+
+/// Says that this one runs, and takes in what the others say of their agents.
+pub(crate) async fn share(plane: &Plane) -> Result<(), StoreError> {
+    let replica = plane.replica.clone();
+    let others = plane.storage.run("replicas", move |store| {
+        let alive = store.beat(&replica, ALIVE_MS)?.into_iter().collect();
+        let (instances, hosts, entitlements) = (store.instances()?, store.hosts()?, store.entitlements()?);
+        Ok(Elsewhere { alive, instances, hosts, entitlements })
+    });
+    let others = others.await?;
+    plane.publisher.elsewhere(&plane.replica, others, plane.clock.now_ms());
+    if let Some(instances) = plane.publisher.unsaved_instances() {
+        let replica = plane.replica.clone();
+        plane.storage.run("put_instances", move |store| store.put_instances(&replica, &instances)).await?;
+    }
+    Ok(())
+}

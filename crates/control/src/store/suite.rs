@@ -1,0 +1,333 @@
+//! What every store must do, whatever keeps it: each test runs on SQLite and on a PostgreSQL server of its own. A machine without
+//! PostgreSQL fails them and says what to install.
+
+use std::collections::BTreeSet;
+
+use countersign_core::{change::Revision, record::EdgeCount};
+use countersign_testkit::postgres::Server;
+
+use super::{
+    testing::{on_each, open_postgres},
+    *,
+};
+
+fn host(given: &str) -> ServiceName {
+    ServiceName::parse(given).unwrap()
+}
+
+fn until(expires_at_ms: u64, only: Option<&str>, services: Option<&[&str]>) -> NewInvitation {
+    let services = services.map(|names| names.iter().map(|name| host(name)).collect());
+    NewInvitation { expires_at_ms, host: only.map(host), services }
+}
+
+#[test]
+fn a_join_token_is_spent_once_in_time_and_by_whom_it_is_for() {
+    on_each(|store| {
+        let [bound, free] = [Digest::of(b"bound"), Digest::of(b"free")];
+        assert!(store.put_invitation(&bound, &until(1_000, Some("h1"), Some(&["web"])), 0).unwrap());
+        assert!(store.put_invitation(&free, &until(1_000, None, None), 0).unwrap());
+        let web = || Some(BTreeSet::from([host("web")]));
+        for (hash, by, at_ms, expected) in [
+            (Digest::of(b"other"), "h1", 0, Spent::Unknown),
+            (bound, "h2", 0, Spent::OtherHost),
+            (bound, "h1", 1_001, Spent::Expired),
+            (bound, "h1", 1_000, Spent::Admitted(web())),
+            (bound, "h1", 1_000, Spent::Used),
+            (bound, "h2", 2_000, Spent::Used),
+            (free, "h9", 1, Spent::Admitted(None)),
+            (free, "h9", 1, Spent::Used),
+        ] {
+            assert_eq!(store.spend_invitation(&hash, &host(by), at_ms).unwrap(), expected, "{by} at {at_ms}");
+        }
+        assert_eq!(store.entitlements().unwrap(), [(host("h1"), web().unwrap())]);
+    });
+}
+
+#[test]
+fn a_host_may_run_what_its_last_invitation_says() {
+    on_each(|store| {
+        for (services, expected) in [(Some(&["a", "b"][..]), 1), (None, 0), (Some(&["a"]), 1)] {
+            let hash = Digest::of(&fastrand::u128(..).to_be_bytes());
+            store.put_invitation(&hash, &until(1_000, None, services), 0).unwrap();
+            store.spend_invitation(&hash, &host("h1"), 0).unwrap();
+            assert_eq!(store.entitlements().unwrap().len(), expected, "{services:?}");
+        }
+        assert_eq!(store.entitlements().unwrap()[0].1, BTreeSet::from([host("a")]));
+    });
+}
+
+#[test]
+fn callers_of_a_service_are_told_most_permitted_first() {
+    on_each(|store| {
+        let edge = |from: &str, to: &str, permits| EdgeCount {
+            principal: format!("spiffe://shop.example/{from}").parse().unwrap(),
+            service: host(to),
+            action: "http:GET".into(),
+            permits,
+            revision: Revision(3),
+        };
+        store
+            .put_report(&[], &[edge("web", "catalog", 2), edge("job", "catalog", 5), edge("web", "other", 9)], 1)
+            .unwrap();
+        store.put_report(&[], &[edge("web", "catalog", 4)], 7).unwrap();
+        let told: Vec<_> = store.callers(&host("catalog"), 10).unwrap();
+        let told: Vec<_> = told.iter().map(|c| (c.principal.as_str(), c.permits, c.seen_at_ms)).collect();
+        assert_eq!(told, [("spiffe://shop.example/web", 6, 7), ("spiffe://shop.example/job", 5, 1)]);
+        assert_eq!(store.callers(&host("catalog"), 1).unwrap().len(), 1);
+    });
+}
+
+#[test]
+fn open_join_tokens_are_bounded_and_those_that_ended_make_room() {
+    on_each(|store| {
+        for n in 0..INVITATIONS_MAX {
+            assert!(store.put_invitation(&Digest::of(&n.to_be_bytes()), &until(1_000, None, None), 0).unwrap());
+        }
+        assert!(!store.put_invitation(&Digest::of(b"one more"), &until(1_000, None, None), 0).unwrap());
+        assert!(store.put_invitation(&Digest::of(b"later"), &until(5_000, None, None), 1_001).unwrap());
+    });
+}
+
+#[test]
+fn an_entry_takes_the_next_position_and_no_other() {
+    on_each(|store| {
+        let entry = |index: u64| NewEntry {
+            index,
+            entry: vec![index as u8],
+            leaf: Digest::of(b"leaf"),
+            root: Digest::of(&index.to_be_bytes()),
+            seal: b"seal".to_vec(),
+            digest: Digest::of(b"set"),
+            change_set: b"set".to_vec(),
+            bodies: vec![(Digest::of(b"text"), "text".into())],
+        };
+        assert_eq!(store.append(&entry(1)), Err(StoreError::Taken(1)));
+        store.append(&entry(0)).unwrap();
+        assert_eq!(store.append(&entry(0)), Err(StoreError::Taken(0)));
+        assert_eq!(store.append(&entry(2)), Err(StoreError::Taken(2)));
+        store.append(&entry(1)).unwrap();
+        assert_eq!(
+            store.head().unwrap(),
+            Some(StoredHead { size: 2, root: Digest::of(&1u64.to_be_bytes()), seal: b"seal".to_vec() })
+        );
+        assert_eq!(store.entries(1, 10).unwrap()[0].change_set, b"set");
+        assert_eq!(store.bodies(&[Digest::of(b"text"), Digest::of(b"none")]).unwrap().len(), 1);
+    });
+}
+
+#[test]
+fn a_document_is_found_by_kind_and_key_until_it_is_void_and_taken_by_one() {
+    on_each(|store| {
+        let document = |key: &str, bytes: &[u8], expires_at_ms| Document {
+            kind: "session",
+            key: key.into(),
+            bytes: bytes.into(),
+            expires_at_ms,
+        };
+        assert!(store.put_document(&document("a", b"1", 1_000), 0, 2).unwrap());
+        assert!(!store.put_document(&document("a", b"2", 1_000), 0, 2).unwrap(), "it is there");
+        assert!(store.put_document(&document("b", b"1", 500), 0, 2).unwrap());
+        assert!(!store.put_document(&document("c", b"1", 1_000), 500, 2).unwrap(), "no room");
+        assert!(store.put_document(&document("c", b"1", 1_000), 501, 2).unwrap(), "what is void makes room");
+        assert_eq!(store.document("session", "a", 1_000).unwrap().as_deref(), Some(&b"1"[..]));
+        assert_eq!(store.document("session", "a", 1_001).unwrap(), None);
+        assert_eq!(store.document("ceremony", "a", 0).unwrap(), None);
+        assert!(!store.swap_document("session", "a", b"0", &document("a", b"2", 2_000)).unwrap());
+        assert!(store.swap_document("session", "a", b"1", &document("a", b"2", 2_000)).unwrap());
+        let all = store.documents("session", 1_001).unwrap();
+        assert_eq!(all, [("a".to_owned(), b"2".to_vec())]);
+        assert_eq!(store.take_document("session", "c", 2_000).unwrap(), None, "too late, and gone");
+        assert_eq!(store.take_document("session", "a", 2_000).unwrap().as_deref(), Some(&b"2"[..]));
+        assert_eq!(store.take_document("session", "a", 2_000).unwrap(), None);
+        assert!(store.put_document(&document("d", b"1", 9_000), 2_000, 2).unwrap());
+        store.forget_documents("session", &["d".into(), "e".into()]).unwrap();
+        assert_eq!(store.documents("session", 0).unwrap(), []);
+    });
+}
+
+fn entry(index: u64, body: &str) -> NewEntry {
+    NewEntry {
+        index,
+        entry: body.as_bytes().to_vec(),
+        leaf: Digest::of(body.as_bytes()),
+        root: Digest::of(&index.to_be_bytes()),
+        seal: b"seal".to_vec(),
+        digest: Digest::of(b"set"),
+        change_set: b"set".to_vec(),
+        bodies: Vec::new(),
+    }
+}
+
+#[test]
+fn keys_that_are_made_at_once_are_those_of_one_and_swapped_by_who_saw_the_last() {
+    on_each(|store| {
+        assert!(store.create_keys(&[("a", b"1"), ("b", b"1")]).unwrap());
+        assert!(!store.create_keys(&[("b", b"2"), ("c", b"2")]).unwrap());
+        assert_eq!(store.key("c").unwrap(), None, "whole or not at all");
+        assert!(!store.swap_key("a", b"0", &[("a", b"3")]).unwrap());
+        assert!(store.swap_key("a", b"1", &[("a", b"3"), ("b", b"3")]).unwrap());
+        assert_eq!((store.key("a").unwrap(), store.key("b").unwrap()), (Some(b"3".to_vec()), Some(b"3".to_vec())));
+    });
+}
+
+#[test]
+fn each_replica_replaces_its_own_instances_and_takes_over_those_that_moved_to_it() {
+    on_each(|store| {
+        let instance = |id: &str, on: &str| StoredInstance {
+            instance: countersign_core::identity::InstanceId::parse(id).unwrap(),
+            host: host(on),
+            address: "127.0.0.1:1".into(),
+            ready: true,
+            admin: String::new(),
+            isolation: "none".into(),
+            replica: String::new(),
+            revision: Revision(1),
+            error: None,
+        };
+        store.put_instances("one", &[instance("web/1", "h1"), instance("web/2", "h2")]).unwrap();
+        store.put_instances("two", &[instance("web/2", "h2"), instance("web/3", "h3")]).unwrap();
+        store.put_instances("one", &[instance("web/4", "h1")]).unwrap();
+        let held: Vec<_> =
+            store.instances().unwrap().into_iter().map(|i| (i.instance.to_string(), i.replica)).collect();
+        let held: Vec<_> = held.iter().map(|(id, replica)| (id.as_str(), replica.as_str())).collect();
+        assert_eq!(held, [("web/2", "two"), ("web/3", "two"), ("web/4", "one")]);
+        assert_eq!(store.beat("one", 60_000).unwrap(), Vec::<String>::new());
+        assert_eq!(store.beat("two", 60_000).unwrap(), ["one"]);
+    });
+}
+
+/// Name and columns of each table.
+fn shape(sql: &[(String, String)]) -> std::collections::BTreeMap<&str, BTreeSet<&str>> {
+    let mut tables = std::collections::BTreeMap::<&str, BTreeSet<&str>>::new();
+    for (table, column) in sql {
+        tables.entry(table).or_default().insert(column);
+    }
+    tables
+}
+
+#[test]
+fn both_stores_have_the_same_tables_and_columns() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("control.db");
+    drop(sqlite::SqliteStore::open(&path).unwrap());
+    let file = rusqlite::Connection::open(&path).unwrap();
+    let sql = "SELECT m.name, c.name FROM sqlite_schema m, pragma_table_info(m.name) c
+               WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite_%'";
+    let mut statement = file.prepare(sql).unwrap();
+    let embedded = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    let embedded: Vec<(String, String)> = embedded.collect::<Result<_, _>>().unwrap();
+
+    let server = Server::start();
+    let shared = open_postgres(&server).columns();
+    assert_eq!(shape(&embedded), shape(&shared));
+}
+
+#[test]
+fn replicas_that_start_at_the_same_time_make_one_schema_and_one_set_of_keys() {
+    let server = Server::start();
+    let made: Vec<bool> = std::thread::scope(|scope| {
+        let start = |n: u8| {
+            let server = &server;
+            scope.spawn(move || open_postgres(server).create_keys(&[("root", &[n]), ("log", &[n])]).unwrap())
+        };
+        let started: Vec<_> = (0..6).map(start).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(made.iter().filter(|made| **made).count(), 1, "{made:?}");
+    let mut store = open_postgres(&server);
+    assert_eq!(store.key("root").unwrap(), store.key("log").unwrap());
+}
+
+/// PROVES (revisions-never-fork)
+#[test]
+fn of_many_replicas_that_write_at_the_same_position_one_does() {
+    let server = Server::start();
+    open_postgres(&server);
+    let written: Vec<Vec<u64>> = std::thread::scope(|scope| {
+        let replica = |n: u8| {
+            let server = &server;
+            scope.spawn(move || {
+                let mut store = open_postgres(server);
+                let write = |index| match store.append(&entry(index, &format!("{n} at {index}"))) {
+                    Ok(()) => true,
+                    Err(StoreError::Taken(taken)) => {
+                        assert_eq!(taken, index);
+                        false
+                    }
+                    Err(other) => panic!("{other}"),
+                };
+                (0..20)
+                    .filter({
+                        let mut write = write;
+                        move |index| write(*index)
+                    })
+                    .collect()
+            })
+        };
+        let replicas: Vec<_> = (0..4).map(replica).collect();
+        replicas.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let entries = open_postgres(&server).entries(0, 100).unwrap();
+    let total: usize = written.iter().map(Vec::len).sum();
+    assert_eq!(total, entries.len(), "who was told that an entry is kept, kept it");
+    for (n, indexes) in written.iter().enumerate() {
+        for index in indexes {
+            assert_eq!(entries[*index as usize].entry, format!("{n} at {index}").as_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_database_that_was_killed_is_away_and_then_there_again_with_all_that_was_acknowledged() {
+    let mut server = Server::start();
+    let mut store = open_postgres(&server);
+    store.append(&entry(0, "a")).unwrap();
+    server.kill();
+    let away = store.append(&entry(1, "b"));
+    assert!(matches!(away, Err(StoreError::Away { .. })), "{away:?}");
+    server.start_again();
+    let end = Instant::now() + std::time::Duration::from_secs(20);
+    while store.append(&entry(1, "b")).is_err() {
+        assert!(Instant::now() < end, "it does not come back");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let kept: Vec<_> = store.entries(0, 10).unwrap().into_iter().map(|entry| entry.entry).collect();
+    assert_eq!(kept, [b"a", b"b"]);
+}
+
+/// PROVES (commit-found-out)
+#[test]
+fn an_answer_to_a_commit_that_is_lost_is_found_out_whether_it_was_kept_or_not() {
+    use countersign_testkit::partition::{Cut, Partition};
+    let server = Server::start();
+    for (cut, kept) in [(Cut::BeforeCommit, false), (Cut::AfterCommit, true)] {
+        let way = Partition::start(server.port());
+        let url = postgres::PostgresUrl::parse(&server.url_by(way.port())).unwrap();
+        let mut store = postgres::PostgresStore::open(url).unwrap();
+        let index = store.head().unwrap().map_or(0, |head| head.size);
+        way.cut_once(cut);
+        let said = store.append(&entry(index, "x"));
+        let is_there = open_postgres(&server).entries(index, 1).unwrap().len() == 1;
+        assert_eq!((said.is_ok(), is_there), (kept, kept), "{cut:?}: {said:?}");
+        assert_eq!(store.append(&entry(index, "y")).is_ok(), !kept, "{cut:?}: the position is told right");
+    }
+}
+
+#[test]
+fn a_database_on_another_machine_is_reached_by_tls_or_because_somebody_said_so() {
+    let refused =
+        ["postgres://u@db.example/m", "postgres://u@192.0.2.1/m", "postgres:///m", "host=db.example user=u", "x y"];
+    for given in refused {
+        assert!(postgres::PostgresUrl::parse(given).is_err(), "{given}");
+    }
+    for given in [
+        "postgres://u:secret@127.0.0.1:5433/m",
+        "postgres://u@localhost/m",
+        "postgres://u@%2Fvar%2Frun%2Fpostgresql/m",
+        "postgres://u@db.example/m?sslmode=disable",
+        "host=db.example user=u sslmode=disable",
+    ] {
+        let url = postgres::PostgresUrl::parse(given).unwrap_or_else(|error| panic!("{given}: {error}"));
+        assert!(!format!("{url} {url:?}").contains("secret"));
+    }
+}

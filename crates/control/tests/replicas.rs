@@ -1,0 +1,207 @@
+//! Several control planes on one PostgreSQL database: what they agree on, whatever is killed or cut between them.
+
+mod support;
+
+use std::{path::PathBuf, time::Duration};
+
+use countersign_api::{local::CheckpointView, mesh::follow_event::Event};
+use countersign_control::{
+    ControlConfig, start,
+    store::{
+        migrate::migrate,
+        postgres::{PostgresStore, PostgresUrl},
+    },
+};
+use countersign_core::{canonical::Digest, change::Revision};
+use countersign_testkit::{partition::Partition, postgres::Server};
+use support::{Plane, config, declare, trust_domain};
+
+/// A control plane on the database at `url`, with the key that all have.
+async fn replica(url: &str, key: &std::path::Path) -> Plane {
+    let dir = tempfile::tempdir().unwrap();
+    let key = Some(countersign_api::local::KeyPlace::File(PathBuf::from(key)));
+    let store = Some(PostgresUrl::parse(url).unwrap());
+    let control = start(ControlConfig { store, key, ..config(dir.path().into()) }).await.unwrap();
+    Plane { control, dir }
+}
+
+struct Shared {
+    server: Server,
+    keys: tempfile::TempDir,
+}
+
+impl Shared {
+    async fn start() -> Self {
+        let server = tokio::task::spawn_blocking(Server::start).await.unwrap();
+        Self { server, keys: tempfile::tempdir().unwrap() }
+    }
+
+    async fn replica(&self) -> Plane {
+        replica(&self.server.url(), &self.keys.path().join("kek")).await
+    }
+}
+
+async fn at_revision(plane: &Plane, revision: u64) {
+    let reached = async {
+        while plane.status().await.revision < Revision(revision) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(support::WITHIN, reached).await.expect("it takes up what the other wrote");
+}
+
+/// PROVES (one-authority)
+/// PROVES (others-verified)
+#[tokio::test(flavor = "multi_thread")]
+async fn control_planes_that_start_at_once_on_one_database_are_one_mesh() {
+    let shared = Shared::start().await;
+    let first = shared.replica().await;
+    let (second, third) = tokio::join!(shared.replica(), shared.replica());
+    let planes = [first, second, third];
+    let roots: Vec<_> = futures_util::future::join_all(planes.iter().map(Plane::bundle)).await;
+    for bundle in &roots {
+        assert_eq!(bundle.authorities(), roots[0].authorities(), "one root");
+    }
+    planes[0].create(&["web"]).await;
+    at_revision(&planes[1], 1).await;
+    planes[1].apply(1, vec![declare("catalog")]).await.unwrap();
+    // Planned on what another one wrote a moment ago.
+    planes[2].apply(2, vec![declare("payments")]).await.unwrap();
+    for plane in &planes {
+        at_revision(plane, 3).await;
+    }
+    let mut logs = std::collections::BTreeSet::new();
+    for plane in &planes {
+        let checkpoint: CheckpointView = plane.get("/v1/ledger/checkpoint").await;
+        assert_eq!(checkpoint.size, 3);
+        logs.insert((checkpoint.log_key, checkpoint.note.lines().nth(2).map(str::to_owned)));
+    }
+    assert_eq!(logs.len(), 1, "one log key, one root: {logs:?}");
+}
+
+/// PROVES (revisions-never-fork)
+#[tokio::test(flavor = "multi_thread")]
+async fn of_changes_at_two_control_planes_at_once_each_is_applied_once_or_refused() {
+    let shared = Shared::start().await;
+    let planes = [shared.replica().await, shared.replica().await];
+    planes[0].create(&["web"]).await;
+    at_revision(&planes[1], 1).await;
+    let write = |who: usize| {
+        let plane = &planes[who];
+        async move {
+            let mut applied = Vec::new();
+            for n in 0..12 {
+                let base = plane.status().await.revision.0;
+                match plane.apply(base, vec![declare(&format!("s{who}-{n}"))]).await {
+                    Ok(done) => applied.push((done.revision.0, format!("s{who}-{n}"))),
+                    Err(refused) => assert_eq!(refused.status, 409, "{refused:?}"),
+                }
+            }
+            applied
+        }
+    };
+    let (a, b) = tokio::join!(write(0), write(1));
+    let mut all: Vec<_> = a.into_iter().chain(b).collect();
+    all.sort();
+    let revisions: Vec<u64> = all.iter().map(|(revision, _)| *revision).collect();
+    assert_eq!(revisions, (2..2 + all.len() as u64).collect::<Vec<_>>(), "none forks, none is applied twice");
+    at_revision(&planes[0], 1 + all.len() as u64).await;
+    at_revision(&planes[1], 1 + all.len() as u64).await;
+    let one: CheckpointView = planes[0].get("/v1/ledger/checkpoint").await;
+    let other: CheckpointView = planes[1].get("/v1/ledger/checkpoint").await;
+    assert_eq!(one.note.lines().nth(2), other.note.lines().nth(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_finds_what_runs_behind_another_control_plane_and_moves_to_it() {
+    let shared = Shared::start().await;
+    let planes = [shared.replica().await, shared.replica().await];
+    planes[0].create(&["web", "catalog"]).await;
+    at_revision(&planes[1], 1).await;
+    let token = planes[0].invite(None).await.token;
+    // A token of one is good at the other, once.
+    let mut there = planes[1].join(&token, "h1").await.unwrap();
+    assert!(planes[0].join(&token, "h1").await.is_err(), "it is used up everywhere");
+    let mut here = planes[0].agent("h2").await;
+    let mut other = here.follow(0, Digest::default()).await.unwrap();
+    other.welcome().await;
+    let stream = there.follow(0, Digest::default()).await.unwrap();
+    stream.up("web/1", "127.0.0.1:4001").await;
+    let found = loop {
+        if let Event::Discovery(discovery) = other.news().await {
+            break discovery;
+        }
+    };
+    assert_eq!(found.up[0].instance, "web/1");
+
+    // It moves: what it runs stays where it is known to be.
+    drop(stream);
+    there.client = countersign_api::mesh::mesh_client::MeshClient::new(
+        planes[0].channel(there.identity.client_config(trust_domain().control(), &[b"h2"])).await.unwrap(),
+    );
+    let mut moved = there.follow(0, Digest::default()).await.unwrap();
+    let welcome = moved.welcome().await;
+    assert_eq!(welcome.discovery.unwrap().up[0].instance, "web/1");
+    moved.up("web/1", "127.0.0.1:4001").await;
+    moved.acknowledge("web/1", 1).await;
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    let mut again = planes[1].agent("h3").await;
+    let welcome = again.follow(0, Digest::default()).await.unwrap().welcome().await;
+    assert_eq!(welcome.discovery.unwrap().up[0].instance, "web/1", "the one it left knows it by the other");
+}
+
+/// PROVES (acknowledged-is-durable)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_killed_or_cut_off_loses_no_acknowledged_change_and_doubles_none() {
+    let mut shared = Shared::start().await;
+    let way = Partition::start(shared.server.port());
+    let cut_off = replica(&shared.server.url_by(way.port()), &shared.keys.path().join("kek")).await;
+    let other = shared.replica().await;
+    cut_off.create(&["web"]).await;
+    at_revision(&other, 1).await;
+
+    way.close();
+    let refused = cut_off.apply(1, vec![declare("lost")]).await.unwrap_err();
+    assert_eq!(refused.status, 503, "{refused:?}");
+    other.apply(1, vec![declare("a")]).await.unwrap();
+    way.open();
+    at_revision(&cut_off, 2).await;
+
+    shared.server.kill();
+    assert_eq!(other.apply(2, vec![declare("lost")]).await.unwrap_err().status, 503);
+    assert_eq!(other.status().await.revision, Revision(2), "it still answers");
+    tokio::task::block_in_place(|| shared.server.start_again());
+    let applied = async {
+        while other.apply(2, vec![declare("b")]).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), applied).await.expect("the database is back");
+    at_revision(&cut_off, 3).await;
+    let (one, two): (CheckpointView, CheckpointView) =
+        (other.get("/v1/ledger/checkpoint").await, cut_off.get("/v1/checkpoint").await);
+    assert_eq!((one.size, one.note.lines().nth(2)), (3, two.note.lines().nth(2)));
+}
+
+/// PROVES (migrated-whole)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_moves_into_an_empty_database_whole_and_is_the_same_mesh_there() {
+    let shared = Shared::start().await;
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    plane.apply(1, vec![declare("catalog")]).await.unwrap();
+    let before: CheckpointView = plane.get("/v1/ledger/checkpoint").await;
+    plane.control.stop().await;
+    let (file, url) = (plane.dir.path().join("control.db"), PostgresUrl::parse(&shared.server.url()).unwrap());
+    let copy = move || {
+        let mut to = PostgresStore::open(url.clone()).unwrap();
+        (migrate(&file, &mut to), migrate(&file, &mut to))
+    };
+    let (moved, again) = tokio::task::spawn_blocking(copy).await.unwrap();
+    assert_eq!(moved.unwrap().entries, 2);
+    assert!(again.unwrap_err().to_string().contains("not empty"));
+    let there = replica(&shared.server.url(), &plane.dir.path().join("keys/kek")).await;
+    let after: CheckpointView = there.get("/v1/ledger/checkpoint").await;
+    assert_eq!((after.note.lines().nth(2), after.log_key), (before.note.lines().nth(2), before.log_key));
+    there.apply(2, vec![declare("payments")]).await.unwrap();
+}
