@@ -179,7 +179,7 @@ async fn a_database_that_is_killed_or_cut_off_loses_no_acknowledged_change_and_d
     tokio::time::timeout(Duration::from_secs(30), applied).await.expect("the database is back");
     at_revision(&cut_off, 3).await;
     let (one, two): (CheckpointView, CheckpointView) =
-        (other.get("/v1/ledger/checkpoint").await, cut_off.get("/v1/checkpoint").await);
+        (other.get("/v1/ledger/checkpoint").await, cut_off.get("/v1/ledger/checkpoint").await);
     assert_eq!((one.size, one.note.lines().nth(2)), (3, two.note.lines().nth(2)));
 }
 

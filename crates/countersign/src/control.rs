@@ -56,9 +56,6 @@ pub struct ControlArguments {
     /// The mesh directory whose data directory it uses; not needed with --data-dir
     #[arg(value_name = "DIR")]
     pub mesh: Option<PathBuf>,
-    /// The PostgreSQL database that several control planes share: postgres://USER@HOST/DATABASE [default: a file in the data directory]
-    #[arg(long, value_name = "URL", env = "COUNTERSIGN_STORE", hide_env_values = true)]
-    pub store: Option<String>,
     /// Where agents connect
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7443")]
     pub listen: SocketAddr,
@@ -95,6 +92,9 @@ pub struct ControlArguments {
     /// Where pipelines propose
     #[command(flatten)]
     pub pipelines: PipelineArguments,
+    /// The PostgreSQL database that several control planes share [default: a file]
+    #[arg(long, value_name = "URL", env = "COUNTERSIGN_STORE", hide_env_values = true)]
+    pub store: Option<String>,
 }
 
 /// Runs until it is told to stop.
