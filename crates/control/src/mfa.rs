@@ -629,7 +629,11 @@ async fn kept_key(plane: &Plane, name: &'static str) -> Result<hmac::Key, StoreE
         Some(kept) => Ok(kept),
         None => {
             let sealed = sealer.seal(name, &*fresh)?;
-            store.put_keys(&[(name, &sealed)]).map(|()| sealed)
+            if store.create_keys(&[(name, &sealed)])? {
+                return Ok(sealed);
+            }
+            // Another control plane made it meanwhile.
+            store.key(name)?.ok_or_else(|| StoreError::Failed(format!("the key `{name}` is gone")))
         }
     });
     let secret = plane.sealer.unseal(name, &kept.await?).map_err(|_| unreadable())?;
