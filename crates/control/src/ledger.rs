@@ -635,7 +635,7 @@ mod tests {
         assert_eq!(append(&opened.ledger, "a").await, Ok(2));
         assert_eq!(opened.published.load(Ordering::Relaxed), 2);
         opened.faults.keep_next_append_but_report_it_lost();
-        opened.faults.fail_next_head();
+        opened.faults.fail_next_look();
         append(&opened.ledger, "b").await.expect_err("nobody knows yet");
         let stale = append(&opened.ledger, "c").await;
         assert!(matches!(stale, Err(AppendError::Moved { held: Revision(3), .. })), "it was kept: {stale:?}");

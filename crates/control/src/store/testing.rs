@@ -36,7 +36,7 @@ const FREE: u8 = 4;
 #[derive(Clone, Default)]
 pub struct Faults {
     append: Arc<AtomicU8>,
-    head: Arc<AtomicU8>,
+    look: Arc<AtomicU8>,
     reseal: Arc<AtomicU8>,
     disk: Arc<AtomicU8>,
 }
@@ -61,9 +61,9 @@ impl Faults {
     pub fn keep_next_append_but_report_it_lost(&self) {
         self.append.store(KEEP, Ordering::Relaxed);
     }
-    /// The next look at the head fails.
-    pub fn fail_next_head(&self) {
-        self.head.store(LOSE, Ordering::Relaxed);
+    /// The next look at the head or at entries fails.
+    pub fn fail_next_look(&self) {
+        self.look.store(LOSE, Ordering::Relaxed);
     }
     /// Nothing is sealed anew the next time that it is asked for.
     pub fn lose_next_reseal(&self) {
@@ -92,13 +92,16 @@ impl<S: Store> Store for Faulty<S> {
         self.inner.place()
     }
     fn head(&mut self) -> Result<Option<StoredHead>, StoreError> {
-        match self.faults.head.swap(NONE, Ordering::Relaxed) {
+        match self.faults.look.swap(NONE, Ordering::Relaxed) {
             NONE => self.inner.head(),
             _ => Err(lost()),
         }
     }
     fn entries(&mut self, from: u64, limit: u32) -> Result<Vec<StoredEntry>, StoreError> {
-        self.inner.entries(from, limit)
+        match self.faults.look.swap(NONE, Ordering::Relaxed) {
+            NONE => self.inner.entries(from, limit),
+            _ => Err(lost()),
+        }
     }
     fn append(&mut self, entry: &NewEntry) -> Result<(), StoreError> {
         match self.faults.disk.swap(NONE, Ordering::Relaxed) {
