@@ -24,7 +24,7 @@
 //! | `GET /v1/proposals/{id}/wait?timeout_ms=N` | | [`Proposal`], once it is decided or the time is over |
 //! | `POST /v1/proposals/{id}/ceremony` | [`Shown`]: the operator | [`Ceremony`]: what makes their signature good once |
 //! | `POST /v1/proposals/{id}/apply` | [`Shown`] | [`Applied`]: its author shows what the gate asks for |
-//! | `POST /v1/proposals/{id}/countersign` | [`Shown`] | [`Proposal`]; applied when it was the last that was missing |
+//! | `POST /v1/proposals/{id}/countersign` | [`Shown`] | [`AnsweredProposal`]; applied when it was the last that was missing |
 //! | `POST /v1/proposals/{id}/reject` | [`Shown`] | [`Proposal`] |
 //! | `POST /v1/proposals/{id}/withdraw` | [`Shown`] | [`Proposal`] |
 //! | `POST /v1/enrolments` | [`Enrol`] | [`Enrolment`]: what an authenticator app is to be told |
@@ -236,6 +236,17 @@ pub struct Proposal {
     pub asked_at_ms: u64,
     /// When it is void, in milliseconds since 1970.
     pub expires_at_ms: u64,
+}
+
+/// A proposal after somebody has answered for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnsweredProposal {
+    /// As it stands now.
+    #[serde(flatten)]
+    pub proposal: Proposal,
+    /// When it was applied: what the operators that it invites are to be handed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub invitations: Vec<OperatorInvitation>,
 }
 
 /// What a proposal waits for, or what became of it.

@@ -371,7 +371,7 @@ mod tests {
         let own = mesh.signs("alice", &id, |_| {}).await;
         assert_eq!(proposals::countersign(mesh.plane(), &id, own).await.unwrap_err().status, 403, "not one's own");
         let shown = mesh.signs("bob", &id, |_| {}).await;
-        let proposal = proposals::countersign(mesh.plane(), &id, shown).await.unwrap();
+        let proposal = proposals::countersign(mesh.plane(), &id, shown).await.unwrap().proposal;
         let revision = mesh.plane().ledger.head().follower.revision();
         assert_eq!(proposal.state, ProposalState::Applied { revision });
         let (keyring, entry) = mesh.verified().await;

@@ -19,10 +19,11 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView, Confirm,
-    DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, Invitation,
-    Invite, LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
-    RecordFilter, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, Status, TailEvent, Waited,
+    AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView,
+    Confirm, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal,
+    Invitation, Invite, LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
+    RECOVERED_HEADER, RecordFilter, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, Status, TailEvent,
+    Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -617,7 +618,7 @@ async fn countersign(
     State(plane): State<Arc<Plane>>,
     UrlPath(id): UrlPath<String>,
     Json(shown): Json<Shown>,
-) -> Answered<Proposal> {
+) -> Answered<AnsweredProposal> {
     Ok(Json(proposals::countersign(&plane, &id, shown).await?))
 }
 

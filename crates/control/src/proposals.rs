@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Ceremony, GateOutcome, Problem, Proposal, ProposalDetail, ProposalState, Shown,
+    AnsweredProposal, Applied, Apply, ApplyAs, Ceremony, GateOutcome, Problem, Proposal, ProposalDetail, ProposalState,
+    Shown,
 };
 use countersign_core::{
     assurance::Proof,
@@ -306,7 +307,7 @@ pub async fn apply_pending(plane: &Plane, id: &str, shown: Shown) -> Result<Appl
 ///
 /// INVARIANT (not-ones-own): the author of a change countersigns it under no name of theirs, and nobody does whom the gate would
 /// not let ask for the same.
-pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Proposal, Problem> {
+pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<AnsweredProposal, Problem> {
     let (version, mut document) = pending(plane, id).await?;
     if document.proposal.state != ProposalState::NeedsCountersign {
         let help = "first its author shows a factor: `countersign apply --change ID --otp CODE`";
@@ -329,13 +330,17 @@ pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Propos
         ..Petitioner::default()
     };
     document.proofs.iter().for_each(|shown| petitioner.assurance.add((*shown).into()));
+    let mut invitations = Vec::new();
     match enter(plane, &document.apply, &petitioner).await? {
-        Ok(applied) => document.proposal.state = ProposalState::Applied { revision: applied.revision },
+        Ok(applied) => {
+            document.proposal.state = ProposalState::Applied { revision: applied.revision };
+            invitations = applied.invitations;
+        }
         Err((Answer::NeedsCountersign(requires), _)) => document.proposal.requires = requires,
         Err((answer, digest)) => return Err(refusal(plane, &answer, digest, Some(id.to_owned()), None)),
     }
     save(plane, version + 1, &document).await?;
-    Ok(document.proposal)
+    Ok(AnsweredProposal { proposal: document.proposal, invitations })
 }
 
 /// An operator who could countersign it says no. They show a code, or are signed in: a no gives nobody anything, and what a key

@@ -5,7 +5,8 @@ use std::{fmt::Write as _, str::FromStr, time::Duration};
 use clap::Args;
 
 use countersign_api::local::{
-    ChangeDetail, ChangeSummary, Mesh, Proposal, ProposalDetail, ProposalState, ProxyRevision, Status, Waited,
+    AnsweredProposal, ChangeDetail, ChangeSummary, Mesh, Proposal, ProposalDetail, ProposalState, ProxyRevision,
+    Status, Waited,
 };
 use countersign_core::{change::Revision, gate::Author};
 
@@ -14,7 +15,7 @@ use crate::{
     difference,
     error::{Done, Failure},
     mesh_finder::Place,
-    operator::Who,
+    operator::{self, Who},
     render::{self, Output, Paint, cell, verdict},
     sign, status,
 };
@@ -102,12 +103,15 @@ pub async fn pending(place: &Place, output: Output) -> Done {
 /// Countersigns, rejects or withdraws a pending change.
 pub async fn answer(place: &Place, verb: &str, asked: &Pending, output: Output) -> Done {
     let control = Client::control(place);
-    let proposal: Proposal = if verb == "countersign" && sign::is_wanted(&control, &asked.who, output).await? {
+    let answered: AnsweredProposal = if verb == "countersign" && sign::is_wanted(&control, &asked.who, output).await? {
         sign::countersign(&control, &asked.who, &asked.id).await?
     } else {
         control.post(&format!("/v1/proposals/{}/{verb}", asked.id), &asked.who.shown()).await?
     };
-    render::answer(output, &proposal, one)
+    render::answer(output, &answered, |answered, paint| {
+        let handed = answered.invitations.iter().map(|invitation| operator::handed(invitation, paint));
+        format!("{}{}", one(&answered.proposal, paint), handed.collect::<String>())
+    })
 }
 
 fn one(proposal: &Proposal, _: Paint) -> String {

@@ -243,7 +243,8 @@ async fn change(
     })
 }
 
-fn handed(invitation: &OperatorInvitation, paint: Paint) -> String {
+/// What an invited operator is handed, for whoever invited them.
+pub fn handed(invitation: &OperatorInvitation, paint: Paint) -> String {
     let command = format!(
         "countersign operator enroll --totp --operator {} --invitation {}",
         invitation.operator, invitation.token

@@ -12,7 +12,9 @@ use std::{process::Stdio, time::Duration};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use countersign_api::local::{Applied, Apply, ApplyAs, Ceremony, GateOutcome, Mesh, Proposal, ProposalDetail, Shown};
+use countersign_api::local::{
+    AnsweredProposal, Applied, Apply, ApplyAs, Ceremony, GateOutcome, Mesh, Proposal, ProposalDetail, Shown,
+};
 use countersign_core::{
     assurance::{
         challenge::{Challenge, Purpose},
@@ -117,7 +119,7 @@ pub async fn apply_pending(control: &Client, who: &Who, id: &str) -> Result<Appl
 }
 
 /// Countersigns the pending change `id` of somebody else.
-pub async fn countersign(control: &Client, who: &Who, id: &str) -> Result<Proposal, Failure> {
+pub async fn countersign(control: &Client, who: &Who, id: &str) -> Result<AnsweredProposal, Failure> {
     let (ground, detail) = pending(control, who, id).await?;
     let ProposalDetail { proposal: Proposal { author, .. }, change_set, bodies } = &detail;
     let operator = &signer(&ground, who, Some(author))?;

@@ -10,7 +10,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 
 use countersign_api::local::{
-    Code, KeyChallenge, OperatorInvitation, Proposal, ProposalDetail, Shown, SignedChallenge,
+    AnsweredProposal, Code, KeyChallenge, OperatorInvitation, Proposal, ProposalDetail, Shown, SignedChallenge,
 };
 use countersign_core::{
     assurance::challenge::{Challenge, Purpose},
@@ -108,8 +108,8 @@ pub async fn code(
 
 async fn answer(plane: &Plane, proposal: &Proposal, shown: Shown) -> Answered<Answer> {
     if shown.operator.as_ref() != proposal.author.operator() {
-        let Proposal { state, .. } = proposals::countersign(plane, &proposal.id, shown).await?;
-        return Ok(Json(Answer { revision: state.revision(), ..Answer::default() }));
+        let AnsweredProposal { proposal, invitations } = proposals::countersign(plane, &proposal.id, shown).await?;
+        return Ok(Json(Answer { revision: proposal.state.revision(), invitations }));
     }
     match proposals::apply_pending(plane, &proposal.id, shown).await {
         Ok(applied) => Ok(Json(Answer { revision: Some(applied.revision), invitations: applied.invitations })),
