@@ -199,10 +199,11 @@ pub(crate) async fn serve(plane: Arc<Plane>, listener: TcpListener, certificate:
             tokio::spawn(async move {
                 match acceptor {
                     None => connection(stream, peer.ip(), router).await,
-                    Some(acceptor) => match tokio::time::timeout(HEAD_WITHIN, acceptor.accept(stream)).await {
-                        Ok(Ok(stream)) => connection(stream, peer.ip(), router).await,
-                        Ok(Err(_)) | Err(_) => {}
-                    },
+                    Some(acceptor) => {
+                        if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_WITHIN, acceptor.accept(stream)).await {
+                            connection(stream, peer.ip(), router).await;
+                        }
+                    }
                 }
                 drop(permit);
             });

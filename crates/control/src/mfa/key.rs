@@ -83,7 +83,7 @@ pub async fn begin(
     let head = plane.ledger.head();
     let state = head.follower.state();
     // A key that somebody has enrolled is not enrolled again.
-    let known: Vec<_> = keys_of(state, &operator).filter_map(|(id, _)| id.credential().map(Into::into)).collect();
+    let known: Vec<_> = keys_of(state, &operator).filter_map(|(id, _)| id.credential()).collect();
     let user = user_handle(plane, &operator).await?;
     let started = site.webauthn.start_passkey_registration(user, operator.as_str(), operator.as_str(), Some(known));
     let (options, registration) = started.map_err(|error| refused_by_library(&error))?;

@@ -191,7 +191,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_discovery_document_of_another_issuer_or_without_keys_gives_none() {
-        let documents: [(&str, fn(&str) -> String); 4] = [
+        type Document = fn(&str) -> String;
+        let documents: [(&str, Document); 4] = [
             ("another issuer", |url| {
                 json!({ "issuer": format!("{url}/"), "jwks_uri": format!("{url}/keys") }).to_string()
             }),

@@ -154,7 +154,8 @@ impl Site {
         let host =
             url.domain().ok_or_else(|| wrong("it needs a name: passkeys are not bound to addresses"))?.to_owned();
         let is_https = url.scheme() == "https";
-        if !is_https && !(url.scheme() == "http" && host == "localhost") {
+        let is_own = url.scheme() == "http" && host == "localhost";
+        if !is_https && !is_own {
             return Err(wrong("browsers use passkeys over https only, or at http://localhost"));
         }
         if url.origin().ascii_serialization() != origin {

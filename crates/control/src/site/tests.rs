@@ -272,7 +272,7 @@ async fn what_no_honest_authenticator_says_opens_no_session_and_signs_no_change(
                 alice.post(&format!("{path}/sign"), signed).await
             }
             "a cloned count" => {
-                let count = std::mem::replace(&mut alice.key.count, Some(0));
+                let count = alice.key.count.replace(0);
                 let signed = alice.signed(&challenge, &origin);
                 alice.key.count = count;
                 alice.post(&format!("{path}/sign"), signed).await
