@@ -97,7 +97,8 @@ class Browser:
         return WebDriverWait(self.driver, 15).until(lambda driver: what(driver))
 
     def text(self):
-        return self.driver.find_element(By.TAG_NAME, "body").text
+        # In one step: the page may bring itself up to date between two.
+        return self.driver.execute_script("return document.body?.innerText ?? ''")
 
     def shot(self, name):
         """The page as wide screens and telephones show it, by day and by night."""

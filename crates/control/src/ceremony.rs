@@ -301,6 +301,28 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn a_change_whose_entry_was_made_before_the_proposal_could_say_so_is_known_to_be_applied() {
+        let mesh = Mesh::start(None).await;
+        let id = mesh.proposed("alice", vec![declare("web")]).await;
+        let other = mesh.proposed("alice", vec![declare("catalog")]).await;
+        let detail = proposals::show(mesh.plane(), &id).await.unwrap();
+        let at_seconds = mfa::seconds(mesh.plane().clock.now_ms());
+        let mut petitioner =
+            Petitioner { operator: Some(name("alice")), asked_at_seconds: at_seconds, ..Petitioner::default() };
+        let kind = countersign_core::assurance::FactorKind::Roaming;
+        petitioner.assurance.add(Proof { kind, at_seconds, user_verified: true, device_bound: true });
+        // The entry is there, and whoever made it did not come to write it down.
+        let asked = Apply { change_set: detail.change_set, bodies: detail.bodies };
+        let revision = mesh.plane().enter(asked, petitioner).await.unwrap().revision;
+        let state = proposals::show(mesh.plane(), &id).await.unwrap().proposal.state;
+        assert_eq!(state, ProposalState::Applied { revision });
+        let listed = proposals::list(mesh.plane()).await.unwrap();
+        let state_of = |id: &str| listed.iter().find(|proposal| proposal.id == id).unwrap().state.clone();
+        assert_eq!(state_of(&id), ProposalState::Applied { revision });
+        assert_ne!(state_of(&other), ProposalState::Applied { revision });
+    }
+
     /// PROVES (ceremony-once)
     #[tokio::test]
     async fn what_a_key_signed_is_taken_once_for_one_change_and_stands_in_its_entry() {

@@ -20,6 +20,7 @@ use countersign_core::{
     countersignature::Countersignature,
     gate::{Answer, Author, Pipeline, Requires},
     identity::OperatorName,
+    ledger::Entry,
 };
 
 use crate::{
@@ -511,13 +512,32 @@ async fn document(plane: &Plane, id: &str) -> Result<(u64, Document), Problem> {
     let found = plane.storage.run("proposal", move |store| store.proposal(&wanted)).await;
     let found = found.map_err(|error| store_problem(&error))?.and_then(|stored| read(plane, &stored));
     let help = "`countersign change list --pending` shows those that are there";
-    found.ok_or_else(|| problem(404, format!("there is no pending change `{id}`"), None, Some(help)))
+    let (version, mut document) =
+        found.ok_or_else(|| problem(404, format!("there is no pending change `{id}`"), None, Some(help)))?;
+    recognize(plane, &mut document.proposal).await?;
+    Ok((version, document))
 }
 
 async fn documents(plane: &Plane) -> Result<Vec<(u64, Document)>, Problem> {
     let stored =
         plane.storage.run("proposals", |store| store.proposals()).await.map_err(|error| store_problem(&error))?;
-    Ok(stored.iter().filter_map(|stored| read(plane, stored)).collect())
+    let mut documents: Vec<_> = stored.iter().filter_map(|stored| read(plane, stored)).collect();
+    for (_, document) in &mut documents {
+        recognize(plane, &mut document.proposal).await?;
+    }
+    Ok(documents)
+}
+
+/// The entry that voids a proposal may be its own: it is in the ledger before the proposal says so, and a crash lies in between.
+async fn recognize(plane: &Plane, proposal: &mut Proposal) -> Result<(), Problem> {
+    let ProposalState::Void { revision } = proposal.state else { return Ok(()) };
+    let entries = plane.ledger.stored(revision.0.saturating_sub(1), 1).await.map_err(|error| store_problem(&error))?;
+    let entry = entries.first().and_then(|stored| Entry::parse(&stored.entry).ok());
+    let own = |entry: &Entry| (entry.digest, &*entry.actor) == (proposal.digest, &*proposal.author.to_string());
+    if entry.as_ref().is_some_and(own) {
+        proposal.state = ProposalState::Applied { revision };
+    }
+    Ok(())
 }
 
 /// What is kept, as it stands now: time and the ledger go on without telling it.
