@@ -8,7 +8,7 @@ use std::{
 };
 
 use countersign_api::mesh::{
-    Acknowledgement, FollowRequest, InstanceDown, InstanceRevision, InstanceUp, follow_request::Message,
+    Acknowledgement, FollowRequest, InstanceDown, InstanceRevision, InstanceUp, InstanceWaits, follow_request::Message,
 };
 use countersign_core::{change::Revision, identity::InstanceId};
 use parking_lot::Mutex;
@@ -23,6 +23,7 @@ const QUIET_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Default)]
 struct Instance {
     up: Option<InstanceUp>,
+    waits: Option<InstanceWaits>,
     acknowledged: Option<InstanceRevision>,
 }
 
@@ -30,6 +31,7 @@ struct Instance {
 struct State {
     instances: BTreeMap<InstanceId, Instance>,
     up_unsaid: BTreeSet<InstanceId>,
+    waits_unsaid: BTreeSet<InstanceId>,
     acknowledged_unsaid: BTreeSet<InstanceId>,
     down_unsaid: BTreeMap<InstanceId, String>,
 }
@@ -47,8 +49,23 @@ impl Acknowledgements {
         let mut state = self.state.lock();
         let known = state.instances.entry(instance.clone()).or_default();
         if known.up.as_ref() != Some(&up) {
-            known.up = Some(up);
+            (known.up, known.waits) = (Some(up), None);
+            state.waits_unsaid.remove(instance);
+            state.down_unsaid.remove(instance);
             state.up_unsaid.insert(instance.clone());
+            self.news.notify_one();
+        }
+    }
+
+    /// An instance does not run before it is admitted; control takes it out of discovery.
+    pub(crate) fn waits(&self, instance: &InstanceId, waits: InstanceWaits) {
+        let mut state = self.state.lock();
+        let known = state.instances.entry(instance.clone()).or_default();
+        if known.waits.as_ref() != Some(&waits) {
+            (known.up, known.waits) = (None, Some(waits));
+            state.up_unsaid.remove(instance);
+            state.down_unsaid.remove(instance);
+            state.waits_unsaid.insert(instance.clone());
             self.news.notify_one();
         }
     }
@@ -56,11 +73,12 @@ impl Acknowledgements {
     /// An instance takes no more calls. What is still unsaid of it is dropped.
     pub(crate) fn down(&self, instance: &InstanceId, reason: &str) {
         let mut state = self.state.lock();
-        if state.instances.remove(instance).is_some_and(|known| known.up.is_some()) {
+        if state.instances.remove(instance).is_some_and(|known| known.up.is_some() || known.waits.is_some()) {
             state.down_unsaid.insert(instance.clone(), reason.into());
             self.news.notify_one();
         }
         state.up_unsaid.remove(instance);
+        state.waits_unsaid.remove(instance);
         state.acknowledged_unsaid.remove(instance);
     }
 
@@ -82,6 +100,8 @@ impl Acknowledgements {
         let mut state = self.state.lock();
         state.down_unsaid.clear();
         state.up_unsaid = state.instances.iter().filter(|(_, i)| i.up.is_some()).map(|(id, _)| id.clone()).collect();
+        state.waits_unsaid =
+            state.instances.iter().filter(|(_, i)| i.waits.is_some()).map(|(id, _)| id.clone()).collect();
         state.acknowledged_unsaid =
             state.instances.iter().filter(|(_, i)| i.acknowledged.is_some()).map(|(id, _)| id.clone()).collect();
         self.news.notify_one();
@@ -108,6 +128,9 @@ impl State {
         let mut messages = Vec::new();
         for id in std::mem::take(&mut self.up_unsaid) {
             messages.extend(self.instances.get(&id).and_then(|i| i.up.clone()).map(Message::Up));
+        }
+        for id in std::mem::take(&mut self.waits_unsaid) {
+            messages.extend(self.instances.get(&id).and_then(|i| i.waits.clone()).map(Message::Waits));
         }
         let instances: Vec<InstanceRevision> = std::mem::take(&mut self.acknowledged_unsaid)
             .iter()
@@ -139,6 +162,7 @@ mod tests {
         let spell = |request: FollowRequest| match request.message.unwrap() {
             Message::Up(up) => format!("up {}", up.instance),
             Message::Down(down) => format!("down {} ({})", down.instance, down.reason),
+            Message::Waits(waits) => format!("waits {}", waits.instance),
             Message::Acknowledgement(ack) => ack
                 .instances
                 .iter()
@@ -171,6 +195,24 @@ mod tests {
         acknowledgements.down(&id("b/1"), "stopped");
         acknowledgements.say_all_again();
         assert_eq!(said(&acknowledgements).await, "up a/1, a/1@3");
+        acknowledgements.down(&id("a/1"), "stopped");
+        assert_eq!(said(&acknowledgements).await, "down a/1 (stopped)");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_an_instance_that_came_and_went_only_the_last_is_said() {
+        let acknowledgements = Acknowledgements::default();
+        let waits = InstanceWaits { instance: "a/1".into(), ..InstanceWaits::default() };
+        acknowledgements.up(&id("a/1"), up("a/1"));
+        acknowledgements.down(&id("a/1"), "it waits");
+        acknowledgements.waits(&id("a/1"), waits.clone());
+        assert_eq!(said(&acknowledgements).await, "waits a/1");
+        acknowledgements.down(&id("a/1"), "it was admitted");
+        acknowledgements.up(&id("a/1"), up("a/1"));
+        assert_eq!(said(&acknowledgements).await, "up a/1");
+        acknowledgements.waits(&id("a/1"), waits);
+        acknowledgements.say_all_again();
+        assert_eq!(said(&acknowledgements).await, "waits a/1");
         acknowledgements.down(&id("a/1"), "stopped");
         assert_eq!(said(&acknowledgements).await, "down a/1 (stopped)");
     }

@@ -8,7 +8,6 @@ use std::{
 };
 
 use countersign_api::mesh::{IssueX509SvidRequest, IssueX509SvidResponse, RenewAgentRequest, mesh_client::MeshClient};
-use countersign_core::identity::InstanceId;
 use rustls_pki_types::UnixTime;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -43,7 +42,7 @@ pub(crate) async fn keep_instance_fresh(host: Arc<Host>, of: Arc<Instance>, out:
     let instance = &of.id;
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
     loop {
-        match issue(&host, instance).await {
+        match issue(&host, &of).await {
             Ok(issued) => {
                 backoff.reset();
                 let renew_in = renew_in(&issued);
@@ -89,12 +88,13 @@ pub(crate) async fn keep_agent_fresh(host: Arc<Host>) {
     }
 }
 
-async fn issue(host: &Host, instance: &InstanceId) -> Result<Issued, RenewError> {
+async fn issue(host: &Host, of: &Instance) -> Result<Issued, RenewError> {
     let request = SigningRequest::new()?;
-    let ask = IssueX509SvidRequest { instance: instance.to_string(), csr_der: request.csr_der.clone() };
+    let (instance, artifact) = (of.id.to_string(), of.artifact());
+    let ask = IssueX509SvidRequest { instance, csr_der: request.csr_der.clone(), artifact };
     let mut client = MeshClient::new(channel(host).await);
     let answer = within(client.issue_x509_svid(ask)).await?;
-    Ok(request.accept(&answer, |_| host.trust_domain.workload(&instance.service()), now())?)
+    Ok(request.accept(&answer, |_| host.trust_domain.workload(&of.spec.service), now())?)
 }
 
 async fn renew(host: &Host) -> Result<Issued, RenewError> {

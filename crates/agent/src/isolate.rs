@@ -12,6 +12,7 @@ use std::{
 };
 
 use countersign_api::broker::{self, BROKER_FD};
+use countersign_core::canonical::Digest;
 use rustix::fs::MemfdFlags;
 use tokio::{
     io::Interest,
@@ -104,6 +105,9 @@ pub enum LaunchError {
     /// The launcher says why.
     #[error("{0}")]
     Refused(String),
+    /// The workload is not what was measured.
+    #[error("a file that its command names was replaced while it was being started")]
+    Other,
     /// The launcher said nothing.
     #[error("the launcher did not answer within 10 s")]
     TooSlow,
@@ -198,14 +202,15 @@ async fn soon(control: &UnixDatagram) -> Result<Option<(LauncherMessage, Option<
 }
 
 impl Launcher {
-    /// Starts the workload and waits until it runs.
-    pub async fn start(&self) -> Result<Process, LaunchError> {
-        broker::send(&self.control, &AgentMessage::Start, None)?;
+    /// Starts the workload and waits until it runs; only if it is `artifact`, where that is given.
+    pub async fn start(&self, artifact: Option<Digest>) -> Result<Process, LaunchError> {
+        broker::send(&self.control, &AgentMessage::Start { artifact }, None)?;
         match soon(&self.control).await? {
             Some((LauncherMessage::Started { pid, namespace_pid }, Some(pidfd))) => {
                 Ok(Process { pid, pidfd, namespace_pid })
             }
             Some((LauncherMessage::Failed(reason), _)) => Err(LaunchError::Refused(reason)),
+            Some((LauncherMessage::Other, _)) => Err(LaunchError::Other),
             Some(_) => Err(LaunchError::Refused("the launcher spoke out of turn".to_owned())),
             None => Err(LaunchError::Refused("the launcher was killed".to_owned())),
         }

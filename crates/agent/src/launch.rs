@@ -17,6 +17,7 @@ use std::{
 };
 
 use countersign_api::broker::{self, BROKER_FD};
+use countersign_core::canonical::Digest;
 use nix::{
     sys::{
         prctl,
@@ -31,7 +32,7 @@ use rustix::{
     thread::CapabilitySet,
 };
 
-use crate::harden;
+use crate::{artifact, harden};
 
 use self::{
     namespace::Namespace,
@@ -40,7 +41,7 @@ use self::{
 
 pub(crate) mod namespace;
 pub(crate) mod order;
-mod program;
+pub(crate) mod program;
 mod serve;
 mod tree;
 
@@ -131,11 +132,12 @@ fn prepare(agent: &OwnedFd) -> Result<Prepared, String> {
 }
 
 /// Starts the workload and says so, or why not; its process when it runs.
-fn start(agent: &OwnedFd, prepared: &Prepared) -> io::Result<Option<Pid>> {
-    let pid = match execute(&prepared.order) {
+fn start(agent: &OwnedFd, prepared: &Prepared, artifact: Option<Digest>) -> io::Result<Option<Pid>> {
+    let pid = match execute_only(&prepared.order, artifact) {
         Ok(pid) => pid,
-        Err(reason) => {
-            broker::send(agent, &LauncherMessage::Failed(reason), None)?;
+        Err(refused) => {
+            tree::clear(prepared.init.is_some())?;
+            broker::send(agent, &refused, None)?;
             return Ok(None);
         }
     };
@@ -155,6 +157,30 @@ fn start(agent: &OwnedFd, prepared: &Prepared) -> io::Result<Option<Pid>> {
 const AGENTS_OWN: [&str; 3] =
     ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_METRICS_HEADERS"];
 
+/// Starts the workload if it is `artifact`.
+///
+/// INVARIANT (only-what-was-measured): what the command names is read here, where it is executed, and looked at again once
+/// the program runs; what was written or replaced in between is killed.
+fn execute_only(order: &LaunchOrder, artifact: Option<Digest>) -> Result<Pid, LauncherMessage> {
+    let Some(expected) = artifact else { return execute(order).map_err(LauncherMessage::Failed) };
+    let measured = artifact::measure(&order.command, &order.dir, path(order).as_deref())
+        .map_err(|e| LauncherMessage::Failed(e.to_string()))?;
+    if measured.artifact != expected {
+        return Err(LauncherMessage::Other);
+    }
+    let pid = execute(order).map_err(LauncherMessage::Failed)?;
+    if measured.still_holds() {
+        return Ok(pid);
+    }
+    tree::kill(pid);
+    Err(LauncherMessage::Other)
+}
+
+/// Where programs are looked for.
+fn path(order: &LaunchOrder) -> Option<OsString> {
+    order.env.get("PATH").map(OsString::from).or_else(|| std::env::var_os("PATH"))
+}
+
 /// Starts the workload, which has this process for a parent and nothing else from it but its output.
 #[allow(unsafe_code, reason = "pre_exec: the child drops what it must not keep between fork and exec")]
 fn execute(order: &LaunchOrder) -> Result<Pid, String> {
@@ -165,8 +191,7 @@ fn execute(order: &LaunchOrder) -> Result<Pid, String> {
             order.dir.display()
         ));
     }
-    let path = order.env.get("PATH").map(OsString::from).or_else(|| std::env::var_os("PATH"));
-    let file = program::find(name, &order.dir, path.as_deref()).map_err(|e| e.to_string())?;
+    let file = program::find(name, &order.dir, path(order).as_deref()).map_err(|e| e.to_string())?;
     let (isolated, launcher) = (order.isolate, Pid::this());
     let mut command = Command::new(&file);
     command.arg0(name).args(arguments).current_dir(&order.dir).stdin(Stdio::null());
@@ -224,8 +249,8 @@ fn serve_agent(agent: &OwnedFd, prepared: &Prepared) -> io::Result<()> {
         if woken[0] && ended.is_none() {
             match (broker::receive::<AgentMessage>(agent)?, workload) {
                 (None, _) | (Some((AgentMessage::Stop(_), _)), None) => return Ok(()),
-                (Some((AgentMessage::Start, _)), None) => workload = start(agent, prepared)?,
-                (Some((AgentMessage::Start, _)), Some(_)) => {}
+                (Some((AgentMessage::Start { artifact }, _)), None) => workload = start(agent, prepared, artifact)?,
+                (Some((AgentMessage::Start { .. }, _)), Some(_)) => {}
                 (Some((AgentMessage::Stop(Stop::Term), _)), Some(pid)) => drop(killpg(pid, Signal::SIGTERM)),
                 (Some((AgentMessage::Stop(Stop::Kill), _)), Some(pid)) => ended = Some(tree::kill(pid)),
             }

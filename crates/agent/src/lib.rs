@@ -25,6 +25,7 @@ use std::{collections::BTreeMap, io, net::IpAddr, path::PathBuf, sync::Arc, time
 
 use countersign_api::run_file::RunService;
 use countersign_core::{
+    canonical::Digest,
     change::Revision,
     identity::{InstanceId, ServiceName, TrustDomain},
     ledger::Follower,
@@ -41,6 +42,7 @@ use crate::{
     workloads::Workloads,
 };
 
+pub mod artifact;
 pub mod harden;
 pub mod isolate;
 pub mod launch;
@@ -180,6 +182,15 @@ pub enum AgentEvent {
     InstanceReady {
         /// The instance.
         instance: InstanceId,
+    },
+    /// Its command names something that no deployment of its service admits, so nothing of it runs.
+    InstanceWaits {
+        /// The instance.
+        instance: InstanceId,
+        /// What its command names; none when that could not be read.
+        artifact: Option<Digest>,
+        /// Why it waits.
+        why: String,
     },
     /// Its workload wrote a line.
     Output {

@@ -15,6 +15,7 @@ use std::{
 };
 
 use countersign_agent::{
+    artifact::measure,
     isolate::{Exit, Isolation, LaunchError, LaunchSpec, Launcher, Process, Stop, enter, prepare, probe},
     launch::{SUBCOMMAND, launch_main},
 };
@@ -51,6 +52,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         ("a_workload_without_namespaces_cannot_signal_its_agent", a_plain_workload_cannot_signal),
         ("the_end_of_a_workload_is_told_as_it_was", ends_are_told),
         ("nothing_runs_before_it_is_started_and_what_ended_starts_again", a_plain_workload_starts_again),
+        ("nothing_is_executed_but_what_was_measured", only_what_was_measured),
         ("a_variable_and_a_directory_arrive_and_nothing_else_is_open", surroundings_arrive),
     ];
     let isolated: &[(&str, Test)] = &[
@@ -222,7 +224,7 @@ impl std::ops::DerefMut for Workload {
 
 async fn spawn(spec: LaunchSpec) -> Result<Workload, LaunchError> {
     let launcher = prepare(spec).await?;
-    let process = Some(launcher.start().await?);
+    let process = Some(launcher.start(None).await?);
     Ok(Workload { launcher, process })
 }
 
@@ -523,6 +525,33 @@ fn tree_ends(isolate: bool, mark: &str) -> Result<(), Failed> {
     doomed.into_iter().try_for_each(ends)
 }
 
+/// PROVES (only-what-was-measured)
+fn only_what_was_measured() -> Result<(), Failed> {
+    let scratch = scratch();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("serve");
+    let write = |text: &str| {
+        fs::write(&file, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    };
+    write("exit 3");
+    let command = [file.display().to_string()];
+    let measured = measure(&command, Path::new("/"), None).unwrap().artifact;
+    wait(async {
+        let launcher = prepare(spec(&[&command[0]], scratch.path(), false)).await.unwrap();
+        launcher.start(Some(measured)).await.unwrap();
+        is(launcher.exited().await.to_string(), "exited with 3")?;
+        write(&format!("touch {}", dir.path().join("ran").display()));
+        let refused = launcher.start(Some(measured)).await.unwrap_err();
+        is(refused.to_string(), "a file that its command names was replaced while it was being started")?;
+        is(dir.path().join("ran").exists().to_string(), "false")?;
+        let replaced = measure(&command, Path::new("/"), None).unwrap().artifact;
+        launcher.start(Some(replaced)).await.unwrap();
+        is(launcher.exited().await.to_string(), "exited with 0")?;
+        is(dir.path().join("ran").exists().to_string(), "true")
+    })
+}
+
 fn a_plain_workload_starts_again() -> Result<(), Failed> {
     starts_again(false, "1000320")
 }
@@ -550,7 +579,7 @@ fn starts_again(isolate: bool, mark: &str) -> Result<(), Failed> {
         is(format!("{:?}", left()), "[]")?;
         let mut namespaces = Vec::new();
         for _ in 0..3 {
-            workload.process = Some(workload.start().await.unwrap());
+            workload.process = Some(workload.start(None).await.unwrap());
             namespaces.push(line(&mut workload).await);
             let deadline = Instant::now() + WITHIN;
             while left().is_empty() {

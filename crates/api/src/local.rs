@@ -532,6 +532,10 @@ pub struct ServiceView {
     pub state: String,
     /// Running instances.
     pub instances: Vec<InstanceView>,
+    /// Instances that are not let run.
+    pub waiting: Vec<WaitingView>,
+    /// The SHA-256 of each executable or image that may be an instance; any may when there is none.
+    pub deployments: BTreeSet<Digest>,
     /// Policies that can concern requests to it.
     pub policies: Vec<String>,
     /// The services it declares to call.
@@ -559,6 +563,21 @@ pub struct InstanceView {
     pub isolation: String,
     /// Its proxy's admin pages.
     pub admin: String,
+    /// The SHA-256 of what its command names, as its agent measured it.
+    pub artifact: Option<Digest>,
+}
+
+/// An instance that is not let run, because no deployment of its service admits what its command names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingView {
+    /// Its id.
+    pub instance: InstanceId,
+    /// Its host.
+    pub host: ServiceName,
+    /// The SHA-256 of what its command names; none where that could not be measured.
+    pub artifact: Option<Digest>,
+    /// Why it waits.
+    pub reason: String,
 }
 
 /// The state of the mesh with the texts it refers to: all that planning and explaining need.
@@ -829,7 +848,7 @@ pub struct Invitation {
 pub struct WorkloadView {
     /// The instance.
     pub instance: InstanceId,
-    /// Its state: `starting`, `running`, `restarting` or `stopped`.
+    /// Its state: `waiting` to be admitted, `starting`, `running`, `restarting` or `stopped`.
     pub state: String,
     /// The process whose namespaces `exec` enters; absent when it is not isolated.
     pub namespace_pid: Option<u32>,

@@ -43,6 +43,7 @@ use crate::{
     enrol::Enrolment,
     ledger::{Ledger, PAGE_ENTRIES},
     publish::Joined,
+    registry,
     store::StoreError,
 };
 
@@ -402,8 +403,19 @@ impl mesh::mesh_server::Mesh for Agents {
         let instance =
             InstanceId::parse(&asked.instance).map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
         let service = instance.service();
-        if !plane.ledger.head().follower.state().services.contains_key(&service) {
+        let head = plane.ledger.head();
+        let state = head.follower.state();
+        if !state.services.contains_key(&service) {
             let what = format!("service `{service}` is not declared in this mesh; declare it in mesh.toml and apply");
+            return Err(refuse(Status::permission_denied(what)));
+        }
+        let artifact =
+            registry::artifact(&asked.artifact).map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
+        if !registry::is_admitted(&state.deployments, &instance, artifact) {
+            let what = match artifact {
+                Some(artifact) => format!("artifact {artifact} is no deployment of service `{service}`"),
+                None => format!("service `{service}` has deployments, and the agent did not say what it runs"),
+            };
             return Err(refuse(Status::permission_denied(what)));
         }
         plane

@@ -210,6 +210,8 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
             protocol: service.spec.protocol.to_string(),
             state: "active".into(),
             instances: plane.publisher.instances_of(name),
+            waiting: plane.publisher.waiting_of(name),
+            deployments: state.deployments.get(name).cloned().unwrap_or_default(),
             policies: concerns.map(|policy| policy.id().to_string()).collect(),
             upstreams: service.spec.upstreams.iter().cloned().collect(),
         })

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use countersign_api::{
-    local::{HostView, InstanceView, ProxyRevision},
+    local::{HostView, InstanceView, ProxyRevision, WaitingView},
     mesh::{self, follow_event::Event},
 };
 use countersign_core::{
@@ -171,6 +171,8 @@ impl Publisher {
         let first = inner.registry.hosts_of(&about);
         inner.head = head.clone();
         inner.tell_first(&first, Event::Entries(entries));
+        let moved = inner.registry.admit_only(&head.follower.state().deployments);
+        inner.discover(moved);
         drop(inner);
         self.bump();
     }
@@ -241,7 +243,13 @@ impl Publisher {
                 inner.unsaved |= inner.is_shared;
             }
             Said::Up(up) => {
-                let moved = inner.registry.up(host, &up)?;
+                let head = inner.head.clone();
+                let moved = inner.registry.up(host, &up, &head.follower.state().deployments)?;
+                inner.discover(moved);
+            }
+            Said::Waits(waits) => {
+                let moved = inner.registry.waits(host, &waits)?;
+                inner.unsaved = true;
                 inner.discover(moved);
             }
             Said::Down(down) => {
@@ -308,6 +316,11 @@ impl Publisher {
     /// Instances of a service for people.
     pub fn instances_of(&self, service: &ServiceName) -> Vec<InstanceView> {
         self.inner.lock().registry.instances_of(service)
+    }
+
+    /// Instances of a service that are not let run, for people.
+    pub fn waiting_of(&self, service: &ServiceName) -> Vec<WaitingView> {
+        self.inner.lock().registry.waiting_of(service)
     }
 
     /// Agents whose stream is open, and streams that were cut off because they did not keep up.

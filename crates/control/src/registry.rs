@@ -9,10 +9,11 @@ use std::{
 };
 
 use countersign_api::{
-    local::{HostView, InstanceView, ProxyRevision},
+    local::{HostView, InstanceView, ProxyRevision, WaitingView},
     mesh,
 };
 use countersign_core::{
+    canonical::Digest,
     change::Revision,
     identity::{InstanceId, ServiceName},
 };
@@ -29,6 +30,12 @@ pub const INSTANCES_PER_HOST_MAX: usize = 10_000;
 const TEXT_BYTES_MAX: usize = 512;
 /// Hosts whose refusal is remembered at most.
 const REFUSED_MAX: usize = 1_000;
+
+/// Why an instance waits whose agent did not find that out itself.
+const NOT_ADMITTED: &str = "what its command names is no deployment of the service";
+
+/// Which artifacts may be instances of a service; of a service that is not in here, any.
+pub type Deployments = BTreeMap<ServiceName, BTreeSet<Digest>>;
 
 /// Hosts and instances.
 #[derive(Debug, Default)]
@@ -52,6 +59,10 @@ struct Instance {
     host: ServiceName,
     /// Where it is reached; `None` until its proxy listens.
     endpoint: Option<Endpoint>,
+    /// What its command names, as its agent measured it.
+    artifact: Option<Digest>,
+    /// Why it is not let run, or not let into discovery.
+    waits: Option<String>,
     revision: Revision,
     error: Option<String>,
     svid_expires_at_ms: u64,
@@ -84,6 +95,9 @@ pub enum Refused {
     /// Not an instance id.
     #[error(transparent)]
     Name(#[from] countersign_core::identity::NameError),
+    /// Not an artifact.
+    #[error("an artifact is a SHA-256 of 32 bytes, not of {0}")]
+    Artifact(usize),
     /// Not an address.
     #[error("`{0}` is not an address of the form ip:port")]
     Address(String),
@@ -116,6 +130,7 @@ impl Registry {
             let Ok(address) = stored.address.parse() else { continue };
             let (ready, admin, isolation) = (stored.ready, stored.admin, stored.isolation);
             let instance = Instance {
+                artifact: stored.artifact,
                 endpoint: Some(Endpoint { address, ready, admin, isolation }),
                 leaves_at_ms: Some(now_ms + RESTART_GRACE_MS),
                 ..Instance::of(stored.host)
@@ -209,17 +224,47 @@ impl Registry {
         }
     }
 
-    /// An instance's proxy listens, or its workload began or ceased to accept connections.
-    pub fn up(&mut self, host: &ServiceName, up: &mesh::InstanceUp) -> Result<Moved, Refused> {
+    /// An instance's proxy listens, or its workload began or ceased to accept connections. What no deployment of its service
+    /// admits stays out of discovery, whatever its agent made of that.
+    pub fn up(
+        &mut self,
+        host: &ServiceName,
+        up: &mesh::InstanceUp,
+        deployments: &Deployments,
+    ) -> Result<Moved, Refused> {
         let id = InstanceId::parse(&up.instance)?;
         let address = up.address.parse().map_err(|_| Refused::Address(short(&up.address)))?;
         let endpoint = Endpoint { address, ready: up.ready, admin: short(&up.admin), isolation: short(&up.isolation) };
+        let artifact = artifact(&up.artifact)?;
         let instance = self.of_host(host, &id)?;
-        instance.leaves_at_ms = None;
+        (instance.leaves_at_ms, instance.artifact, instance.waits) = (None, artifact, None);
+        if !is_admitted(deployments, &id, artifact) {
+            return Ok(instance.wait(&id, NOT_ADMITTED));
+        }
         let before = instance.endpoint.replace(endpoint.clone());
         let same = before.is_some_and(|before| (before.address, before.ready) == (address, up.ready));
         let up = if same { Vec::new() } else { vec![endpoint.message(&id)] };
         Ok(Moved { up, down: Vec::new() })
+    }
+
+    /// An instance does not run, because its agent found that nothing admits it.
+    pub fn waits(&mut self, host: &ServiceName, waits: &mesh::InstanceWaits) -> Result<Moved, Refused> {
+        let id = InstanceId::parse(&waits.instance)?;
+        let artifact = artifact(&waits.artifact)?;
+        let instance = self.of_host(host, &id)?;
+        (instance.leaves_at_ms, instance.artifact) = (None, artifact);
+        Ok(instance.wait(&id, &waits.reason))
+    }
+
+    /// Takes out of discovery what is no deployment any more; its agent is about to end it.
+    pub fn admit_only(&mut self, deployments: &Deployments) -> Moved {
+        let mut moved = Moved::default();
+        for (id, instance) in &mut self.instances {
+            if instance.endpoint.is_some() && !is_admitted(deployments, id, instance.artifact) {
+                moved.down.extend(instance.wait(id, NOT_ADMITTED).down);
+            }
+        }
+        moved
     }
 
     /// An instance ended.
@@ -263,26 +308,30 @@ impl Registry {
         let mut told = HashSet::new();
         for other in stored {
             let here = self.hosts.get(&other.host).is_some_and(|host| host.connected);
-            let Ok(address) = other.address.parse() else { continue };
             if here || !alive.contains(&other.replica) {
                 continue;
             }
+            let known =
+                self.instances.entry(other.instance.clone()).or_insert_with(|| Instance::of(other.host.clone()));
+            known.host = other.host.clone();
+            (known.is_elsewhere, known.leaves_at_ms) = (true, None);
+            (known.artifact, known.waits) = (other.artifact, None);
+            told.insert(other.instance.clone());
+            let Ok(address) = other.address.parse() else {
+                moved.down.extend(known.wait(&other.instance, other.error.as_deref().unwrap_or(NOT_ADMITTED)).down);
+                continue;
+            };
             let endpoint = Endpoint {
                 address,
                 ready: other.ready,
                 admin: other.admin.clone(),
                 isolation: other.isolation.clone(),
             };
-            let known =
-                self.instances.entry(other.instance.clone()).or_insert_with(|| Instance::of(other.host.clone()));
-            known.host = other.host.clone();
-            (known.is_elsewhere, known.leaves_at_ms) = (true, None);
             (known.revision, known.error) = (other.revision, other.error.clone());
             let before = known.endpoint.replace(endpoint.clone());
             if before.is_none_or(|before| (before.address, before.ready) != (address, other.ready)) {
                 moved.up.push(endpoint.message(&other.instance));
             }
-            told.insert(other.instance.clone());
         }
         let named: HashSet<&InstanceId> = stored.iter().map(|other| &other.instance).collect();
         for (id, instance) in self.instances.iter_mut().filter(|(_, instance)| instance.is_elsewhere) {
@@ -391,25 +440,46 @@ impl Registry {
                     svid_expires_at_ms: instance.svid_expires_at_ms,
                     isolation: endpoint.isolation.clone(),
                     admin: endpoint.admin.clone(),
+                    artifact: instance.artifact,
                 })
             })
             .collect()
     }
 
+    /// The instances of `service` that are not let run, for people.
+    pub fn waiting_of(&self, service: &ServiceName) -> Vec<WaitingView> {
+        let of_service = self.instances.iter().filter(|(id, _)| id.service() == *service);
+        let waiting = |(id, instance): (&InstanceId, &Instance)| {
+            Some(WaitingView {
+                instance: id.clone(),
+                host: instance.host.clone(),
+                artifact: instance.artifact,
+                reason: instance.waits.clone()?,
+            })
+        };
+        of_service.filter_map(waiting).collect()
+    }
+
     /// The instances as they are written down.
     pub fn stored_instances(&self) -> Vec<StoredInstance> {
         let stored = |(id, instance): (&InstanceId, &Instance)| {
-            let endpoint = instance.endpoint.as_ref()?;
+            let endpoint = instance.endpoint.as_ref();
+            let error = match (&endpoint, &instance.waits) {
+                (None, None) => return None,
+                (None, Some(why)) => Some(why.clone()),
+                (Some(_), _) => instance.error.clone(),
+            };
             Some(StoredInstance {
                 instance: id.clone(),
                 host: instance.host.clone(),
-                address: endpoint.address.to_string(),
-                ready: endpoint.ready,
-                admin: endpoint.admin.clone(),
-                isolation: endpoint.isolation.clone(),
+                address: endpoint.map(|endpoint| endpoint.address.to_string()).unwrap_or_default(),
+                ready: endpoint.is_some_and(|endpoint| endpoint.ready),
+                admin: endpoint.map(|endpoint| endpoint.admin.clone()).unwrap_or_default(),
+                isolation: endpoint.map(|endpoint| endpoint.isolation.clone()).unwrap_or_default(),
                 replica: String::new(),
                 revision: instance.revision,
-                error: instance.error.clone(),
+                error,
+                artifact: instance.artifact,
             })
         };
         self.instances.iter().filter(|(_, instance)| !instance.is_elsewhere).filter_map(stored).collect()
@@ -452,12 +522,35 @@ impl Instance {
         Self {
             host,
             endpoint: None,
+            artifact: None,
+            waits: None,
             revision: Revision(0),
             error: None,
             svid_expires_at_ms: 0,
             leaves_at_ms: None,
             is_elsewhere: false,
         }
+    }
+
+    /// Out of discovery, if it was in it.
+    fn wait(&mut self, id: &InstanceId, why: &str) -> Moved {
+        self.waits = Some(short(why));
+        let down = self.endpoint.take().map(|_| id.clone()).into_iter().collect();
+        Moved { up: Vec::new(), down }
+    }
+}
+
+/// INVARIANT (only-admitted-is-served): an instance of a service with deployments gets an SVID, and a place in discovery,
+/// only for an artifact that is one of them.
+pub fn is_admitted(deployments: &Deployments, id: &InstanceId, artifact: Option<Digest>) -> bool {
+    deployments.get(&id.service()).is_none_or(|admitted| artifact.is_some_and(|artifact| admitted.contains(&artifact)))
+}
+
+/// What an agent says it measured; nothing where it could not.
+pub fn artifact(said: &[u8]) -> Result<Option<Digest>, Refused> {
+    match said.len() {
+        0 => Ok(None),
+        length => said.try_into().map(|bytes| Some(Digest(bytes))).map_err(|_| Refused::Artifact(length)),
     }
 }
 
@@ -491,6 +584,11 @@ mod tests {
         mesh::InstanceUp { instance: instance.into(), address: address.into(), ready, ..Default::default() }
     }
 
+    /// No service has deployments.
+    fn any() -> Deployments {
+        Deployments::new()
+    }
+
     fn with_host() -> Registry {
         let mut registry = Registry::default();
         registry.connect(&mesh::FollowHello::default(), &name("h1"), 0);
@@ -512,7 +610,7 @@ mod tests {
             (up("web/1", "127.0.0.1:2", true), 1),
             (up("web/1", "127.0.0.1:2", true), 0),
         ] {
-            assert_eq!(registry.up(&name("h1"), &given).unwrap().up.len(), told, "{given:?}");
+            assert_eq!(registry.up(&name("h1"), &given, &any()).unwrap().up.len(), told, "{given:?}");
         }
         let gone = mesh::InstanceDown { instance: "web/1".into(), ..Default::default() };
         assert_eq!(registry.down(&name("h1"), &gone).unwrap().down.len(), 1);
@@ -523,7 +621,7 @@ mod tests {
     fn what_is_no_instance_no_address_or_runs_elsewhere_is_refused() {
         let mut registry = with_host();
         registry.connect(&mesh::FollowHello::default(), &name("h2"), 0);
-        registry.up(&name("h2"), &up("web/2", "127.0.0.1:1", true)).unwrap();
+        registry.up(&name("h2"), &up("web/2", "127.0.0.1:1", true), &any()).unwrap();
         let h1 = name("h1");
         for (given, expected) in [
             (up("web", "127.0.0.1:1", true), "`web` is not a instance id"),
@@ -531,7 +629,7 @@ mod tests {
             (up("web/1", "", true), "`` is not an address"),
             (up("web/2", "127.0.0.1:1", true), "instance `web/2` runs on another host"),
         ] {
-            let refused = registry.up(&h1, &given).unwrap_err().to_string();
+            let refused = registry.up(&h1, &given, &any()).unwrap_err().to_string();
             assert!(refused.starts_with(expected), "{refused}");
         }
         let gone = mesh::InstanceDown { instance: "web/2".into(), ..Default::default() };
@@ -545,13 +643,13 @@ mod tests {
         let mut registry = with_host();
         let h1 = name("h1");
         for instance in ["web/1", "web/2"] {
-            registry.up(&h1, &up(instance, "127.0.0.1:1", true)).unwrap();
+            registry.up(&h1, &up(instance, "127.0.0.1:1", true), &any()).unwrap();
         }
         registry.disconnect(&h1, 1_000);
         assert_eq!(registry.sweep(1_000 + GRACE_MS - 1), Moved::default(), "a reconnect must not cut traffic");
         assert_eq!(registry.proxies().count(), 0, "nobody waits for a host that is away");
         registry.connect(&mesh::FollowHello::default(), &h1, 2_000);
-        assert_eq!(registry.up(&h1, &up("web/1", "127.0.0.1:1", true)).unwrap(), Moved::default());
+        assert_eq!(registry.up(&h1, &up("web/1", "127.0.0.1:1", true), &any()).unwrap(), Moved::default());
         let swept = registry.sweep(2_000 + GRACE_MS);
         assert_eq!(swept.down, [InstanceId::parse("web/2").unwrap()]);
         registry.disconnect(&h1, 20_000);
@@ -563,7 +661,7 @@ mod tests {
     #[test]
     fn a_restarted_control_plane_goes_on_from_what_was_written_down() {
         let mut registry = with_host();
-        registry.up(&name("h1"), &up("web/1", "127.0.0.1:1", true)).unwrap();
+        registry.up(&name("h1"), &up("web/1", "127.0.0.1:1", true), &any()).unwrap();
         let mut restored = Registry::restore(Vec::new(), registry.stored_instances(), 0);
         assert_eq!(restored.reachable(), registry.reachable());
         assert_eq!(restored.sweep(RESTART_GRACE_MS - 1), Moved::default());
@@ -576,7 +674,7 @@ mod tests {
         let h1 = name("h1");
         registry.acknowledge(&h1, &acknowledgement("web/1", 4, "")).unwrap();
         assert_eq!(registry.proxies().count(), 0, "it cannot be reached yet");
-        registry.up(&h1, &up("web/1", "127.0.0.1:1", true)).unwrap();
+        registry.up(&h1, &up("web/1", "127.0.0.1:1", true), &any()).unwrap();
         registry.acknowledge(&h1, &acknowledgement("web/1", 3, "a text is missing")).unwrap();
         let proxy = registry.proxies().next().unwrap();
         assert_eq!((proxy.revision, proxy.error.as_deref()), (Revision(4), Some("a text is missing")));
@@ -590,13 +688,13 @@ mod tests {
         let mut registry = with_host();
         let (h1, catalog) = (name("h1"), InstanceId::parse("catalog/1").unwrap());
         for instance in ["web/1", "catalog/1"] {
-            registry.up(&h1, &up(instance, "127.0.0.1:1", true)).unwrap();
+            registry.up(&h1, &up(instance, "127.0.0.1:1", true), &any()).unwrap();
         }
         registry.entitle(&h1, Some([name("web"), name("job")].into()));
         assert_eq!(registry.sweep(1).down, std::slice::from_ref(&catalog), "what it may run no more leaves discovery");
         let refused = "host `h1` was invited to run `job`, `web`, not `catalog`; a new invitation for it can name that";
         assert_eq!(registry.issuing(&h1, &catalog).unwrap_err().to_string(), refused);
-        assert_eq!(registry.up(&h1, &up("catalog/1", "127.0.0.1:1", true)).unwrap_err().to_string(), refused);
+        assert_eq!(registry.up(&h1, &up("catalog/1", "127.0.0.1:1", true), &any()).unwrap_err().to_string(), refused);
         assert!(registry.acknowledge(&h1, &acknowledgement("catalog/1", 1, "")).is_err());
         assert!(registry.issuing(&h1, &InstanceId::parse("web/2").unwrap()).is_ok());
         assert!(registry.issuing(&name("h2"), &catalog).is_ok(), "and nobody else is");
@@ -631,7 +729,7 @@ mod tests {
             let id = InstanceId::new(&name("web"), &n.to_string());
             registry.instances.insert(id, Instance::of(h1.clone()));
         }
-        assert_eq!(registry.up(&h1, &up("web/x", "127.0.0.1:1", true)), Err(Refused::TooMany));
+        assert_eq!(registry.up(&h1, &up("web/x", "127.0.0.1:1", true), &any()), Err(Refused::TooMany));
         assert_eq!(short(&"é".repeat(1_000)).len(), TEXT_BYTES_MAX);
     }
 }

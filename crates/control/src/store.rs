@@ -115,7 +115,7 @@ pub struct StoredInstance {
     pub instance: InstanceId,
     /// Its host.
     pub host: ServiceName,
-    /// Its proxy's listener.
+    /// Its proxy's listener; empty while it is not let run.
     pub address: String,
     /// Whether its workload accepts connections.
     pub ready: bool,
@@ -127,8 +127,10 @@ pub struct StoredInstance {
     pub replica: String,
     /// The revision that its proxy enforced when that was written.
     pub revision: Revision,
-    /// Why its proxy could not take up a later one.
+    /// Why its proxy could not take up a later one, or why it is not let run.
     pub error: Option<String>,
+    /// What its command names, as its agent measured it.
+    pub artifact: Option<Digest>,
 }
 
 /// A certificate that was signed.

@@ -12,7 +12,7 @@ use countersign_api::{
 };
 use countersign_core::{
     canonical::Digest,
-    change::{Bodies, Revision},
+    change::{Bodies, Change, Revision},
     ledger::{Batch, Follower, Snapshot},
     record::DecisionRecord,
 };
@@ -153,7 +153,7 @@ async fn an_svid_is_signed_only_for_a_declared_service_and_a_sound_request() {
     for (csr_der, what) in
         [(Bytes::new(), "empty"), (forged.into(), "forged"), (p384, "another curve"), (vec![0; 9000].into(), "long")]
     {
-        let request = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der };
+        let request = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der, artifact: Bytes::new() };
         assert_eq!(agent.client.issue_x509_svid(request).await.unwrap_err().code(), Code::InvalidArgument, "{what}");
     }
     agent.issue("web/1").await.unwrap();
@@ -167,7 +167,7 @@ async fn a_workload_a_stranger_and_a_foreign_mesh_reach_nothing_of_the_mesh_serv
     let plane = Plane::start().await;
     plane.create(&["web"]).await;
     let mut stranger = mesh::mesh_client::MeshClient::new(plane.stranger().await);
-    let ask = || mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der: csr().1 };
+    let ask = || mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der: csr().1, artifact: Bytes::new() };
     assert_eq!(stranger.issue_x509_svid(ask()).await.unwrap_err().code(), Code::Unauthenticated);
     assert_eq!(
         stranger.renew_agent(mesh::RenewAgentRequest { csr_der: csr().1 }).await.unwrap_err().code(),
@@ -176,7 +176,7 @@ async fn a_workload_a_stranger_and_a_foreign_mesh_reach_nothing_of_the_mesh_serv
 
     let mut agent = plane.agent("h1").await;
     let (key, csr_der) = csr();
-    let asked = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der };
+    let asked = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der, artifact: Bytes::new() };
     let svid = agent.client.issue_x509_svid(asked).await.unwrap().into_inner();
     let workload = identity(svid, &key).client_config(trust_domain().control(), &[b"h2"]);
     let mut workload = mesh::mesh_client::MeshClient::new(plane.channel(workload).await.unwrap());
@@ -424,7 +424,7 @@ async fn an_agent_renews_its_own_identity_and_nobody_elses() {
     let refused = stranger.renew_agent(mesh::RenewAgentRequest { csr_der: csr().1 }).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
     let (key, csr_der) = csr();
-    let request = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der };
+    let request = mesh::IssueX509SvidRequest { instance: "web/1".into(), csr_der, artifact: Bytes::new() };
     let workload = identity(agent.client.issue_x509_svid(request).await.unwrap().into_inner(), &key);
     let channel = plane.channel(workload.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
     let mut workload = mesh::mesh_client::MeshClient::new(channel);
@@ -510,4 +510,58 @@ async fn a_tail_tells_what_is_reported_while_it_is_open_and_what_was_asked_for_o
     // The first may still have been on its way when the tail was opened.
     assert!(told.ends_with(&["0b".into(), "0c".into()]) && told.len() <= 3, "{told:?}");
     assert!(tokio::time::timeout(Duration::from_millis(200), other.next()).await.is_err(), "of another service");
+}
+
+/// PROVES (only-admitted-is-served)
+#[tokio::test]
+async fn what_no_deployment_admits_gets_no_svid_and_no_place_in_discovery() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let (mut agent, mut other) = (plane.agent("h1").await, plane.agent("h2").await);
+    let (mut stream, mut listening) =
+        (agent.follow(0, Digest::default()).await.unwrap(), other.follow(0, Digest::default()).await.unwrap());
+    stream.welcome().await;
+    listening.welcome().await;
+    let (first, second) = (Digest::of(b"1"), Digest::of(b"2"));
+    let up = |artifact: Option<Digest>, port: u16| {
+        let artifact = artifact.map_or_else(Bytes::new, |artifact| Bytes::copy_from_slice(&artifact.0));
+        let (instance, address) = ("web/1".to_owned(), format!("127.0.0.1:{port}"));
+        Said::Up(mesh::InstanceUp { instance, address, ready: true, artifact, ..Default::default() })
+    };
+    agent.issue("web/1").await.unwrap();
+    stream.say(up(Some(first), 9001)).await;
+    let Event::Discovery(discovery) = listening.news().await else { panic!("discovery moved") };
+    assert_eq!(discovery.up.len(), 1, "no deployment, so any executable");
+
+    let deploy = |artifact: Digest| Change::Deploy { service: name("web"), artifacts: [artifact].into() };
+    plane.apply(1, vec![deploy(second)]).await.unwrap();
+    let Event::Entries(_) = listening.news().await else { panic!("the ledger grew") };
+    let Event::Discovery(discovery) = listening.news().await else { panic!("discovery moved") };
+    assert_eq!(discovery.down, ["web/1"], "what runs is no deployment: it leaves, whatever its agent does");
+    let refused = agent.issue("web/1").await.unwrap_err();
+    let why = "service `web` has deployments, and the agent did not say what it runs";
+    assert_eq!((refused.code(), refused.message()), (Code::PermissionDenied, why));
+    let refused = agent.issue_of("web/1", &first.0).await.unwrap_err();
+    assert_eq!(refused.message(), format!("artifact {first} is no deployment of service `web`"));
+    assert_eq!(agent.issue_of("web/1", &[1; 31]).await.unwrap_err().code(), Code::InvalidArgument);
+    agent.issue("catalog/1").await.expect("another service is not concerned");
+
+    stream.say(up(Some(first), 9002)).await;
+    stream.say(up(None, 9002)).await;
+    let waits = mesh::InstanceWaits {
+        instance: "web/2".into(),
+        artifact: Bytes::copy_from_slice(&first.0),
+        reason: "it waits".into(),
+    };
+    stream.say(Said::Waits(waits)).await;
+    stream.say(up(Some(second), 9003)).await;
+    agent.issue_of("web/1", &second.0).await.unwrap();
+    let Event::Discovery(discovery) = listening.news().await else { panic!("discovery moved") };
+    assert_eq!(discovery.up[0].address, "127.0.0.1:9003", "nobody was sent to the others in between");
+    let status = plane.status().await;
+    let web = status.services.iter().find(|service| service.name == name("web")).unwrap();
+    assert_eq!(web.instances.iter().map(|instance| instance.artifact).collect::<Vec<_>>(), [Some(second)]);
+    let waiting: Vec<_> = web.waiting.iter().map(|w| (w.instance.as_str(), w.artifact, w.reason.as_str())).collect();
+    assert_eq!(waiting, [("web/2", Some(first), "it waits")]);
+    assert_eq!(web.deployments, [second].into());
 }

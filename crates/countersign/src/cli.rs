@@ -13,7 +13,7 @@ use countersign_core::{
 };
 
 use crate::{
-    agent, apply, authority, change, control, decision, doctor,
+    agent, apply, authority, change, control, decision, deploy, doctor,
     error::{Done, Failure},
     exec, host, init, ledger,
     mesh_finder::{self, Place},
@@ -171,6 +171,16 @@ pub enum ServiceVerb {
         /// Its name
         service: ServiceName,
     },
+    /// Say which executables may be instances of a service; from the first one on any other waits and does not run
+    ///
+    /// It adds to what was admitted before, so that the old and the new run beside each other; `--only` takes the old back.
+    Deploy(deploy::DeployArguments),
+    /// Print the SHA-256 that a command is deployed by, and what of it was read
+    Artifact {
+        /// The command, as mesh.toml has it, from the directory in which it runs
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<String>,
+    },
 }
 
 /// What can be asked about changes.
@@ -326,6 +336,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),
+        Command::Service(ServiceVerb::Deploy(arguments)) => ask(deploy::deploy(arguments, &place(&global)?, output)),
+        Command::Service(ServiceVerb::Artifact { command }) => deploy::show(&command, output),
         Command::Operator(verb) => ask(operator::operator(verb, &place(&global)?, output)),
         Command::Factor(verb) => ask(operator::factor(verb, &place(&global)?, output)),
         Command::Recover(arguments) => ask(recover::recover(arguments, &place(&global)?, output)),

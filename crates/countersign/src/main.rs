@@ -12,6 +12,7 @@ mod cli;
 mod client;
 mod control;
 mod decision;
+mod deploy;
 mod diff;
 mod difference;
 mod doctor;

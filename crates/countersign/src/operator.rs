@@ -208,7 +208,7 @@ pub async fn factor(verb: FactorVerb, place: &Place, output: Output) -> Done {
 }
 
 /// Asks for one change, planned on the mesh as it is.
-async fn change(
+pub async fn change(
     control: &Client,
     who: &Who,
     output: Output,

@@ -29,6 +29,7 @@ use crate::{
     apply, change, cli,
     cli::Global,
     client::{self, query},
+    deploy::{self, Deployment},
     difference::difference,
     error::{Done, Failure, Kind},
     mesh_directory, mesh_finder,
@@ -77,6 +78,9 @@ pub struct ProposeArguments {
     /// A PEM file of certificates that the control plane is verified with, beside those that the system trusts
     #[arg(long, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
+    /// Admit a program as an instance of a service, in the same change
+    #[arg(long, value_name = "SERVICE=FILE|SHA256", value_parser = deploy::deployment)]
+    pub deploy: Vec<Deployment>,
     /// Wait until it is applied; fail when it is rejected, or after this long
     #[arg(long, value_name = "SPAN", value_parser = cli::span)]
     pub wait: Option<Duration>,
@@ -115,7 +119,8 @@ pub async fn propose(arguments: ProposeArguments, global: &Global) -> Done {
         token: Token::of(&arguments)?,
         https,
     };
-    let outcome = until_applied(&mut control, &directory, deadline, global.output).await?;
+    let wanted = Wanted { directory: &directory, deployments: &arguments.deploy };
+    let outcome = until_applied(&mut control, wanted, deadline, global.output).await?;
     render::answer(global.output, &outcome, |outcome, paint| match outcome {
         Outcome::Unchanged { revision } => {
             format!("{} revision {revision} holds what the directory says\n", paint.good("nothing to change:"))
@@ -126,19 +131,27 @@ pub async fn propose(arguments: ProposeArguments, global: &Global) -> Done {
     })
 }
 
+/// What is proposed.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    directory: &'a Directory,
+    deployments: &'a [Deployment],
+}
+
 /// Plans and proposes, again when what was proposed is void because another change came first.
 async fn until_applied(
     control: &mut Control,
-    directory: &Directory,
+    wanted: Wanted<'_>,
     deadline: Option<Instant>,
     output: Output,
 ) -> Result<Outcome, Failure> {
     let mut attempts = 0;
     loop {
         let on: Mesh = control.get("/v1/pipeline/mesh", &[]).await?;
-        let plan = directory::plan(directory, &on.state, on.revision).map_err(|e| {
+        let mut plan = directory::plan(wanted.directory, &on.state, on.revision).map_err(|e| {
             Failure::new("this directory is about another mesh").because(&e).help("correct `trust_domain` in mesh.toml")
         })?;
+        plan.change_set.changes.extend(deploy::changes(wanted.deployments, &on));
         if plan.is_empty() {
             return Ok(Outcome::Unchanged { revision: on.revision });
         }

@@ -42,6 +42,7 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
             ("protocol", service.protocol.clone()),
             ("upstreams", status::join(&service.upstreams)),
             ("policies", status::join(&service.policies)),
+            ("may run", may_run(service)),
         ] {
             let _ = writeln!(text, "{} {}", paint.dim(&format!("{label:<10}")), render::tame(&value));
         }
@@ -63,9 +64,34 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
         });
         let headings = ["INSTANCE", "HOST", "ADDRESS", "STATE", "ENFORCES", "SVID EXPIRES", "ISOLATION", "ADMIN"];
         let _ = write!(text, "\n{}", render::table(&headings, rows, paint));
+        text.push_str(&table_of_waiting(service, paint));
         let _ = write!(text, "\n{}", table_of_callers(callers, now_ms, paint));
         text
     })
+}
+
+fn may_run(service: &ServiceView) -> String {
+    if service.deployments.is_empty() {
+        return "any executable; `countersign service deploy` names those that may".to_owned();
+    }
+    status::join(&service.deployments.iter().collect::<Vec<_>>())
+}
+
+/// What waits to be admitted; nothing where nothing does.
+fn table_of_waiting(service: &ServiceView, paint: render::Paint) -> String {
+    if service.waiting.is_empty() {
+        return String::new();
+    }
+    let rows = service.waiting.iter().map(|waiting| {
+        let artifact = waiting.artifact.map_or_else(|| "-".to_owned(), |artifact| artifact.to_string());
+        vec![cell(&waiting.instance), cell(&waiting.host), cell(artifact), cell(render::tame(&waiting.reason))]
+    });
+    format!(
+        "\n{}{} `countersign service deploy {} --seen` admits what waits\n",
+        render::table(&["WAITS", "HOST", "SHA-256", "WHY"], rows, paint),
+        paint.note("help:"),
+        service.name
+    )
 }
 
 fn table_of_callers(callers: &[Caller], now_ms: u64, paint: render::Paint) -> String {
@@ -76,7 +102,8 @@ fn table_of_callers(callers: &[Caller], now_ms: u64, paint: render::Paint) -> St
     render::table(&["CALLED BY", "ACTION", "PERMITTED", "LAST SEEN"], rows, paint)
 }
 
-fn find<'a>(services: &'a [ServiceView], name: &ServiceName) -> Result<&'a ServiceView, Failure> {
+/// The service of that name.
+pub fn find<'a>(services: &'a [ServiceView], name: &ServiceName) -> Result<&'a ServiceView, Failure> {
     services.iter().find(|service| service.name == *name).ok_or_else(|| {
         let names: Vec<_> = services.iter().map(|service| service.name.clone()).collect();
         Failure::new(format!("this mesh has no service `{name}`"))

@@ -69,7 +69,10 @@ pub fn services(services: &[ServiceView], revision: u64, paint: Paint) -> String
         let failed = service.instances.iter().any(|instance| instance.error.is_some());
         vec![
             cell(&service.name),
-            verdict(&service.state, service.state == "active"),
+            match service.waiting.len() {
+                0 => verdict(&service.state, service.state == "active"),
+                waiting => verdict(format!("{waiting} waiting"), false),
+            },
             cell(&service.protocol),
             verdict(format!("{ready}/{}", service.instances.len()), ready == service.instances.len() && ready > 0),
             match enforced {

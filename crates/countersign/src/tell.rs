@@ -164,6 +164,16 @@ impl Teller {
                     format!("ended: {}", tame(why))
                 });
             }
+            AgentEvent::InstanceWaits { instance, artifact, why } => {
+                let service = instance.service();
+                let which = artifact.map_or_else(String::new, |artifact| format!(" ({artifact})"));
+                self.line(&format!(
+                    "{} {instance} does not run: {}{which}; `countersign service deploy {service} --seen` admits it",
+                    paint.warn("waiting:"),
+                    tame(why)
+                ));
+                self.progress(instance, |_| "waits to be admitted".to_owned());
+            }
             AgentEvent::ProxyEnded { instance, why, restart_in } => {
                 self.line(&format!(
                     "{} the sidecar of {instance} ended: {}; starting it again in {restart_in:.0?}",
@@ -251,6 +261,9 @@ fn document(event: &AgentEvent) -> Value {
             "event": "workload_ended", "instance": instance, "why": why, "last_lines": last_lines,
             "restart_in_ms": restart_in.map(|span| u64::try_from(span.as_millis()).unwrap_or(u64::MAX)),
         }),
+        AgentEvent::InstanceWaits { instance, artifact, why } => {
+            json!({ "event": "instance_waits", "instance": instance, "artifact": artifact, "why": why })
+        }
         AgentEvent::ProxyEnded { instance, why, restart_in } => json!({
             "event": "proxy_ended", "instance": instance, "why": why,
             "restart_in_ms": u64::try_from(restart_in.as_millis()).unwrap_or(u64::MAX),

@@ -34,7 +34,7 @@ async fn isolated(script: &str, data_dir: &Path) -> Option<Launcher> {
         data_dir: data_dir.to_owned(),
     };
     let launcher = prepare(spec).await.unwrap();
-    launcher.start().await.unwrap();
+    launcher.start(None).await.unwrap();
     Some(launcher)
 }
 

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
+use countersign_core::canonical::Digest;
 use serde::{Deserialize, Serialize};
 
 /// The file descriptor on which a launcher finds its agent. When it closes, the agent is gone and so is the workload.
@@ -27,7 +28,10 @@ pub(crate) struct LaunchOrder {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum AgentMessage {
     /// Run the workload: its sidecar is there. Said again when it ended and is to run again, in the same namespaces.
-    Start,
+    Start {
+        /// What it must be; anything, when nothing was measured.
+        artifact: Option<Digest>,
+    },
     /// End it.
     Stop(Stop),
 }
@@ -58,6 +62,8 @@ pub(crate) enum LauncherMessage {
     },
     /// The namespaces could not be made, or the workload was not started.
     Failed(String),
+    /// The workload was not started, or killed as soon as it ran: it is not what was measured.
+    Other,
     /// The workload ended, and with it everything it had started.
     Exited(Exit),
 }

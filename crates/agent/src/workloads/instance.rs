@@ -3,6 +3,8 @@
 //! namespaces it had, and answers 503 meanwhile. Only the end of the launcher, which takes the namespaces and the sidecar's
 //! sockets with it, lets both begin anew, on the same addresses. Stopping drains the sidecar first and the workload
 //! after, because what is still open needs it.
+//!
+//! Of a service that is held to its deployments neither runs unless what the command names is one of them ([`admission`]).
 
 use std::{
     collections::BTreeMap,
@@ -18,9 +20,11 @@ use countersign_api::{
     sidecar::{Configure, Listening},
 };
 use countersign_core::{
+    canonical::Digest,
     change::Revision,
     identity::{InstanceId, ServiceName},
 };
+use parking_lot::Mutex;
 use tokio::{sync::watch, task::AbortHandle};
 
 use super::{
@@ -30,6 +34,7 @@ use super::{
 };
 use crate::{
     AgentEvent, TOLD, WorkloadSpec,
+    artifact::Measured,
     backoff::Backoff,
     host::{Contact, Host},
     identity::keep_instance_fresh,
@@ -39,6 +44,10 @@ use crate::{
     link::chain,
 };
 
+mod admission;
+
+/// How long open exchanges may take to end when what runs is no longer admitted.
+const CUT_WITHIN: Duration = Duration::ZERO;
 /// The delays before a crashed process is started again.
 const RESTART_FIRST: Duration = Duration::from_millis(100);
 const RESTART_LONGEST: Duration = Duration::from_secs(30);
@@ -68,6 +77,8 @@ pub(crate) struct Addresses {
 /// What an instance is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
+    /// No deployment admits it, and nothing of it runs.
+    Waiting,
     Starting,
     Running,
     Restarting,
@@ -78,6 +89,8 @@ pub(crate) enum Phase {
 #[derive(Debug, Clone)]
 pub(crate) struct Status {
     pub(crate) phase: Phase,
+    /// What its command names, as it was read before its workload was started last.
+    pub(crate) artifact: Option<Digest>,
     pub(crate) env: BTreeMap<String, String>,
     pub(crate) namespace_pid: Option<u32>,
     pub(crate) pid: Option<u32>,
@@ -108,6 +121,8 @@ pub(crate) struct Instance {
     slot: u32, // from 1
     port: Option<u16>,
     status: watch::Sender<Status>,
+    /// What its command names, as long as no file of it has changed.
+    measured: Mutex<Option<Arc<Measured>>>,
 }
 
 /// The sidecar's end of the broker of the workload's current namespace.
@@ -124,8 +139,10 @@ impl Instance {
             isolated,
             spec,
             slot,
+            measured: Mutex::default(),
             status: watch::Sender::new(Status {
                 phase: Phase::Starting,
+                artifact: None,
                 env: BTreeMap::new(),
                 namespace_pid: None,
                 pid: None,
@@ -150,24 +167,41 @@ impl Instance {
     }
 
     /// Keeps it running until `stop` says how long open exchanges may take to end.
-    pub(crate) async fn run(self: Arc<Self>, host: Arc<Host>, stop: watch::Receiver<Option<Duration>>, once: bool) {
-        tracing::info!(instance = %self.id, isolated = self.isolated, "an instance starts");
-        host.tell(AgentEvent::InstanceStarting { instance: self.id.clone() });
+    pub(crate) async fn run(self: Arc<Self>, host: Arc<Host>, mut stop: watch::Receiver<Option<Duration>>, once: bool) {
+        while self.admitted(&host, &mut stop).await {
+            tracing::info!(instance = %self.id, isolated = self.isolated, "an instance starts");
+            host.tell(AgentEvent::InstanceStarting { instance: self.id.clone() });
+            let leave = watch::Sender::new(None);
+            let mut stay = std::pin::pin!(self.clone().stay(&host, leave.subscribe(), once));
+            let drain = tokio::select! {
+                biased;
+                () = said(&mut stop, Option::is_some) => *stop.borrow(),
+                () = self.no_longer_admitted(&host) => Some(CUT_WITHIN),
+                () = &mut stay => break,
+            };
+            leave.send_replace(drain);
+            stay.await;
+        }
+        self.status.send_modify(|status| (status.phase, status.settled) = (Phase::Stopped, true));
+        host.acknowledgements.down(&self.id, "it was stopped");
+        tracing::info!(instance = %self.id, "an instance stopped");
+        host.tell(AgentEvent::InstanceStopped { instance: self.id.clone() });
+    }
+
+    /// Keeps both its processes running until `stop`.
+    async fn stay(self: Arc<Self>, host: &Arc<Host>, stop: watch::Receiver<Option<Duration>>, once: bool) {
         let identity = watch::Sender::new(None);
         let fresh = identity.subscribe();
         let renewal = Aborted(tokio::spawn(keep_instance_fresh(host.clone(), self.clone(), identity)).abort_handle());
         let broker = watch::Sender::new(None);
         let drained = watch::Sender::new(false);
         let sidecar = async {
-            self.keep_sidecar(&host, fresh, broker.subscribe(), stop.clone()).await;
+            self.keep_sidecar(host, fresh, broker.subscribe(), stop).await;
             drained.send_replace(true);
         };
-        let workload = self.keep_workload(&host, &broker, drained.subscribe(), once);
+        let workload = self.keep_workload(host, &broker, drained.subscribe(), once);
         tokio::join!(sidecar, workload);
         drop(renewal);
-        self.status.send_modify(|status| (status.phase, status.settled) = (Phase::Stopped, true));
-        tracing::info!(instance = %self.id, "an instance stopped");
-        host.tell(AgentEvent::InstanceStopped { instance: self.id.clone() });
     }
 
     /// Keeps a sidecar running, in the namespace of the current broker, until drained.
@@ -392,7 +426,12 @@ impl Instance {
             }
         };
         self.served(host).await;
-        let process = launcher.start().await?;
+        let artifact = self.admitted_to_start(host).await;
+        let process = launcher.start(artifact).await.inspect_err(|error| {
+            if matches!(error, LaunchError::Other) {
+                self.measured.lock().take();
+            }
+        })?;
         let began = Instant::now();
         self.status.send_modify(|status| {
             status.phase = Phase::Running;
@@ -554,6 +593,7 @@ impl Instance {
                 pid: status.pid.unwrap_or_default().into(),
                 admin: addresses.admin.clone(),
                 isolation: if self.isolated { "namespace" } else { "none" }.into(),
+                artifact: admission::bytes(status.artifact),
             }
         };
         host.acknowledgements.up(&self.id, up);
@@ -572,6 +612,7 @@ impl Instance {
     pub(crate) fn view(&self) -> WorkloadView {
         let status = self.status.borrow();
         let state = match status.phase {
+            Phase::Waiting => "waiting",
             Phase::Starting => "starting",
             Phase::Running => "running",
             Phase::Restarting => "restarting",

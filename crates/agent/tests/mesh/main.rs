@@ -12,7 +12,7 @@ use std::{
 };
 
 use countersign_agent::{
-    Agent, AgentConfig, AgentEvent, Isolate, Source, StartError, Telemetry, Told, WorkloadSpec,
+    Agent, AgentConfig, AgentEvent, Isolate, Source, StartError, Telemetry, Told, WorkloadSpec, artifact,
     launch::{SUBCOMMAND, launch_main},
     start,
 };
@@ -21,6 +21,7 @@ use countersign_api::{
     sidecar::Sampling,
 };
 use countersign_core::{
+    canonical::Digest,
     change::Change,
     identity::{InstanceId, ServiceName},
     service::{Protocol, ServiceSpec},
@@ -88,7 +89,10 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_workload_that_ends_ends_the_run_with_its_code
         the_local_socket_shows_what_runs_to_its_owner
         a_workload_is_started_after_its_sidecar_serves_it
-        a_workload_is_started_when_neither_a_view_nor_control_is_there
+        a_host_that_knows_nothing_of_its_mesh_starts_nothing
+        nothing_runs_that_no_deployment_admits_and_what_ceases_to_be_one_is_ended
+        a_program_that_was_replaced_waits_when_it_is_started_again
+        what_the_agent_does_not_start_waits_where_deployments_are_asked_for
         a_workload_of_its_own_namespace_crashes_alone
         a_killed_launcher_lets_both_begin_anew
         an_answer_that_is_long_on_its_way_makes_nothing_younger_than_its_question
@@ -166,6 +170,16 @@ impl Ground {
         });
         let of_service = acks.flatten().filter(|one| one.instance.starts_with(&format!("{service}/")));
         of_service.last().map(|one| (one.revision, one.error.clone()))
+    }
+
+    /// What the instances of `service` name that control knows to wait.
+    fn waiting(&self, service: &str) -> Vec<Digest> {
+        let said = self.control.said.lock();
+        let waits = said.iter().filter_map(|message| match message {
+            Message::Waits(waits) if waits.instance.starts_with(&format!("{service}/")) => Some(&waits.artifact),
+            _ => None,
+        });
+        waits.filter_map(|artifact| Some(Digest(artifact[..].try_into().ok()?))).collect()
     }
 
     /// The workloads of the instances that control knows to be up.
@@ -761,16 +775,120 @@ async fn a_workload_is_started_after_its_sidecar_serves_it() {
     }
 }
 
-async fn a_workload_is_started_when_neither_a_view_nor_control_is_there() {
+async fn a_host_that_knows_nothing_of_its_mesh_starts_nothing() {
     let mut ground = ground().await;
+    ground.control.append(vec![declare("web")], &[]);
     ground.start(vec![]).await.stop(Duration::ZERO).await;
     let _ = fs::remove_file(ground.data_dir().join("agent/mesh.snapshot")); // kept if it lived long enough
-    let config = ground.config(None, vec![idle("web")]);
+    let (config, address) = (ground.config(None, vec![idle("web")]), ground.address());
     ground.served = None;
     let agent = start(config).await.unwrap();
-    until("it runs", || agent.run_services().get(&name("web")).is_some_and(|service| service.pids.len() == 1)).await;
-    assert_eq!(ground.words_of("web", "listening").len(), 1);
-    assert_eq!(ground.words_of("web", "view"), Vec::<String>::new(), "its sidecar answers 503");
+    ground.told("web", "listening").await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(workload_of(&agent), None, "what its service may run is not known");
+    ground.served = Some(ground.control.serve(address).await);
+    until("it runs", || workload_of(&agent).is_some()).await;
+    agent.stop(Duration::ZERO).await;
+}
+
+// ---- deployments
+
+fn artifact_of(workload: &WorkloadSpec) -> Digest {
+    artifact::measure(workload.run.as_ref().unwrap(), &workload.dir, std::env::var_os("PATH").as_deref())
+        .unwrap()
+        .artifact
+}
+
+fn deploy(service: &str, artifacts: impl IntoIterator<Item = Digest>) -> Change {
+    Change::Deploy { service: name(service), artifacts: artifacts.into_iter().collect() }
+}
+
+/// A workload whose program is a file of its own.
+fn program(ground: &Ground, content: &str) -> WorkloadSpec {
+    let file = ground.dir.path().join("serve");
+    fs::write(ground.dir.path().join("next"), format!("#!/bin/sh\nexec sleep 1000\n# {content}\n")).unwrap();
+    fs::set_permissions(ground.dir.path().join("next"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::rename(ground.dir.path().join("next"), &file).unwrap();
+    WorkloadSpec { run: Some(vec![file.display().to_string()]), ..idle("web") }
+}
+
+fn waits(event: &AgentEvent) -> Option<Option<Digest>> {
+    match event {
+        AgentEvent::InstanceWaits { artifact, .. } => Some(*artifact),
+        _ => None,
+    }
+}
+
+/// PROVES (only-admitted-runs)
+async fn nothing_runs_that_no_deployment_admits_and_what_ceases_to_be_one_is_ended() {
+    for isolate in [Isolate::Off, Isolate::Auto] {
+        let ground = ground().await;
+        let first = program(&ground, "1");
+        let (one, other) = (artifact_of(&first), Digest::of(b"another"));
+        ground.control.append(vec![declare("web"), deploy("web", [other])], &[]);
+        let mut config = ground.config(Some(ground.control.token()), vec![]);
+        config.isolate = isolate;
+        let agent = start(config).await.unwrap();
+        agent.declared().await;
+        let mut events = agent.events();
+        agent.set_workloads(vec![first]).await;
+        assert_eq!(event(&mut events, waits).await, Some(one));
+        until("control hears of it", || ground.waiting("web") == [one]).await;
+        assert_eq!(agent.ready().await.len(), 1, "nobody waits for it in vain");
+        assert_eq!(workload_of(&agent), None);
+        assert_eq!(ground.words_of("web", "pid"), Vec::<String>::new(), "nor is there a sidecar");
+        assert_eq!(*ground.control.issued.lock(), Vec::<String>::new(), "nor an identity");
+
+        let revision = ground.control.append(vec![deploy("web", [one, other])], &[]);
+        until("it runs", || workload_of(&agent).is_some()).await;
+        ground.enforced("web", revision).await;
+        let runs = workload_of(&agent).unwrap();
+        let up = ground.control.said.lock().iter().rev().find_map(|message| match message {
+            Message::Up(up) => Some(up.artifact.clone()),
+            _ => None,
+        });
+        assert_eq!(up.as_deref(), Some(&one.0[..]), "control is told what runs");
+
+        ground.control.append(vec![deploy("web", [other])], &[]);
+        assert_eq!(event(&mut events, waits).await, Some(one));
+        assert!(!lives(runs), "what was taken back runs no more");
+        assert_eq!(workload_of(&agent), None);
+        until("control hears of it again", || ground.waiting("web") == [one, one]).await;
+        agent.stop(Duration::ZERO).await;
+    }
+}
+
+async fn a_program_that_was_replaced_waits_when_it_is_started_again() {
+    let ground = ground().await;
+    let first = program(&ground, "1");
+    let revision = ground.control.append(vec![declare("web"), deploy("web", [artifact_of(&first)])], &[]);
+    let agent = ground.start(vec![first.clone()]).await;
+    ground.enforced("web", revision).await;
+    until("it runs", || workload_of(&agent).is_some()).await;
+    let mut events = agent.events();
+    let second = artifact_of(&program(&ground, "2"));
+    let runs = workload_of(&agent).unwrap();
+    assert!(lives(runs), "a file that was replaced stops nothing");
+    nix::sys::signal::kill(Pid::from_raw(runs), Signal::SIGKILL).unwrap();
+    assert_eq!(event(&mut events, waits).await, Some(second));
+    assert_eq!(workload_of(&agent), None);
+    program(&ground, "1");
+    until("the right one, in its place again, runs", || workload_of(&agent).is_some()).await;
+    fs::set_permissions(ground.dir.path().join("serve"), std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    nix::sys::signal::kill(Pid::from_raw(workload_of(&agent).unwrap()), Signal::SIGKILL).unwrap();
+    assert_eq!(event(&mut events, waits).await, None, "what cannot be measured is nothing that was admitted");
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn what_the_agent_does_not_start_waits_where_deployments_are_asked_for() {
+    let ground = ground().await;
+    ground.control.append(vec![declare("web"), deploy("web", [Digest::of(b"1")])], &[]);
+    let agent = ground.start(vec![]).await;
+    agent.declared().await;
+    let mut events = agent.events();
+    agent.set_workloads(vec![WorkloadSpec { run: None, ..idle("web") }]).await;
+    assert_eq!(event(&mut events, waits).await, None);
+    assert_eq!(ground.words_of("web", "pid"), Vec::<String>::new());
     agent.stop(Duration::ZERO).await;
 }
 

@@ -44,7 +44,8 @@ use super::{
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added. Tables and columns are those
 /// of the embedded store; a test holds them in step.
-const SCHEMA: &[&str] = &["
+const SCHEMA: &[&str] = &[
+    "
     CREATE TABLE entries (
         idx    BIGINT PRIMARY KEY CHECK (idx >= 0),
         entry  BYTEA NOT NULL,
@@ -164,7 +165,12 @@ const SCHEMA: &[&str] = &["
         PRIMARY KEY (kind, key)
     );
     CREATE INDEX documents_expiry ON documents (kind, expires_at_ms);
-"];
+",
+    "
+    -- The SHA-256 of what an instance's command names, hexadecimal.
+    ALTER TABLE instances ADD COLUMN artifact TEXT;
+",
+];
 
 /// How long a connection may take to be made.
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
@@ -996,8 +1002,8 @@ impl Store for PostgresStore {
     }
 
     fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError> {
-        let sql = "SELECT instance, host, address, ready, admin, isolation, replica, revision, error FROM instances
-                   ORDER BY instance COLLATE \"C\"";
+        let sql = "SELECT instance, host, address, ready, admin, isolation, replica, revision, error, artifact
+                   FROM instances ORDER BY instance COLLATE \"C\"";
         self.read(|s| {
             s.rows(sql, &[])?
                 .iter()
@@ -1012,6 +1018,7 @@ impl Store for PostgresStore {
                         replica: get(row, 6)?,
                         revision: Revision(unsigned(row, 7)?),
                         error: get(row, 8)?,
+                        artifact: get::<Option<String>>(row, 9)?.and_then(|artifact| artifact.parse().ok()),
                     })
                 })
                 .collect()
@@ -1025,15 +1032,21 @@ impl Store for PostgresStore {
         let ready: Vec<bool> = instances.iter().map(|i| i.ready).collect();
         let revisions: Vec<i64> = instances.iter().map(|i| signed(i.revision.0)).collect();
         let errors: Vec<Option<&str>> = instances.iter().map(|i| i.error.as_deref()).collect();
-        let sql = "INSERT INTO instances (instance, host, address, ready, admin, isolation, revision, error, replica)
-                   SELECT *, $9 FROM unnest($1::TEXT[], $2::TEXT[], $3::TEXT[], $4::BOOLEAN[], $5::TEXT[], $6::TEXT[],
-                   $7::BIGINT[], $8::TEXT[])
+        let artifacts: Vec<Option<String>> =
+            instances.iter().map(|i| i.artifact.map(|artifact| artifact.to_string())).collect();
+        let sql = "INSERT INTO instances (instance, host, address, ready, admin, isolation, revision, error, artifact,
+                   replica)
+                   SELECT *, $10 FROM unnest($1::TEXT[], $2::TEXT[], $3::TEXT[], $4::BOOLEAN[], $5::TEXT[], $6::TEXT[],
+                   $7::BIGINT[], $8::TEXT[], $9::TEXT[])
                    ON CONFLICT (instance) DO UPDATE SET host = excluded.host, address = excluded.address,
                    ready = excluded.ready, admin = excluded.admin, isolation = excluded.isolation,
-                   revision = excluded.revision, error = excluded.error, replica = excluded.replica";
+                   revision = excluded.revision, error = excluded.error, artifact = excluded.artifact,
+                   replica = excluded.replica";
         self.write(Turn::Hosts, |s| {
             s.execute("DELETE FROM instances WHERE replica = $1 AND instance <> ALL($2)", &[&replica, &ids])?;
-            s.execute(sql, &[&ids, &hosts, &addresses, &ready, &admins, &isolations, &revisions, &errors, &replica])?;
+            let values: [&(dyn ToSql + Sync); 10] =
+                [&ids, &hosts, &addresses, &ready, &admins, &isolations, &revisions, &errors, &artifacts, &replica];
+            s.execute(sql, &values)?;
             s.notify()
         })
     }

@@ -165,6 +165,10 @@ pub(super) const SCHEMA: &[&str] = &[
         seen_at_ms INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
 ",
+    "
+    -- The SHA-256 of what an instance's command names, hexadecimal.
+    ALTER TABLE instances ADD COLUMN artifact TEXT;
+",
 ];
 
 /// One SQLite file.
@@ -708,6 +712,7 @@ impl Store for SqliteStore {
                 replica: row.get(6)?,
                 revision: Revision(unsigned(row, 7)?),
                 error: row.get(8)?,
+                artifact: row.get::<_, Option<String>>(9)?.and_then(|artifact| artifact.parse().ok()),
             })
         })
     }
@@ -716,7 +721,7 @@ impl Store for SqliteStore {
         self.write(|t| {
             t.execute("DELETE FROM instances WHERE replica = ?1", [replica])?;
             let mut insert =
-                t.prepare_cached("INSERT OR REPLACE INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?;
+                t.prepare_cached("INSERT OR REPLACE INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")?;
             for i in instances {
                 insert.execute(params![
                     i.instance.as_str(),
@@ -727,7 +732,8 @@ impl Store for SqliteStore {
                     i.isolation,
                     replica,
                     signed(i.revision.0),
-                    i.error
+                    i.error,
+                    i.artifact.map(|artifact| artifact.to_string())
                 ])?;
             }
             Ok(())

@@ -183,12 +183,14 @@ fn each_replica_replaces_its_own_instances_and_takes_over_those_that_moved_to_it
             replica: String::new(),
             revision: Revision(1),
             error: None,
+            artifact: Some(Digest::of(id.as_bytes())),
         };
         store.put_instances("one", &[instance("web/1", "h1"), instance("web/2", "h2")]).unwrap();
         store.put_instances("two", &[instance("web/2", "h2"), instance("web/3", "h3")]).unwrap();
         store.put_instances("one", &[instance("web/4", "h1")]).unwrap();
-        let held: Vec<_> =
-            store.instances().unwrap().into_iter().map(|i| (i.instance.to_string(), i.replica)).collect();
+        let held = store.instances().unwrap();
+        assert!(held.iter().all(|i| i.artifact == Some(Digest::of(i.instance.as_str().as_bytes()))));
+        let held: Vec<_> = held.into_iter().map(|i| (i.instance.to_string(), i.replica)).collect();
         let held: Vec<_> = held.iter().map(|(id, replica)| (id.as_str(), replica.as_str())).collect();
         assert_eq!(held, [("web/2", "two"), ("web/3", "two"), ("web/4", "one")]);
         assert_eq!(store.beat("one", 60_000).unwrap(), Vec::<String>::new());

@@ -246,7 +246,16 @@ pub struct Stream {
 
 impl Agent {
     pub async fn issue(&mut self, instance: &str) -> Result<mesh::IssueX509SvidResponse, tonic::Status> {
-        let request = mesh::IssueX509SvidRequest { instance: instance.into(), csr_der: csr().1 };
+        self.issue_of(instance, &[]).await
+    }
+
+    pub async fn issue_of(
+        &mut self,
+        instance: &str,
+        artifact: &[u8],
+    ) -> Result<mesh::IssueX509SvidResponse, tonic::Status> {
+        let artifact = Bytes::copy_from_slice(artifact);
+        let request = mesh::IssueX509SvidRequest { instance: instance.into(), csr_der: csr().1, artifact };
         self.client.issue_x509_svid(request).await.map(tonic::Response::into_inner)
     }
 

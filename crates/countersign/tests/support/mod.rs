@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
@@ -96,6 +96,11 @@ impl Mesh {
     /// Runs a command about this mesh.
     pub fn run(&self, arguments: &[&str]) -> Output {
         binary().arg("-C").arg(&self.dir).args(arguments).output().unwrap()
+    }
+
+    /// Runs a command in a directory.
+    pub fn run_in(&self, dir: &Path, arguments: &[&str]) -> Output {
+        binary().current_dir(dir).args(arguments).output().unwrap()
     }
 
     /// The answer of a command that must succeed.
