@@ -188,3 +188,19 @@ def mesh(tmp_path_factory, database):
     mesh = Mesh(tmp_path_factory.mktemp("mesh"), database)
     yield mesh
     mesh.stop()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Opens browsers, each with an authenticator of its own."""
+    from browsers import Browser
+
+    opened = []
+
+    def opens(name):
+        opened.append(Browser(tmp_path, name))
+        return opened[-1]
+
+    yield opens
+    for one in opened:
+        one.quit()
