@@ -18,6 +18,8 @@ use countersign_core::{
 
 use crate::{authority::seal::NotSealed, metrics::StoreLatency};
 
+#[cfg(test)]
+mod faults;
 pub mod migrate;
 pub mod postgres;
 pub mod sqlite;

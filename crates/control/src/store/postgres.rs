@@ -887,8 +887,8 @@ impl Store for PostgresStore {
     }
 
     fn replace_proposal(&mut self, proposal: &StoredProposal) -> Result<bool, StoreError> {
-        let sql = "UPDATE proposals SET version = $2, expires_at_ms = $3, is_open = $4, document = $5
-                   WHERE id = $1 AND version = $2 - 1";
+        let sql = "UPDATE proposals SET version = $2::BIGINT, expires_at_ms = $3, is_open = $4, document = $5
+                   WHERE id = $1 AND version = $2::BIGINT - 1";
         self.write(Turn::Proposals, |s| {
             let replaced = s.execute(
                 sql,

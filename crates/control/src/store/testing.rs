@@ -2,10 +2,11 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU8, Ordering},
+    atomic::{AtomicBool, Ordering},
 };
 
 use countersign_testkit::postgres;
+use parking_lot::Mutex;
 
 use super::{
     postgres::{PostgresStore, PostgresUrl},
@@ -26,19 +27,28 @@ pub fn open_postgres(server: &postgres::Server) -> PostgresStore {
     PostgresStore::open(PostgresUrl::parse(&server.url()).unwrap()).unwrap()
 }
 
-const NONE: u8 = 0;
-const LOSE: u8 = 1;
-const KEEP: u8 = 2;
-const FULL: u8 = 3;
-const FREE: u8 = 4;
+/// What becomes of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing is written.
+    Lost,
+    /// It is written, and the answer lost.
+    Kept,
+}
+
+/// What is done to the disk.
+#[derive(Clone, Copy)]
+enum Disk {
+    Fill,
+    Free,
+}
 
 /// What goes wrong next.
 #[derive(Clone, Default)]
 pub struct Faults {
-    append: Arc<AtomicU8>,
-    look: Arc<AtomicU8>,
-    reseal: Arc<AtomicU8>,
-    disk: Arc<AtomicU8>,
+    write: Arc<Mutex<Option<(&'static str, Fault)>>>,
+    look: Arc<AtomicBool>,
+    disk: Arc<Mutex<Option<Disk>>>,
 }
 
 /// The store with its faults.
@@ -53,33 +63,37 @@ impl Faults {
     pub fn around(&self, inner: SqliteStore) -> Faulty<SqliteStore> {
         Faulty { inner, faults: self.clone(), limit: SqliteStore::limit_pages }
     }
+    /// The next write of that name fails so.
+    pub fn next(&self, write: &'static str, fault: Fault) {
+        *self.write.lock() = Some((write, fault));
+    }
     /// The next entry is not written.
     pub fn lose_next_append(&self) {
-        self.append.store(LOSE, Ordering::Relaxed);
+        self.next("append", Fault::Lost);
     }
     /// The next entry is written, and the answer lost.
     pub fn keep_next_append_but_report_it_lost(&self) {
-        self.append.store(KEEP, Ordering::Relaxed);
+        self.next("append", Fault::Kept);
     }
     /// The next look at the head or at entries fails.
     pub fn fail_next_look(&self) {
-        self.look.store(LOSE, Ordering::Relaxed);
+        self.look.store(true, Ordering::Relaxed);
     }
     /// Nothing is sealed anew the next time that it is asked for.
     pub fn lose_next_reseal(&self) {
-        self.reseal.store(LOSE, Ordering::Relaxed);
+        self.next("reseal", Fault::Lost);
     }
     /// Everything is sealed anew the next time, and the answer lost.
     pub fn keep_next_reseal_but_report_it_lost(&self) {
-        self.reseal.store(KEEP, Ordering::Relaxed);
+        self.next("reseal", Fault::Kept);
     }
     /// The file cannot grow any more.
     pub fn fill_the_disk(&self) {
-        self.disk.store(FULL, Ordering::Relaxed);
+        *self.disk.lock() = Some(Disk::Fill);
     }
     /// It can again.
     pub fn free_the_disk(&self) {
-        self.disk.store(FREE, Ordering::Relaxed);
+        *self.disk.lock() = Some(Disk::Free);
     }
 }
 
@@ -87,33 +101,44 @@ fn lost() -> StoreError {
     StoreError::Full("a test".into())
 }
 
+impl<S: Store> Faulty<S> {
+    fn write<T>(
+        &mut self,
+        name: &'static str,
+        act: impl FnOnce(&mut S) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let fault = self.faults.write.lock().take_if(|(write, _)| *write == name);
+        match fault {
+            Some((_, Fault::Lost)) => Err(lost()),
+            Some((_, Fault::Kept)) => act(&mut self.inner).and(Err(lost())),
+            None => act(&mut self.inner),
+        }
+    }
+}
+
 impl<S: Store> Store for Faulty<S> {
     fn place(&self) -> String {
         self.inner.place()
     }
     fn head(&mut self) -> Result<Option<StoredHead>, StoreError> {
-        match self.faults.look.swap(NONE, Ordering::Relaxed) {
-            NONE => self.inner.head(),
-            _ => Err(lost()),
+        match self.faults.look.swap(false, Ordering::Relaxed) {
+            false => self.inner.head(),
+            true => Err(lost()),
         }
     }
     fn entries(&mut self, from: u64, limit: u32) -> Result<Vec<StoredEntry>, StoreError> {
-        match self.faults.look.swap(NONE, Ordering::Relaxed) {
-            NONE => self.inner.entries(from, limit),
-            _ => Err(lost()),
+        match self.faults.look.swap(false, Ordering::Relaxed) {
+            false => self.inner.entries(from, limit),
+            true => Err(lost()),
         }
     }
     fn append(&mut self, entry: &NewEntry) -> Result<(), StoreError> {
-        match self.faults.disk.swap(NONE, Ordering::Relaxed) {
-            FULL => (self.limit)(&self.inner, true),
-            FREE => (self.limit)(&self.inner, false),
-            _ => {}
+        match self.faults.disk.lock().take() {
+            Some(Disk::Fill) => (self.limit)(&self.inner, true),
+            Some(Disk::Free) => (self.limit)(&self.inner, false),
+            None => {}
         }
-        match self.faults.append.swap(NONE, Ordering::Relaxed) {
-            LOSE => Err(lost()),
-            KEEP => self.inner.append(entry).and(Err(lost())),
-            _ => self.inner.append(entry),
-        }
+        self.write("append", |inner| inner.append(entry))
     }
     fn bodies(&mut self, digests: &[Digest]) -> Result<Vec<(Digest, Arc<str>)>, StoreError> {
         self.inner.bodies(digests)
@@ -128,41 +153,37 @@ impl<S: Store> Store for Faulty<S> {
         self.inner.keys(names)
     }
     fn put_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<(), StoreError> {
-        self.inner.put_keys(keys)
+        self.write("put_keys", |inner| inner.put_keys(keys))
     }
     fn sealed(&mut self) -> Result<Vec<(SealedAt, Vec<u8>)>, StoreError> {
         self.inner.sealed()
     }
     fn reseal(&mut self, resealed: &[Resealed], notes: &[(&str, &[u8])]) -> Result<bool, StoreError> {
-        match self.faults.reseal.swap(NONE, Ordering::Relaxed) {
-            LOSE => Err(lost()),
-            KEEP => self.inner.reseal(resealed, notes).and(Err(lost())),
-            _ => self.inner.reseal(resealed, notes),
-        }
+        self.write("reseal", |inner| inner.reseal(resealed, notes))
     }
     fn put_invitation(&mut self, hash: &Digest, invitation: &NewInvitation, now_ms: u64) -> Result<bool, StoreError> {
-        self.inner.put_invitation(hash, invitation, now_ms)
+        self.write("put_invitation", |inner| inner.put_invitation(hash, invitation, now_ms))
     }
     fn spend_invitation(&mut self, hash: &Digest, host: &ServiceName, now_ms: u64) -> Result<Spent, StoreError> {
-        self.inner.spend_invitation(hash, host, now_ms)
+        self.write("spend_invitation", |inner| inner.spend_invitation(hash, host, now_ms))
     }
     fn put_codes(&mut self, codes: &StoredCodes) -> Result<(), StoreError> {
-        self.inner.put_codes(codes)
+        self.write("put_codes", |inner| inner.put_codes(codes))
     }
     fn codes(&mut self, operator: &OperatorName) -> Result<Vec<StoredCodes>, StoreError> {
         self.inner.codes(operator)
     }
     fn use_step(&mut self, factor: &FactorId, step: u64) -> Result<bool, StoreError> {
-        self.inner.use_step(factor, step)
+        self.write("use_step", |inner| inner.use_step(factor, step))
     }
     fn put_recovery(&mut self, factor: &FactorId, hashes: &[Digest]) -> Result<(), StoreError> {
-        self.inner.put_recovery(factor, hashes)
+        self.write("put_recovery", |inner| inner.put_recovery(factor, hashes))
     }
     fn spend_recovery(&mut self, factor: &FactorId, hash: &Digest) -> Result<bool, StoreError> {
-        self.inner.spend_recovery(factor, hash)
+        self.write("spend_recovery", |inner| inner.spend_recovery(factor, hash))
     }
     fn forget_factors(&mut self, factors: &[FactorId]) -> Result<(), StoreError> {
-        self.inner.forget_factors(factors)
+        self.write("forget_factors", |inner| inner.forget_factors(factors))
     }
     fn count_guess(
         &mut self,
@@ -171,10 +192,10 @@ impl<S: Store> Store for Faulty<S> {
         since_ms: u64,
         guesses_max: u32,
     ) -> Result<Option<u64>, StoreError> {
-        self.inner.count_guess(operator, now_ms, since_ms, guesses_max)
+        self.write("count_guess", |inner| inner.count_guess(operator, now_ms, since_ms, guesses_max))
     }
     fn forget_guesses(&mut self, operator: &OperatorName) -> Result<(), StoreError> {
-        self.inner.forget_guesses(operator)
+        self.write("forget_guesses", |inner| inner.forget_guesses(operator))
     }
     fn put_operator_invitation(
         &mut self,
@@ -182,7 +203,7 @@ impl<S: Store> Store for Faulty<S> {
         hash: &Digest,
         expires_at_ms: u64,
     ) -> Result<(), StoreError> {
-        self.inner.put_operator_invitation(operator, hash, expires_at_ms)
+        self.write("put_operator_invitation", |inner| inner.put_operator_invitation(operator, hash, expires_at_ms))
     }
     fn operator_invitation(
         &mut self,
@@ -191,13 +212,13 @@ impl<S: Store> Store for Faulty<S> {
         now_ms: u64,
         spend: bool,
     ) -> Result<bool, StoreError> {
-        self.inner.operator_invitation(operator, hash, now_ms, spend)
+        self.write("operator_invitation", |inner| inner.operator_invitation(operator, hash, now_ms, spend))
     }
     fn put_proposal(&mut self, proposal: &StoredProposal, now_ms: u64) -> Result<bool, StoreError> {
-        self.inner.put_proposal(proposal, now_ms)
+        self.write("put_proposal", |inner| inner.put_proposal(proposal, now_ms))
     }
     fn replace_proposal(&mut self, proposal: &StoredProposal) -> Result<bool, StoreError> {
-        self.inner.replace_proposal(proposal)
+        self.write("replace_proposal", |inner| inner.replace_proposal(proposal))
     }
     fn proposal(&mut self, id: &str) -> Result<Option<StoredProposal>, StoreError> {
         self.inner.proposal(id)
@@ -206,22 +227,22 @@ impl<S: Store> Store for Faulty<S> {
         self.inner.proposals()
     }
     fn put_document(&mut self, document: &Document, now_ms: u64, max: u32) -> Result<bool, StoreError> {
-        self.inner.put_document(document, now_ms, max)
+        self.write("put_document", |inner| inner.put_document(document, now_ms, max))
     }
     fn swap_document(&mut self, kind: &str, key: &str, seen: &[u8], new: &Document) -> Result<bool, StoreError> {
-        self.inner.swap_document(kind, key, seen, new)
+        self.write("swap_document", |inner| inner.swap_document(kind, key, seen, new))
     }
     fn document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
         self.inner.document(kind, key, now_ms)
     }
     fn take_document(&mut self, kind: &str, key: &str, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        self.inner.take_document(kind, key, now_ms)
+        self.write("take_document", |inner| inner.take_document(kind, key, now_ms))
     }
     fn documents(&mut self, kind: &str, now_ms: u64) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         self.inner.documents(kind, now_ms)
     }
     fn forget_documents(&mut self, kind: &str, keys: &[String]) -> Result<(), StoreError> {
-        self.inner.forget_documents(kind, keys)
+        self.write("forget_documents", |inner| inner.forget_documents(kind, keys))
     }
     fn entitlements(&mut self) -> Result<Vec<(ServiceName, BTreeSet<ServiceName>)>, StoreError> {
         self.inner.entitlements()
@@ -230,31 +251,31 @@ impl<S: Store> Store for Faulty<S> {
         self.inner.hosts()
     }
     fn put_host(&mut self, host: &StoredHost) -> Result<(), StoreError> {
-        self.inner.put_host(host)
+        self.write("put_host", |inner| inner.put_host(host))
     }
     fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError> {
         self.inner.instances()
     }
     fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError> {
-        self.inner.put_instances(replica, instances)
+        self.write("put_instances", |inner| inner.put_instances(replica, instances))
     }
     fn beat(&mut self, replica: &str, alive_ms: u64) -> Result<Vec<String>, StoreError> {
-        self.inner.beat(replica, alive_ms)
+        self.write("beat", |inner| inner.beat(replica, alive_ms))
     }
     fn is_shared(&self) -> bool {
         self.inner.is_shared()
     }
     fn create_keys(&mut self, keys: &[(&str, &[u8])]) -> Result<bool, StoreError> {
-        self.inner.create_keys(keys)
+        self.write("create_keys", |inner| inner.create_keys(keys))
     }
     fn swap_key(&mut self, name: &str, seen: &[u8], keys: &[(&str, &[u8])]) -> Result<bool, StoreError> {
-        self.inner.swap_key(name, seen, keys)
+        self.write("swap_key", |inner| inner.swap_key(name, seen, keys))
     }
     fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError> {
-        self.inner.put_serial(serial)
+        self.write("put_serial", |inner| inner.put_serial(serial))
     }
     fn put_report(&mut self, records: &[DecisionRecord], edges: &[EdgeCount], now_ms: u64) -> Result<(), StoreError> {
-        self.inner.put_report(records, edges, now_ms)
+        self.write("put_report", |inner| inner.put_report(records, edges, now_ms))
     }
     fn records(&mut self, filter: &RecordFilter) -> Result<Vec<DecisionRecord>, StoreError> {
         self.inner.records(filter)
