@@ -4,7 +4,13 @@ mod support;
 
 use std::{path::PathBuf, time::Duration};
 
-use countersign_api::{local::CheckpointView, mesh::follow_event::Event};
+use countersign_api::{
+    local::{
+        Applied, Apply, ApplyAs, CheckpointView, Code, Confirm, Enrol, Enrolled, Enrolment, Proposal, ProposalState,
+        Shown,
+    },
+    mesh::follow_event::Event,
+};
 use countersign_control::{
     ControlConfig, start,
     store::{
@@ -12,8 +18,12 @@ use countersign_control::{
         postgres::{PostgresStore, PostgresUrl},
     },
 };
-use countersign_core::{canonical::Digest, change::Revision};
-use countersign_testkit::{partition::Partition, postgres::Server};
+use countersign_core::{
+    canonical::Digest,
+    change::{Bodies, ChangeSet, Revision},
+    identity::OperatorName,
+};
+use countersign_testkit::{authenticator::App, partition::Partition, postgres::Server};
 use support::{Plane, config, declare, trust_domain};
 
 /// A control plane on the database at `url`, with the key that all have.
@@ -148,6 +158,54 @@ async fn an_agent_finds_what_runs_behind_another_control_plane_and_moves_to_it()
     let mut again = planes[1].agent("h3").await;
     let welcome = again.follow(0, Digest::default()).await.unwrap().welcome().await;
     assert_eq!(welcome.discovery.unwrap().up[0].instance, "web/1", "the one it left knows it by the other");
+}
+
+/// What waits at one control plane is answered at another, by codes that are good once everywhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_protected_mesh_has_one_gate_whichever_control_plane_is_asked() {
+    let shared = Shared::start().await;
+    let planes = [shared.replica().await, shared.replica().await];
+    planes[0].create(&["web"]).await;
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let alice = OperatorName::parse("alice").unwrap();
+    let asked = Enrol { operator: alice.clone(), invitation: None, shown: Shown::default() };
+    let enrolment: Enrolment = planes[0].post("/v1/enrolments", &asked).await.unwrap();
+    let app = App::read("alice", &enrolment.otpauth);
+    // The step before the present one, so that the present one and the next stay good for what follows.
+    let code = Code(app.code(now() - 30));
+    let path = format!("/v1/enrolments/{}", enrolment.id);
+    let enrolled: Enrolled = planes[0].post(&path, &Confirm { code }).await.unwrap();
+    assert!(enrolled.anchor);
+    at_revision(&planes[1], 2).await;
+
+    let shown = |otp: Option<String>| Shown {
+        operator: Some(alice.clone()),
+        otp: otp.map(Code),
+        recovery_code: None,
+        countersignature: None,
+    };
+    let ask = |plane: usize, service: &str, otp: Option<String>| {
+        let (plane, changes, shown) = (&planes[plane], vec![declare(service)], shown(otp));
+        async move {
+            let base = plane.status().await.revision;
+            let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
+            plane.post::<Applied>("/v1/changes", &ApplyAs { apply, shown }).await
+        }
+    };
+    let refused = ask(0, "catalog", None).await.unwrap_err();
+    let id = refused.refusal.unwrap().change.unwrap();
+    let code = app.code(now());
+    let applied: Applied =
+        planes[1].post(&format!("/v1/proposals/{id}/apply"), &shown(Some(code.clone()))).await.unwrap();
+    assert_eq!(applied.revision, Revision(3));
+    at_revision(&planes[0], 3).await;
+    let waiting: Proposal = planes[0].get(&format!("/v1/proposals/{id}/wait?timeout_ms=10000")).await;
+    assert_eq!(waiting.state, ProposalState::Applied { revision: Revision(3) });
+    let again = planes[0].post::<Applied>(&format!("/v1/proposals/{id}/apply"), &shown(None)).await;
+    assert!(again.is_err(), "once");
+    let replayed = ask(0, "payments", Some(code)).await.unwrap_err();
+    assert!(replayed.title.contains("used already"), "{replayed:?}");
+    assert_eq!(ask(1, "payments", Some(app.code(now() + 30))).await.unwrap().revision, Revision(4));
 }
 
 /// PROVES (acknowledged-is-durable)
