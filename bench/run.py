@@ -1,6 +1,6 @@
 """Measures Countersign beside its peers, interleaved in one run, and writes bench/results/.
 
-    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,fanout,verify]
+    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,gate,fanout,append,verify,failover]
 
 The pair: load generator -> sidecar -> HTTP/2 over mutual TLS -> sidecar -> nginx with a 1 KB answer. Both proxies of a pair
 share core 0; load generator and backend share core 1. Everything listens on loopback and every load ends by itself.
@@ -545,12 +545,24 @@ def bench_decide(*_):
     return cargo_bench("decide")
 
 
+def bench_gate(*_):
+    return cargo_bench("gate")
+
+
 def bench_fanout(*_):
     return cargo_bench("fanout")
 
 
+def bench_append(*_):
+    return cargo_bench("append")
+
+
 def bench_verify(*_):
-    return cargo_bench("countersign", "verify")
+    return cargo_bench("verify")
+
+
+def bench_failover(*_):
+    return cargo_bench("failover")
 
 
 PARTS = {
@@ -560,8 +572,11 @@ PARTS = {
     "connections": bench_connections,
     "start": bench_start,
     "decide": bench_decide,
+    "gate": bench_gate,
     "fanout": bench_fanout,
+    "append": bench_append,
     "verify": bench_verify,
+    "failover": bench_failover,
 }
 
 
@@ -641,15 +656,17 @@ def main():
         scratch = pathlib.Path(scratch)
         for sub in ("few", "many", "law", "lawless", "connections", *(f"start-{n}" for n in range(options.pairs))):
             (scratch / sub).mkdir()
-        backend = Backend(scratch)
+        parts = options.only.split(",")
+        backend = Backend(scratch) if any(PARTS[part].__code__.co_argcount for part in parts) else None
         try:
-            for part in options.only.split(","):
+            for part in parts:
                 print(f"{part}:", flush=True)
                 result = PARTS[part](options, scratch, backend)
                 result = {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": machine(), **result}
                 (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
         finally:
-            backend.stop()
+            if backend:
+                backend.stop()
     write_table()
 
 

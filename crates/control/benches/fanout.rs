@@ -1,5 +1,6 @@
 //! From `apply` to the last proxy enforcing, with 100 and with 1 000 agents on mutual TLS streams in this one process, at
-//! rest and while instances come and go. Prints one JSON object on its last line.
+//! rest and while instances come and go; and with 1 000 that follow two control planes on one PostgreSQL database, half of them each,
+//! where the change is asked for at one of the two. Prints one JSON object on its last line.
 //!
 //! The agents of eight services do all the work of an agent and its proxy: verify, fold, compute the view, compile the law.
 //! The others acknowledge what they receive, since their folding would happen on other machines and not on these cores.
@@ -14,9 +15,10 @@ use std::{
 };
 
 use countersign_api::{
-    local::Waited,
+    local::{KeyPlace, Waited},
     mesh::{self, follow_event::Event, follow_request::Message as Said},
 };
+use countersign_control::{ControlConfig, start, store::postgres::PostgresUrl};
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, Revision},
@@ -25,8 +27,9 @@ use countersign_core::{
     policy::{Law, Library},
     view::{Local, View, view},
 };
+use countersign_testkit::postgres::Server;
 use serde_json::json;
-use support::{Plane, Stream, declare, name, permit, trust_domain};
+use support::{Plane, Stream, config, declare, name, permit, trust_domain};
 use tokio::{sync::mpsc, task::JoinSet};
 
 /// As the real binary has.
@@ -172,8 +175,33 @@ fn at(sorted: &[f64], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share).round() as usize]
 }
 
-async fn measure(agents: usize, churning: bool) -> serde_json::Value {
-    let plane = Arc::new(Plane::start().await);
+/// Where the agents are.
+enum Planes {
+    /// One control plane with a file.
+    One,
+    /// Two of them on one database.
+    Two(Server),
+}
+
+impl Planes {
+    async fn start(&self) -> Vec<Arc<Plane>> {
+        let Self::Two(server) = self else { return vec![Arc::new(Plane::start().await)] };
+        let keys = tempfile::tempdir().unwrap();
+        let key = KeyPlace::File(keys.path().join("kek"));
+        let mut planes = Vec::new();
+        for _ in 0..2 {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Some(PostgresUrl::parse(&server.url()).unwrap());
+            let config = ControlConfig { store, key: Some(key.clone()), ..config(dir.path().into()) };
+            planes.push(Arc::new(Plane { control: start(config).await.unwrap(), dir }));
+        }
+        planes
+    }
+}
+
+async fn measure(agents: usize, churning: bool, at_planes: &Planes) -> serde_json::Value {
+    let planes = at_planes.start().await;
+    let plane = planes[0].clone();
     let services = agents / INSTANCES;
     let mut changes = vec![Change::CreateMesh { trust_domain: trust_domain() }, declare("caller")];
     let mut bodies = Bodies::default();
@@ -189,8 +217,13 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
 
     let (tell, mut told) = mpsc::unbounded_channel();
     let mut simulated = JoinSet::new();
+    for other in &planes[1..] {
+        while other.status().await.revision.0 < revision {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
     for number in 0..agents {
-        let mut agent = plane.agent(&format!("h{number}")).await;
+        let mut agent = planes[number % planes.len()].agent(&format!("h{number}")).await;
         let stream = agent.follow(0, Digest::default()).await.unwrap();
         let instance = format!("s{}/{}", number % services, number / services);
         simulated.spawn({
@@ -234,7 +267,10 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
     }
     let busy = (cpu() - cpu_before) / began.elapsed().as_secs_f64();
     simulated.shutdown().await;
-    Arc::into_inner(plane).expect("nobody simulated is left").control.stop().await;
+    drop(plane);
+    for plane in planes {
+        Arc::into_inner(plane).expect("nobody simulated is left").control.stop().await;
+    }
     last_affected_ms.sort_by(f64::total_cmp);
     everyone_ms.sort_by(f64::total_cmp);
     json!({
@@ -247,13 +283,17 @@ async fn measure(agents: usize, churning: bool) -> serde_json::Value {
 fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let mut result = serde_json::Map::new();
-    for agents in [100, 1000] {
-        for churning in [false, true] {
-            let kind = if churning { "while_instances_come_and_go" } else { "at_rest" };
-            let measured = runtime.block_on(measure(agents, churning));
-            eprintln!("{agents} agents, {kind}: {measured}");
-            result.insert(format!("agents_{agents}_{kind}"), measured);
-        }
+    let runs = [
+        ("agents_100_at_rest", 100, false, Planes::One),
+        ("agents_100_while_instances_come_and_go", 100, true, Planes::One),
+        ("agents_1000_at_rest", 1000, false, Planes::One),
+        ("agents_1000_while_instances_come_and_go", 1000, true, Planes::One),
+        ("agents_1000_of_two_control_planes", 1000, false, Planes::Two(Server::start())),
+    ];
+    for (run, agents, churning, planes) in &runs {
+        let measured = runtime.block_on(measure(*agents, *churning, planes));
+        eprintln!("{run}: {measured}");
+        result.insert((*run).to_owned(), measured);
     }
     println!("{}", serde_json::Value::Object(result));
 }
