@@ -25,10 +25,16 @@ use crate::{
     clock::Clock,
     gate::Admitted,
     ledger::{AppendError, Ledger},
-    lock,
+    lock, make_private_dir,
     mark::HighWater,
-    mark_beside, mfa, sealing,
-    store::{Storage, StoreError, StoredCodes, sqlite::SqliteStore},
+    mark_beside, mfa,
+    replicas::ALIVE_MS,
+    sealing,
+    store::{
+        Storage, Store, StoreError, StoredCodes,
+        postgres::{PostgresStore, PostgresUrl},
+        sqlite::SqliteStore,
+    },
 };
 
 /// How long status and commands speak of a recovery.
@@ -39,6 +45,8 @@ pub const TOLD_SECONDS: i64 = 7 * 24 * 60 * 60;
 pub struct RecoverConfig {
     /// The data directory of the stopped control plane.
     pub data_dir: PathBuf,
+    /// Where the ledger is; the file in the data directory unless given.
+    pub store: Option<PostgresUrl>,
     /// What opens its keys; the file `keys/kek` in it unless given.
     pub key: Option<KeyPlace>,
     /// Who becomes owner, with a new factor and no other.
@@ -88,9 +96,12 @@ pub enum RecoverError {
     /// The data directory cannot be opened, or its control plane runs.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// A control plane runs on the database.
+    #[error("a control plane runs on `{0}`, or did a moment ago")]
+    OthersRun(String),
     /// There is nothing there.
     #[error("`{0}` holds no mesh")]
-    NoMesh(PathBuf),
+    NoMesh(String),
     /// Nobody has enrolled.
     #[error("the mesh is unprotected: there is nobody to recover")]
     Unprotected,
@@ -113,7 +124,12 @@ impl RecoverError {
                 "stop the control plane first: a recovery is not made beside it".into()
             }
             Self::Start(error) => error.help().unwrap_or_else(|| "see `countersign doctor`".into()),
-            Self::NoMesh(_) => "name the data directory of the control plane: `--data-dir`".into(),
+            Self::OthersRun(_) => {
+                format!("stop every one of them, and wait {} s after one that was killed", ALIVE_MS / 1000)
+            }
+            Self::NoMesh(_) => {
+                "name the data directory of the control plane, `--data-dir`, or its database, `--store`".into()
+            }
             Self::Unprotected => "start it and enrol: `countersign operator enroll --totp`".into(),
             Self::Reason => "say in a sentence what happened: everyone will read it".into(),
             Self::Code => "compare this machine's clock with the phone's, and begin again".into(),
@@ -133,17 +149,34 @@ impl From<StoreError> for RecoverError {
 /// INVARIANT (recovery-needs-the-key): nothing is appointed before the key opened what sealed the ledger's head, while no control
 /// plane runs on the directory.
 pub async fn begin(config: RecoverConfig, clock: Clock) -> Result<Begun, RecoverError> {
-    let RecoverConfig { data_dir, key, operator, reason } = config;
+    let RecoverConfig { data_dir, store, key, operator, reason } = config;
     if reason.trim().is_empty() || reason.len() > REASON_BYTES_MAX {
         return Err(RecoverError::Reason);
     }
-    if !data_dir.join(STORE_FILE).exists() {
-        return Err(RecoverError::NoMesh(data_dir));
+    let file = data_dir.join(STORE_FILE);
+    if store.is_none() && !file.exists() {
+        return Err(RecoverError::NoMesh(data_dir.display().to_string()));
+    }
+    if store.is_some() {
+        make_private_dir(&data_dir)?;
     }
     let lock = lock(&data_dir)?;
-    let store = SqliteStore::open(&data_dir.join(STORE_FILE))?;
     let in_dir = |source| StartError::Io { path: data_dir.clone(), source };
-    let storage = Storage::start(Box::new(store), crate::metrics::Metrics::default().store.clone()).map_err(in_dir)?;
+    // On a thread of its own: the database's client has a runtime for itself.
+    let opening = tokio::task::spawn_blocking(move || -> Result<Box<dyn Store>, StoreError> {
+        Ok(match store {
+            Some(url) => Box::new(PostgresStore::open(url)?),
+            None => Box::new(SqliteStore::open(&file)?),
+        })
+    });
+    let store = opening.await.map_err(|_| StoreError::Closed)??;
+    let storage = Storage::start(store, crate::metrics::Metrics::default().store.clone()).map_err(in_dir)?;
+    if storage.is_shared() {
+        let others = storage.run("replicas", |store| store.beat("recover", ALIVE_MS)).await?;
+        if !others.is_empty() {
+            return Err(RecoverError::OthersRun(storage.place().to_owned()));
+        }
+    }
     let place = key.unwrap_or_else(|| KeyPlace::File(data_dir.join(KEY_FILE)));
     let high_water = HighWater::beside(&mark_beside(&data_dir, &place));
     let opened = tokio::task::spawn_blocking(move || SealingKey::open(&place, false)).await;
@@ -159,7 +192,9 @@ pub async fn begin(config: RecoverConfig, clock: Clock) -> Result<Begun, Recover
     }
     let head = ledger.head();
     let state = head.follower.state();
-    let Some(trust_domain) = state.trust_domain.clone() else { return Err(RecoverError::NoMesh(data_dir)) };
+    let Some(trust_domain) = state.trust_domain.clone() else {
+        return Err(RecoverError::NoMesh(storage.place().to_owned()));
+    };
     if !state.is_protected() {
         return Err(RecoverError::Unprotected);
     }

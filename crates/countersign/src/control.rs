@@ -146,7 +146,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
 }
 
 /// The shared database, if one is named.
-fn store(given: Option<&str>) -> Result<Option<PostgresUrl>, Failure> {
+pub fn store(given: Option<&str>) -> Result<Option<PostgresUrl>, Failure> {
     let help = "write `postgres://USER@HOST/DATABASE`; another machine also needs `?sslrootcert=FILE`";
     given
         .map(|given| {

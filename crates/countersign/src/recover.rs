@@ -13,6 +13,7 @@ use countersign_control::{
 use countersign_core::identity::OperatorName;
 
 use crate::{
+    control,
     error::{Done, Failure},
     mesh_finder::Place,
     render::{self, Output, Paint},
@@ -32,6 +33,9 @@ pub struct Recover {
     /// What happened, for the ledger; everyone can read it
     #[arg(long, value_name = "TEXT")]
     pub reason: String,
+    /// The PostgreSQL database of several control planes: `postgres://USER@HOST/DATABASE` [default: the file in the data directory]
+    #[arg(long, value_name = "URL", env = "COUNTERSIGN_STORE", hide_env_values = true)]
+    pub store: Option<String>,
     /// What seals the mesh's keys
     #[command(flatten)]
     pub key: SealingKeyArguments,
@@ -47,6 +51,7 @@ pub async fn recover(arguments: Recover, place: &Place, output: Output) -> Done 
     };
     let config = RecoverConfig {
         data_dir: place.data_dir.clone(),
+        store: control::store(arguments.store.as_deref())?,
         key: arguments.key.place()?,
         operator: arguments.operator.clone(),
         reason: arguments.reason,

@@ -16,7 +16,7 @@ use std::{
 use countersign_testkit::postgres::Server;
 use serde_json::Value;
 
-use support::{binary, said};
+use support::{binary, codes::enrol_with, said};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -98,12 +98,12 @@ impl Ground {
 
     /// Runs a command against one of the two.
     fn ask(&self, which: usize, arguments: &[&str]) -> Output {
-        self.command(&self.replicas[which].data, arguments).output().unwrap()
+        self.command(&self.replicas[which].data, &[&["-o", "json"], arguments].concat()).output().unwrap()
     }
 
     fn command(&self, data: &Path, arguments: &[&str]) -> Command {
         let mut command = binary();
-        command.arg("-C").arg(&self.dir).arg("--data-dir").arg(data).args(["-o", "json"]).args(arguments);
+        command.arg("-C").arg(&self.dir).arg("--data-dir").arg(data).args(arguments);
         command
     }
 
@@ -170,8 +170,12 @@ fn killed_control_planes_lose_and_double_nothing_and_an_agent_moves_between_them
             n += 1;
             ground.edit(n);
             let data = ground.replicas[victim].data.clone();
-            let applying =
-                ground.command(&data, &["apply"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            let applying = ground
+                .command(&data, &["-o", "json", "apply"])
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
             if last {
                 thread::sleep(Duration::from_millis(15 + 25 * round as u64));
                 ground.replicas[victim].running = None;
@@ -229,4 +233,44 @@ fn killed_control_planes_lose_and_double_nothing_and_an_agent_moves_between_them
     until("both hold the same", &ground.log("control-1"), || {
         ground.json(1, &["ledger", "verify"])["revision"] == ground.json(0, &["status"])["revision"]
     });
+}
+
+/// PROVES (recovery-needs-the-key)
+#[test]
+fn a_mesh_on_a_database_is_recovered_when_no_control_plane_runs_on_it() {
+    let mut ground = Ground::new();
+    ground.json(0, &["apply"]);
+    let data = ground.replicas[0].data.clone();
+    enrol_with(&mut ground.command(&data, &[]), &["operator", "enroll", "--totp", "--operator", "alice"]);
+    let elsewhere = ground.root.path().join("recovery");
+    let (url, kek) = (ground.server.url(), ground.root.path().join("kek"));
+    let words = ["recover", "--operator", "alice", "--reason", "her phone was stolen", "--store", &url];
+    let running = ground.command(&elsewhere, &words).arg("--key-file").arg(&kek).output().unwrap();
+    assert!(said(&running).contains("a control plane runs on"), "{}", said(&running));
+    for replica in &mut ground.replicas {
+        replica.running = None;
+    }
+    let recover = |key: &Path| {
+        let mut command = ground.command(&elsewhere, &words);
+        command.arg("--key-file").arg(key).output().unwrap()
+    };
+    until("those that were killed are gone", &ground.log("control-0"), || {
+        !said(&recover(&kek)).contains("a control plane runs on")
+    });
+    let other = ground.root.path().join("other");
+    fs::write(&other, "00".repeat(32)).unwrap();
+    fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let refused = recover(&other);
+    assert!(!refused.status.success() && said(&refused).contains("sealed with key"), "{}", said(&refused));
+
+    let with_key = [&words[..], &["--key-file", kek.to_str().unwrap()]].concat();
+    let (_, recovered) = enrol_with(&mut ground.command(&elsewhere, &[]), &with_key);
+    assert_eq!(recovered["operator"], "alice");
+    ground.start(0);
+    ground.start(1);
+    for which in [0, 1] {
+        let status = said(&ground.ask(which, &["status"]));
+        assert!(status.contains("was recovered past its gate"), "{status}");
+    }
+    ground.json(1, &["ledger", "verify"]);
 }
