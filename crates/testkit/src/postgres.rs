@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, KeyUsagePurpose};
+
 /// How long a server may take to start, or to stop.
 const WITHIN: Duration = Duration::from_secs(60);
 
@@ -20,6 +22,7 @@ pub struct Server {
     dir: tempfile::TempDir,
     port: u16,
     postmaster: Option<Child>,
+    is_tls: bool,
 }
 
 impl Server {
@@ -28,6 +31,40 @@ impl Server {
     /// # Panics
     /// When the machine has no PostgreSQL: a test that needs one must not pass without.
     pub fn start() -> Self {
+        let mut server = Self::prepared();
+        server.start_again();
+        server
+    }
+
+    /// The same, and it takes connections by TLS only: as `localhost`, by a certificate of the root whose file is returned.
+    pub fn start_with_tls() -> (Self, PathBuf) {
+        let mut server = Self::prepared();
+        let (data, root) = (server.dir.path().join("data"), server.dir.path().join("root.pem"));
+        let key = |what: &str| KeyPair::generate().unwrap_or_else(|e| panic!("{what}: {e}"));
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let authority = CertifiedIssuer::self_signed(params, key("a root")).expect("a root");
+        let leaf_key = key("a server");
+        let leaf = CertificateParams::new(["localhost".to_owned()]).expect("a name");
+        let leaf = leaf.signed_by(&leaf_key, &authority).expect("a certificate");
+        fs::write(&root, authority.pem()).expect("a file");
+        for (name, text) in [("server.crt", leaf.pem()), ("server.key", leaf_key.serialize_pem())] {
+            let file = data.join(name);
+            fs::write(&file, text).expect("a file");
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("its mode");
+            if is_root() {
+                let owned = Command::new("chown").arg("postgres:postgres").arg(&file).status().expect("chown runs");
+                assert!(owned.success());
+            }
+        }
+        fs::write(data.join("pg_hba.conf"), "hostssl all all 127.0.0.1/32 trust\n").expect("its rules");
+        server.is_tls = true;
+        server.start_again();
+        (server, root)
+    }
+
+    fn prepared() -> Self {
         let dir = tempfile::Builder::new().prefix("countersign-pg").tempdir_in("/tmp").expect("a directory below /tmp");
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("its mode");
         let data = dir.path().join("data");
@@ -45,9 +82,7 @@ impl Server {
             .expect("initdb runs");
         assert!(initdb.status.success(), "initdb failed: {}", String::from_utf8_lossy(&initdb.stderr));
         let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port();
-        let mut server = Self { dir, port, postmaster: None };
-        server.start_again();
-        server
+        Self { dir, port, postmaster: None, is_tls: false }
     }
 
     /// Where it is, for a connection as its superuser.
@@ -94,6 +129,7 @@ impl Server {
                     "max_connections=50",
                 ])
                 .args(["-c", "shared_buffers=16MB", "-p", &self.port.to_string()])
+                .args(["-c", if self.is_tls { "ssl=on" } else { "ssl=off" }])
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(fs::File::create(self.log()).expect("its log"))

@@ -316,6 +316,27 @@ fn an_answer_to_a_commit_that_is_lost_is_found_out_whether_it_was_kept_or_not() 
 }
 
 #[test]
+fn a_database_is_believed_by_its_certificate_and_its_name() {
+    let (server, root) = Server::start_with_tls();
+    let at = |host: &str, root: &std::path::Path| {
+        let url = format!("postgres://postgres@{host}:{}/postgres?sslrootcert={}", server.port(), root.display());
+        postgres::PostgresStore::open(postgres::PostgresUrl::parse(&url).unwrap())
+    };
+    let mut store = at("localhost", &root).unwrap_or_else(|error| panic!("{error}"));
+    store.append(&entry(0, "a")).unwrap();
+    assert_eq!(store.entries(0, 10).unwrap().len(), 1);
+    let refused =
+        |opened: Result<postgres::PostgresStore, StoreError>| opened.err().expect("it is refused").to_string();
+    let said = refused(at("127.0.0.1", &root));
+    assert!(said.contains("certificate"), "another name: {said}");
+    let (_other, foreign) = Server::start_with_tls();
+    let said = refused(at("localhost", &foreign));
+    assert!(said.contains("certificate"), "another root: {said}");
+    let said = refused(postgres::PostgresStore::open(postgres::PostgresUrl::parse(&server.url()).unwrap()));
+    assert!(said.contains("no encryption"), "this server takes nothing in the clear: {said}");
+}
+
+#[test]
 fn a_database_on_another_machine_is_reached_by_tls_or_because_somebody_said_so() {
     let refused =
         ["postgres://u@db.example/m", "postgres://u@192.0.2.1/m", "postgres:///m", "host=db.example user=u", "x y"];
