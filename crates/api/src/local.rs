@@ -32,7 +32,10 @@
 //! | `POST /v1/enrolments/link` | | [`EnrolmentLink`]; 409 once the mesh is protected |
 //! | `GET /v1/sessions` | | `[`[`SessionView`]`]`: who is signed in |
 //! | `POST /v1/sessions/end` | [`EndSessions`] | [`SessionsEnded`] |
-//! | `POST /v1/hosts/invitations` | [`Invite`] | [`Invitation`] |
+//! | `POST /v1/hosts/invitations` | [`InviteAs`] | [`Invitation`]; 403 when the gate refuses |
+//! | `POST /v1/acts/{act}` | [`Shown`] | [`Opened`]: what the gate opens for reading; 403 when it asks for more |
+//!
+//! In a protected mesh `/v1/decisions…` answers what the gate opened for the operator in [`OPERATOR_HEADER`].
 //!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
 
@@ -49,7 +52,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
     countersignature::{Bytes, Countersignature},
-    gate::{Author, Requires},
+    gate::{Author, Requires, act::Act},
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
     state::MeshState,
@@ -81,8 +84,11 @@ pub struct GateRefusal {
     pub outcome: GateOutcome,
     /// The pending change that waits for what is missing.
     pub change: Option<String>,
-    /// The digest of the change-set.
-    pub digest: Digest,
+    /// The digest of the change-set, when it is about one.
+    pub digest: Option<Digest>,
+    /// What was asked for, when it changes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act: Option<Act>,
     /// What is missing.
     pub requires: Option<Requires>,
     /// Where it can be signed in a browser, when there are pages.
@@ -139,6 +145,20 @@ pub struct Shown {
     /// What a passkey or a security key signed for the very change-set; it goes into the ledger's entry.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub countersignature: Option<Box<Countersignature>>,
+}
+
+/// The header of a request that names the operator who reads; the only one that has enrolled when absent.
+pub const OPERATOR_HEADER: &str = "countersign-operator";
+
+/// What the gate opened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    /// For whom; nobody in particular while the mesh is unprotected.
+    pub operator: Option<OperatorName>,
+    /// For what.
+    pub act: Act,
+    /// Until when at most, in milliseconds since 1970, where a factor opened it.
+    pub until_ms: Option<u64>,
 }
 
 /// A header of every answer while a recovery is recent: the operator whom somebody made owner past the gate.
@@ -827,6 +847,17 @@ pub struct Invite {
     /// The only services that the host may run; every declared one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub services: Option<BTreeSet<ServiceName>>,
+}
+
+/// Asks for a join token, and shows what the gate asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InviteAs {
+    /// For what.
+    #[serde(flatten)]
+    pub invite: Invite,
+    /// Who asks.
+    #[serde(default)]
+    pub shown: Shown,
 }
 
 /// A join token. Shown once; only its hash is kept.

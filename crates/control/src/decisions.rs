@@ -7,13 +7,14 @@ use bytes::Bytes;
 use tokio::sync::{broadcast, mpsc};
 
 use countersign_api::{
-    local::{RecordFilter, TailEvent},
+    local::{Problem, RecordFilter, TailEvent},
     mesh,
 };
 use countersign_core::record::{DecisionRecord, EdgeCount};
 
 use crate::{
     clock::Clock,
+    local_api::{problem, store_problem},
     metrics::Metrics,
     publish::Publisher,
     store::{Storage, StoreError},
@@ -97,6 +98,19 @@ impl Decisions {
         self.publisher.withdraw(asked.number);
         Ok(found.into_values().rev().take(limit).collect())
     }
+}
+
+/// The one kept record whose id begins with `id`.
+pub async fn one(decisions: &Decisions, id: &str) -> Result<DecisionRecord, Problem> {
+    let filter = RecordFilter { id: Some(id.to_owned()), limit: Some(2), ..RecordFilter::default() };
+    let mut found = decisions.list(filter).await.map_err(|error| store_problem(&error))?;
+    if found.len() > 1 {
+        let help = "give more of its digits";
+        return Err(problem(409, format!("several decisions begin with `{id}`"), None, Some(help)));
+    }
+    let help =
+        "records are kept until newer ones need their room; `countersign decision list` shows those that are there";
+    found.pop().ok_or_else(|| problem(404, format!("no decision `{id}` is kept"), None, Some(help)))
 }
 
 /// How many records `filter` asks for.

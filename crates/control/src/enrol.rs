@@ -28,10 +28,10 @@ const PREFIX: &str = "csj1";
 /// Longest token we read, in bytes.
 const TOKEN_BYTES_MAX: usize = 256;
 
-/// Makes a join token.
-pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem> {
-    let Invite { ttl_seconds, host, services } = asked;
-    let ttl = Duration::from_secs(ttl_seconds);
+/// Says what is wrong with what is asked for.
+pub fn mistake(plane: &Plane, asked: &Invite) -> Result<(), Problem> {
+    let Invite { ttl_seconds, host: _, services } = asked;
+    let ttl = Duration::from_secs(*ttl_seconds);
     if ttl.is_zero() || ttl > INVITATION_LIFETIME_MAX {
         let help = "give a time between one second and a day, for example `--ttl 10m`";
         return Err(problem(422, "a join token is good for a day at most", None, Some(help)));
@@ -41,15 +41,24 @@ pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem>
             "name the services that the host runs, or leave `--services` out: then it may run every declared one";
         return Err(problem(422, format!("a host is bound to 1 to {SERVICES_MAX} services"), None, Some(help)));
     }
-    let authority = plane.authority().ok_or_else(|| {
-        let help = "apply a mesh directory first: `countersign apply DIR`";
-        problem(409, "there is no mesh yet to join", None, Some(help))
-    })?;
+    if plane.authority().is_none() { Err(no_mesh()) } else { Ok(()) }
+}
+
+fn no_mesh() -> Problem {
+    let help = "apply a mesh directory first: `countersign apply DIR`";
+    problem(409, "there is no mesh yet to join", None, Some(help))
+}
+
+/// Makes a join token.
+pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem> {
+    mistake(plane, &asked)?;
+    let Invite { ttl_seconds, host, services } = asked;
+    let authority = plane.authority().ok_or_else(no_mesh)?;
     let mut secret = zeroize::Zeroizing::new([0; SECRET_BYTES]);
     aws_lc_rs::rand::fill(&mut *secret).expect("INVARIANT: the system's random source does not fail");
     let hash = Digest::of(&*secret);
     let now_ms = plane.clock.now_ms();
-    let expires_at_ms = now_ms + ttl.as_millis() as u64;
+    let expires_at_ms = now_ms + ttl_seconds * 1000;
     let kept = plane
         .storage
         .run("put_invitation", move |store| {

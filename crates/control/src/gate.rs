@@ -19,7 +19,7 @@ use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Member, PolicyId, Revision},
     countersignature::Countersignature,
-    gate::{Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires},
+    gate::{Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires, act::AskedTo},
     identity::{OperatorName, TrustDomain},
     pipeline,
     policy::{self, Factor, Library, ParsedPolicy, PolicyError},
@@ -221,6 +221,14 @@ impl Gate {
             origin: petitioner.from.map_or(Origin::Socket, Origin::Network),
             now_seconds,
         })
+    }
+
+    /// What the change gate of the mesh at `head` says to an act that changes nothing.
+    pub fn answer_act(&self, asked: &AskedTo<'_>, head: &Head) -> Answer {
+        match self.change_gate(head) {
+            Ok(gate) => gate.decide_act(asked),
+            Err(errors) => Answer::Deny(errors.iter().map(ToString::to_string).collect()),
+        }
     }
 
     fn change_gate(&self, head: &Head) -> Result<Arc<ChangeGate>, Vec<PolicyError>> {

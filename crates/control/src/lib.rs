@@ -18,6 +18,7 @@
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
 //! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
 //! | [`agents`] | the mutual TLS listener of agents | trusts what an SVID does not say |
+//! | [`acts`] | what an operator may read or hand out, and for how long a factor opens it | reads it |
 //! | [`advertise`] | says where other hosts find it | resolves a name |
 //! | [`mark`] | notices a store that was restored from an older copy | repairs it |
 //! | `replicas` | takes up what other control planes of one store wrote | writes to the ledger |
@@ -47,7 +48,7 @@ use tokio::{
 };
 
 use countersign_api::{
-    local::{Applied, Apply, Invitation, Invite, KeyPlace, Problem},
+    local::{Applied, Apply, Invitation, Invite, KeyPlace, Problem, TailEvent},
     run_file::CONTROL_SOCKET,
     svid::TlsIdentity,
 };
@@ -57,6 +58,7 @@ use countersign_core::{
     ledger::Entry,
 };
 
+pub mod acts;
 pub mod advertise;
 pub mod agents;
 pub mod authority;
@@ -542,6 +544,11 @@ impl Control {
     /// Change-sets that become ledger entries from now on. A slow listener misses some.
     pub fn changes(&self) -> broadcast::Receiver<Changed> {
         self.plane.changes.subscribe()
+    }
+
+    /// Decisions about requests as they come in, for the process that runs this control plane. A slow listener misses some.
+    pub fn decided(&self) -> broadcast::Receiver<TailEvent> {
+        self.plane.decisions.tail()
     }
 
     /// What is counted, as `/metrics` serves it, whenever it is called; `None` once the control plane is gone.

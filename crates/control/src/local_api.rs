@@ -12,7 +12,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::broadcast::error::RecvError,
@@ -21,20 +21,21 @@ use tokio::{
 use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView,
     Confirm, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal,
-    Invitation, Invite, LedgerLine, Mesh, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
-    RECOVERED_HEADER, RecordFilter, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, Status, TailEvent,
-    Waited,
+    Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail,
+    ProxyRevision, RECOVERED_HEADER, RecordFilter, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown,
+    Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
-    gate::Answer,
-    identity::ServiceName,
+    gate::{Answer, act::Act},
+    identity::{OperatorName, ServiceName},
     ledger::{AddCheckpoint, Entry, EntryProof, Note},
 };
 
 use crate::{
     Plane,
+    acts::{self, By},
     authority::log_key::SignError,
     ceremony, decisions, enrol, gate,
     ledger::{AppendError, Head, PAGE_ENTRIES},
@@ -105,6 +106,7 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/changes", get(changes).post(apply))
         .route("/v1/changes/{revision}", get(change))
         .route("/v1/changes/{revision}/wait", get(wait))
+        .route("/v1/acts/{act}", post(open))
         .route("/v1/decisions", get(list_decisions))
         .route("/v1/decisions/tail", get(tail))
         .route("/v1/decisions/{id}", get(decision))
@@ -290,7 +292,7 @@ pub fn refusal(answer: &Answer, digest: Digest, change: Option<String>, why: Opt
         (Answer::Permit, None) => ("the change is permitted".to_owned(), None, String::new()),
     };
     let status = if matches!(why, Some(CodeRefused::Throttled { .. })) { 429 } else { 403 };
-    let refusal = GateRefusal { outcome, change, digest, requires, url: None };
+    let refusal = GateRefusal { outcome, change, digest: Some(digest), act: None, requires, url: None };
     Problem { refusal: Some(Box::new(refusal)), ..problem(status, title, detail, Some(&help)) }
 }
 
@@ -415,23 +417,47 @@ async fn wait(
     Ok(Json(Waited { enforced: reached && missing.is_empty(), revision, connected: connected as u32, missing }))
 }
 
+/// The operator whom a request names.
+fn named_in(headers: &HeaderMap) -> Result<Option<OperatorName>, Problem> {
+    let Some(given) = headers.get(OPERATOR_HEADER) else { return Ok(None) };
+    let given = given.to_str().unwrap_or_default();
+    OperatorName::parse(given).map(Some).map_err(|error| problem(400, error.to_string(), None, None))
+}
+
+/// Opens something for reading, for as long as what was shown is good.
+async fn open(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(act): UrlPath<String>,
+    Json(shown): Json<Shown>,
+) -> Answered<Opened> {
+    let act = act.parse().ok().filter(|act: &Act| act.only_reads());
+    let act = act.ok_or_else(|| not_found("there is no such act".into(), "is this command of another version?"))?;
+    Ok(Json(acts::pass(&plane, act, By::Socket(shown.operator.as_ref()), &shown).await?))
+}
+
+/// What was opened before, by [`open`].
+async fn reads_decisions(plane: &Plane, headers: &HeaderMap) -> Result<Opened, Problem> {
+    let operator = named_in(headers)?;
+    acts::pass(plane, Act::ReadDecisions, By::Socket(operator.as_ref()), &Shown::default()).await
+}
+
 async fn list_decisions(
     State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
     Query(filter): Query<RecordFilter>,
 ) -> Answered<Vec<countersign_core::record::DecisionRecord>> {
+    reads_decisions(&plane, &headers).await?;
     Ok(Json(plane.decisions.list(filter).await.map_err(stored)?))
 }
 
-async fn decision(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>) -> Answered<DecisionDetail> {
-    let filter = RecordFilter { id: Some(id.clone()), limit: Some(2), ..RecordFilter::default() };
-    let mut found = plane.decisions.list(filter).await.map_err(stored)?;
-    if found.len() > 1 {
-        let help = "give more of its digits";
-        return Err(problem(409, format!("several decisions begin with `{id}`"), None, Some(help)).into());
-    }
-    let help =
-        "records are kept until newer ones need their room; `countersign decision list` shows those that are there";
-    let record = found.pop().ok_or_else(|| not_found(format!("no decision `{id}` is kept"), help))?;
+async fn decision(
+    State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
+    UrlPath(id): UrlPath<String>,
+) -> Answered<DecisionDetail> {
+    reads_decisions(&plane, &headers).await?;
+    let record = decisions::one(&plane.decisions, &id).await?;
+    let help = "compare the ledger of this control plane with that of the mesh: `countersign ledger verify`";
     let head = plane.ledger.at(record.revision).await.map_err(stored)?;
     let head = head.ok_or_else(|| {
         not_found(format!("the decision names revision {}, which this ledger does not have", record.revision), help)
@@ -439,7 +465,20 @@ async fn decision(State(plane): State<Arc<Plane>>, UrlPath(id): UrlPath<String>)
     Ok(Json(DecisionDetail { record, mesh: mesh_of(&head) }))
 }
 
-async fn tail(State(plane): State<Arc<Plane>>, Query(filter): Query<RecordFilter>) -> Response {
+async fn tail(
+    State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
+    Query(filter): Query<RecordFilter>,
+) -> Result<Response, Refusal> {
+    let until_ms = reads_decisions(&plane, &headers).await?.until_ms;
+    let left = until_ms.map(|until_ms| Duration::from_millis(until_ms.saturating_sub(plane.clock.now_ms())));
+    // It ends with what was opened.
+    let over = async move {
+        match left {
+            Some(left) => tokio::time::sleep(left).await,
+            None => std::future::pending().await,
+        }
+    };
     let events = stream::unfold(plane.decisions.tail(), |mut events| async {
         match events.recv().await {
             Ok(event) => Some((event, events)),
@@ -449,7 +488,7 @@ async fn tail(State(plane): State<Arc<Plane>>, Query(filter): Query<RecordFilter
         }
     });
     let shown = events.filter(move |event| std::future::ready(decisions::shows(&filter, event)));
-    lines(shown.map(Ok))
+    Ok(lines(shown.map(Ok).take_until(Box::pin(over))))
 }
 
 async fn callers(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String>) -> Answered<Vec<Caller>> {
@@ -579,8 +618,12 @@ fn lines<T: serde::Serialize>(items: impl Stream<Item = io::Result<T>> + Send + 
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(encoded)).into_response()
 }
 
-async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<Invite>) -> Answered<Invitation> {
-    Ok(Json(enrol::invite(&plane, asked).await?))
+async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<InviteAs>) -> Answered<Invitation> {
+    let InviteAs { invite, shown } = asked;
+    // What is wrong with the request is said before a factor is used up for it.
+    enrol::mistake(&plane, &invite)?;
+    acts::pass(&plane, Act::InviteHost, By::Socket(shown.operator.as_ref()), &shown).await?;
+    Ok(Json(enrol::invite(&plane, invite).await?))
 }
 
 async fn list_proposals(State(plane): State<Arc<Plane>>) -> Answered<Vec<Proposal>> {

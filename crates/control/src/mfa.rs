@@ -664,7 +664,7 @@ pub(crate) fn purpose(factor: &FactorId) -> String {
     format!("mfa/totp/{}", factor.as_str())
 }
 
-fn random_hex<const BYTES: usize>() -> String {
+pub(crate) fn random_hex<const BYTES: usize>() -> String {
     let mut bytes = [0; BYTES];
     random(&mut bytes);
     hex::encode(bytes)

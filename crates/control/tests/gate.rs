@@ -12,8 +12,8 @@ use std::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, Mesh, Problem, Proposal,
-    ProposalDetail, ProposalState, Shown,
+    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, Invitation, Invite, InviteAs,
+    Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail, ProposalState, Shown,
 };
 use countersign_control::{clock::Clock, mfa, start_with_clock};
 use countersign_core::{
@@ -403,7 +403,7 @@ async fn a_change_that_needs_two_is_applied_by_the_second_exactly_once_and_never
     assert_eq!(outcome(&refused), GateOutcome::NeedsCountersign);
     let id = waits(&refused);
     let detail: ProposalDetail = mesh.plane.get(&format!("/v1/proposals/{id}")).await;
-    assert_eq!(detail.change_set.digest(), refused.refusal.as_ref().unwrap().digest);
+    assert_eq!(detail.change_set.digest(), refused.refusal.as_ref().unwrap().digest.unwrap());
     for (case, shown) in [
         ("the author", mesh.shown(&alice)),
         ("nothing shown", named("bob")),
@@ -440,7 +440,7 @@ async fn what_waits_is_bound_to_its_base_its_author_and_its_time_and_kept_across
     assert_eq!(mesh.plane.post::<Applied>(&path, &named("bob")).await.unwrap_err().status, 403);
     assert_eq!(outcome(&mesh.plane.post::<Applied>(&path, &named("alice")).await.unwrap_err()), GateOutcome::StepUp);
     let applied: Applied = mesh.plane.post(&path, &mesh.shown(&alice)).await.unwrap();
-    assert_eq!(applied.digest, refused.refusal.unwrap().digest);
+    assert_eq!(applied.digest, refused.refusal.unwrap().digest.unwrap());
     assert_eq!(mesh.plane.post::<Applied>(&path, &mesh.shown(&alice)).await.unwrap_err().status, 410, "once");
 
     let state = async |id: &str| mesh.plane.get::<ProposalDetail>(&format!("/v1/proposals/{id}")).await.proposal.state;
@@ -495,4 +495,80 @@ async fn two_who_enrol_first_at_the_same_time_are_not_both_first() {
     assert_eq!(mesh.mesh().await.state.operators.len(), 1);
     assert_eq!(mesh.mesh().await.state.trust_domain, Some(trust_domain()));
     assert_eq!(mesh.mesh().await.revision, Revision(2));
+}
+
+/// PROVES (granted-to-one)
+#[tokio::test]
+async fn what_a_code_opens_for_reading_is_open_to_its_operator_for_that_and_for_minutes() {
+    let mesh = Clocked::start().await;
+    mesh.plane.create(&["web"]).await;
+    let opens = async |act: &str, shown: &Shown| mesh.plane.post::<Opened>(&format!("/v1/acts/{act}"), shown).await;
+    let reads = async |who: &str| {
+        let named = [(OPERATOR_HEADER, who)];
+        mesh.plane.send_with("GET", "/v1/decisions", &named, Vec::new()).await.0
+    };
+    assert_eq!(opens("read_decisions", &Shown::default()).await.unwrap().operator, None, "unprotected");
+    assert_eq!(reads("alice").await, 200);
+    let (alice, _) = mesh.enrol("alice", None).await;
+    let bob = mesh.another(&alice, "bob", "guest").await;
+    let nothing = |who: &str| Shown { operator: Some(operator(who)), ..Shown::default() };
+
+    let refused = opens("read_decisions", &nothing("bob")).await.unwrap_err();
+    let refusal = refused.refusal.clone().unwrap();
+    assert_eq!((refused.status, refusal.outcome, refusal.url), (403, GateOutcome::StepUp, None), "{refused:?}");
+    assert_eq!(refusal.requires.unwrap().factor, Some(Factor::Mfa));
+    for path in ["/v1/decisions", "/v1/decisions/0a", "/v1/decisions/tail"] {
+        let named = [(OPERATOR_HEADER, "bob")];
+        let (status, said) = mesh.plane.send_with("GET", path, &named, Vec::new()).await;
+        assert_eq!(status, 403, "{path}: {}", String::from_utf8_lossy(&said));
+    }
+    let shown = mesh.shown(&bob);
+    let opened = opens("read_decisions", &shown).await.unwrap();
+    assert_eq!(opened.until_ms, Some(mesh.now() + 15 * 60 * 1000));
+    assert_eq!((reads("bob").await, reads("alice").await, reads("zoe").await), (200, 403, 403), "nobody else's");
+    assert!(opens("read_decisions", &nothing("bob")).await.is_ok(), "nothing more is asked for");
+    let again = opens("export_ledger", &shown).await.unwrap_err();
+    assert_eq!((again.status, &*again.title), (403, "the code was used already"), "and nothing else is open");
+
+    let mesh_after = mesh;
+    let mesh = mesh_after.restart().await;
+    let reads = async |who: &str| {
+        let named = [(OPERATOR_HEADER, who)];
+        mesh.plane.send_with("GET", "/v1/decisions", &named, Vec::new()).await.0
+    };
+    assert_eq!(reads("bob").await, 200, "the store keeps it");
+    mesh.pass(15 * 60 - 1);
+    assert_eq!(reads("bob").await, 200, "to the last second");
+    mesh.pass(2);
+    assert_eq!(reads("bob").await, 403, "its time is over");
+
+    let opened = mesh.plane.post::<Opened>("/v1/acts/read_decisions", &mesh.shown(&bob)).await;
+    assert!(opened.is_ok() && reads("bob").await == 200);
+    mesh.apply(vec![Change::RemoveOperator { name: operator("bob") }], &mesh.shown(&alice)).await.unwrap();
+    assert_eq!(reads("bob").await, 403, "no operator any more");
+    let unknown = mesh.plane.post::<Opened>("/v1/acts/invite_host", &mesh.shown(&alice)).await.unwrap_err();
+    assert_eq!(unknown.status, 404, "only reading is opened ahead");
+}
+
+#[tokio::test]
+async fn a_host_is_let_in_by_who_may_with_a_code_that_is_good_for_one_token() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let eve = mesh.another(&alice, "eve", "editor").await;
+    let bob = mesh.another(&alice, "bob", "guest").await;
+    let invite = Invite { ttl_seconds: 60, host: None, services: None };
+    let invites = async |invite: &Invite, shown: Shown| {
+        mesh.plane.post::<Invitation>("/v1/hosts/invitations", &InviteAs { invite: invite.clone(), shown }).await
+    };
+    let nothing = |who: &str| Shown { operator: Some(operator(who)), ..Shown::default() };
+    assert_eq!(invites(&invite, Shown::default()).await.unwrap_err().status, 400, "several could be meant");
+    let refused = invites(&invite, nothing("eve")).await.unwrap_err();
+    assert_eq!(refused.refusal.unwrap().outcome, GateOutcome::StepUp);
+    let shown = mesh.shown(&eve);
+    let too_long = Invite { ttl_seconds: 1_000_000, ..invite.clone() };
+    assert_eq!(invites(&too_long, shown.clone()).await.unwrap_err().status, 422, "said before a code is used up");
+    assert!(invites(&invite, shown.clone()).await.is_ok());
+    assert_eq!(invites(&invite, shown).await.unwrap_err().title, "the code was used already");
+    assert_eq!(invites(&invite, nothing("eve")).await.unwrap_err().status, 403, "nothing stays open");
+    let denied = invites(&invite, mesh.shown(&bob)).await.unwrap_err();
+    assert_eq!(denied.refusal.unwrap().outcome, GateOutcome::Denied, "a role that lets nobody in");
 }

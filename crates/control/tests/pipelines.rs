@@ -180,7 +180,7 @@ impl World {
         let problem = self.problem("POST", path, token, serde_json::to_vec(apply).unwrap()).await;
         match problem.refusal.as_deref() {
             Some(refusal) if refusal.outcome == GateOutcome::NeedsCountersign => {
-                assert_eq!(refusal.digest, apply.change_set.digest());
+                assert_eq!(refusal.digest, Some(apply.change_set.digest()));
                 Ok(refusal.change.clone().unwrap())
             }
             _ => Err(problem),

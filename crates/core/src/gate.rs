@@ -8,6 +8,7 @@
 //!
 //! | furniture | holds |
 //! |---|---|
+//! | [`act`] | what an operator does without changing anything: reading, exporting, inviting a host |
 //! | `schema.cedarschema` | what policies of `gate/` can say |
 //! | `shipped.cedar` | the gate of a mesh that brings none: docs/gate.md explains it rule by rule |
 
@@ -37,6 +38,8 @@ use crate::{
     service::ServiceSpec,
     state::MeshState,
 };
+
+pub mod act;
 
 const SCHEMA: &str = include_str!("gate/schema.cedarschema");
 const SHIPPED: &str = include_str!("gate/shipped.cedar");
@@ -307,11 +310,12 @@ impl ChangeGate {
         if matches!(change, Change::Recover { .. }) {
             return Err("a recovery is made with the control plane's files and what opens them".to_owned());
         }
-        let mut requires = self.decide_on(asked, questions, change, &questions.after)?;
+        let resource = resource_of(change, asked.state);
+        let mut requires = self.decide_on(asked, questions, change.kind(), &resource, &questions.after)?;
         if let Some(before) = &questions.before
             && is_of_service(change)
         {
-            requires = requires.strictest(self.decide_on(asked, questions, change, before)?);
+            requires = requires.strictest(self.decide_on(asked, questions, change.kind(), &resource, before)?);
         }
         Ok(requires)
     }
@@ -320,13 +324,13 @@ impl ChangeGate {
         &self,
         asked: &Asked<'_>,
         questions: &Questions,
-        change: &Change,
+        action: &str,
+        resource: &EntityUid,
         entities: &Entities,
     ) -> Result<Requires, String> {
-        let resource = resource_of(change, asked.state);
-        let action = uid("Action", change.kind());
+        let (principal, resource) = (questions.principal.clone(), resource.clone());
         let request =
-            Request::new(questions.principal.clone(), action, resource, questions.context.clone(), Some(schema()))
+            Request::new(principal, uid("Action", action), resource, questions.context.clone(), Some(schema()))
                 .map_err(|error| format!("the question is not one that the gate knows: {error}"))?;
         let authorizer = Authorizer::new();
         let permitted = authorizer.is_authorized(&request, &self.permits, entities);
@@ -348,7 +352,7 @@ impl ChangeGate {
             return Err(format!("forbidden by {}", hard.join(", ")));
         }
         if permitted.decision() != Decision::Allow {
-            return Err(format!("no policy of the gate permits `{}` to {}", asked.author, change.kind()));
+            return Err(format!("no policy of the gate permits `{}` to {action}", asked.author));
         }
         Ok(requires)
     }

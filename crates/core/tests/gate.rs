@@ -9,7 +9,10 @@ use countersign_core::{
     },
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Member, Revision},
-    gate::{self, Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires},
+    gate::{
+        self, Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires,
+        act::{Act, AskedTo},
+    },
     identity::{FactorId, OperatorName, ServiceName, TrustDomain},
     operator::{EnrolledFactor, SigningKey},
     pipeline::{self, Issuer},
@@ -97,6 +100,17 @@ fn decide_with(
         origin: Origin::Socket,
         now_seconds: NOW,
     })
+}
+
+fn decide_act(
+    gate: &ChangeGate,
+    state: &MeshState,
+    operator: &OperatorName,
+    act: Act,
+    assurance: &Assurance,
+    signed_in: bool,
+) -> Answer {
+    gate.decide_act(&AskedTo { operator, act, state, assurance, signed_in, origin: Origin::Socket, now_seconds: NOW })
 }
 
 /// A gate of these policies.
@@ -207,7 +221,8 @@ fn the_shipped_gate_is_this_matrix() {
     ];
     let mut text = String::from(
         "What the shipped change gate answers, written by a test. The last four parts are of a mesh in which somebody has a\n\
-         passkey or a security key. Changes of operators and factors are about somebody else.\n",
+         passkey or a security key. Changes of operators and factors are about somebody else. The last rows of each part change\n\
+         nothing; whoever asks is signed in.\n",
     );
     for (heading, state, author, kinds) in &columns {
         let _ = write!(text, "\n{heading}\n");
@@ -215,6 +230,11 @@ fn the_shipped_gate_is_this_matrix() {
             let own = if let Author::Operator(name) = author { name.as_str() } else { "" };
             let answer = decide(&ChangeGate::shipped(), state, author, &shown(kinds), vec![one_of(kind, own)]);
             let _ = writeln!(text, "  {kind:<20} {}", cell(&answer));
+        }
+        for act in Act::ALL {
+            let Author::Operator(operator) = author else { continue };
+            let answer = decide_act(&ChangeGate::shipped(), state, operator, act, &shown(kinds), true);
+            let _ = writeln!(text, "  {:<20} {}", act.as_str(), cell(&answer));
         }
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/gate-matrix.txt");
@@ -282,6 +302,44 @@ fn nobody_is_let_through_who_has_shown_nothing_whatever_the_policies_say() {
         };
         assert_eq!(cell(&decide(&open, &state, &alice, &shown(kinds), changes)), expected, "{case}");
     }
+}
+
+/// PROVES (no-act-unproven)
+#[test]
+fn nobody_reads_or_invites_who_is_no_operator_or_has_shown_nothing_whatever_the_policies_say() {
+    let state = mesh(&[("alice", "owner", false), ("eve", "guest", true)]);
+    let open = own("@id(\"open\") permit (principal, action, resource);");
+    let two = own("@id(\"open\") permit (principal, action, resource);
+        @id(\"two\") @countersign(\"1\") forbid (principal, action, resource);");
+    let shipped = ChangeGate::shipped();
+    let (nothing, code, key) = (&[][..], &[FactorKind::Totp][..], &[FactorKind::Roaming][..]);
+    for (case, gate, who, act, kinds, signed_in, expected) in [
+        ("nothing", &open, "alice", Act::ReadLedger, nothing, false, "step-up mfa"),
+        ("signed in", &open, "alice", Act::ReadLedger, nothing, true, "permit"),
+        ("a code", &open, "alice", Act::InviteHost, code, false, "permit"),
+        ("a recovery code", &open, "alice", Act::ReadDecisions, &[FactorKind::Recovery], false, "step-up mfa"),
+        ("nobody", &open, "zoe", Act::ReadLedger, key, true, "deny"),
+        ("what nobody can countersign", &two, "alice", Act::ReadLedger, key, true, "deny"),
+        ("a role that is nothing here reads", &shipped, "eve", Act::ReadLedger, nothing, true, "permit"),
+        ("and shows the key that they have", &shipped, "eve", Act::ReadDecisions, code, true, "step-up phr"),
+        ("", &shipped, "eve", Act::ReadDecisions, key, true, "permit"),
+        ("and lets no host in", &shipped, "eve", Act::InviteHost, key, true, "deny"),
+        ("being signed in meets no obligation", &shipped, "alice", Act::ExportLedger, nothing, true, "step-up mfa"),
+    ] {
+        let answer = decide_act(gate, &state, &name(who), act, &shown(kinds), signed_in);
+        assert_eq!(cell(&answer), expected, "{case}");
+    }
+    let late = AskedTo {
+        operator: &name("alice"),
+        act: Act::ReadDecisions,
+        state: &state,
+        assurance: &shown(code),
+        signed_in: true,
+        origin: Origin::Socket,
+        now_seconds: NOW + 901,
+    };
+    assert_eq!(cell(&shipped.decide_act(&late)), "step-up mfa", "a quarter of an hour later");
+    assert_eq!(shipped.decide_act(&AskedTo { now_seconds: NOW + 900, ..late }), Answer::Permit);
 }
 
 /// PROVES (bots-not-exempt)

@@ -7,6 +7,7 @@ use std::{ffi::OsString, future::Future, path::PathBuf, process::ExitCode, time:
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use countersign_api::local::Invite;
 use countersign_core::{
     identity::{ServiceName, TrustDomain},
     record::Outcome,
@@ -145,6 +146,9 @@ pub enum HostVerb {
         /// The only services that the host may run [default: every declared one]
         #[arg(long, value_name = "NAMES", value_delimiter = ',')]
         services: Option<Vec<ServiceName>>,
+        /// Who asks.
+        #[command(flatten)]
+        asker: operator::Asker,
     },
     /// List them, and the services that each may run
     List,
@@ -222,13 +226,30 @@ pub enum ChangeVerb {
 #[derive(Debug, Subcommand)]
 pub enum DecisionVerb {
     /// Show them as they happen: denials in full, permits counted
-    Tail(Filter),
+    Tail {
+        /// Which ones.
+        #[command(flatten)]
+        filter: Filter,
+        /// Who asks.
+        #[command(flatten)]
+        asker: operator::Asker,
+    },
     /// List kept ones, newest first
-    List(Filter),
+    List {
+        /// Which ones.
+        #[command(flatten)]
+        filter: Filter,
+        /// Who asks.
+        #[command(flatten)]
+        asker: operator::Asker,
+    },
     /// Show one, judge it again at its revision, and say whether the answer is the same
     Show {
         /// Its id, or the beginning of it
         id: String,
+        /// Who asks.
+        #[command(flatten)]
+        asker: operator::Asker,
     },
 }
 
@@ -285,6 +306,9 @@ pub enum LedgerVerb {
         /// Where to: a directory that is empty, or that holds an older export of this ledger
         #[arg(value_name = "DIR")]
         into: PathBuf,
+        /// Who asks.
+        #[command(flatten)]
+        asker: operator::Asker,
     },
     /// Cosign the checkpoints of other machines' ledgers, so that none of them can show two histories
     Witness(ledger::WitnessServer),
@@ -328,9 +352,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Policy(verb) => policy::policy(verb, &global),
         Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
-        Command::Host(HostVerb::Invite { ttl, host, services }) => {
+        Command::Host(HostVerb::Invite { ttl, host, services, asker }) => {
             let services = services.map(|services| services.into_iter().collect());
-            ask(host::invite(&place(&global)?, ttl, host, services, output))
+            let invite = Invite { ttl_seconds: ttl.as_secs().max(1), host, services };
+            ask(host::invite(&place(&global)?, invite, &asker, output))
         }
         Command::Host(HostVerb::List) => ask(host::list(&place(&global)?, output)),
         Command::Status => ask(status::status(&place(&global)?, output)),
@@ -357,9 +382,15 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Change(ChangeVerb::Withdraw(asked)) => {
             ask(change::answer(&place(&global)?, "withdraw", &asked, output))
         }
-        Command::Decision(DecisionVerb::Tail(filter)) => ask(decision::tail(&place(&global)?, filter, output)),
-        Command::Decision(DecisionVerb::List(filter)) => ask(decision::list(&place(&global)?, filter, output)),
-        Command::Decision(DecisionVerb::Show { id }) => ask(decision::show(&place(&global)?, &id, output)),
+        Command::Decision(DecisionVerb::Tail { filter, asker }) => {
+            ask(decision::tail(&place(&global)?, filter, &asker, output))
+        }
+        Command::Decision(DecisionVerb::List { filter, asker }) => {
+            ask(decision::list(&place(&global)?, filter, &asker, output))
+        }
+        Command::Decision(DecisionVerb::Show { id, asker }) => {
+            ask(decision::show(&place(&global)?, &id, &asker, output))
+        }
         Command::Authority(AuthorityVerb::Show) => ask(authority::show(&place(&global)?, output)),
         Command::Authority(AuthorityVerb::Rotate { next, who }) => {
             ask(authority::rotate(&place(&global)?, next.place()?, &who, output))
@@ -367,7 +398,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Ledger(LedgerVerb::Verify(arguments)) => ledger::verify(&arguments, || place(&global), output),
         Command::Ledger(LedgerVerb::Checkpoint) => ask(ledger::checkpoint(&place(&global)?, output)),
         Command::Ledger(LedgerVerb::Prove(arguments)) => ask(ledger::prove(&place(&global)?, arguments, output)),
-        Command::Ledger(LedgerVerb::Export { into }) => ask(ledger::export(&place(&global)?, &into, output)),
+        Command::Ledger(LedgerVerb::Export { into, asker }) => {
+            ask(ledger::export(&place(&global)?, &into, &asker, output))
+        }
         Command::Ledger(LedgerVerb::Witness(arguments)) => serve(async |_| ledger::witness(arguments, output).await),
         Command::Doctor => doctor::doctor(&global),
         Command::Completions { shell } => {

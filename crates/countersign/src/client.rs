@@ -17,9 +17,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use countersign_api::{
-    local::{Problem, RECOVERED_HEADER},
+    local::{OPERATOR_HEADER, Problem, RECOVERED_HEADER},
     run_file::{AGENT_SOCKET, CONTROL_SOCKET},
 };
+use countersign_core::identity::OperatorName;
 
 use crate::{
     error::Failure,
@@ -41,6 +42,7 @@ pub struct Client {
     socket: PathBuf,
     whose: &'static str,
     start: String,
+    operator: Option<OperatorName>,
 }
 
 impl Client {
@@ -59,7 +61,12 @@ impl Client {
             Some(dir) => format!("start the mesh with `countersign up {}`", shown(dir)),
             None => "start the mesh, or name its directory with `-C DIR`".to_owned(),
         };
-        Self { socket: place.data_dir.join(socket), whose, start }
+        Self { socket: place.data_dir.join(socket), whose, start, operator: None }
+    }
+
+    /// The same, which reads what was opened for `operator`.
+    pub fn reading_as(self, operator: Option<OperatorName>) -> Self {
+        Self { operator, ..self }
     }
 
     /// Reads one document.
@@ -94,11 +101,15 @@ impl Client {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| lost(&e))?;
         tokio::spawn(connection);
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", "localhost")
-            .header("content-type", "application/json")
+            .header("content-type", "application/json");
+        if let Some(operator) = &self.operator {
+            request = request.header(OPERATOR_HEADER, operator.as_str());
+        }
+        let request = request
             .body(Full::new(body))
             .map_err(|e| Failure::new(format!("could not ask for `{path}`")).because(&e))?;
         let response = sender.send_request(request).await.map_err(|e| lost(&e))?;

@@ -7,6 +7,7 @@ use serde::Serialize;
 use countersign_api::local::{DecisionDetail, Status, TailEvent};
 use countersign_core::{
     change::PolicyId,
+    gate::act::Act,
     identity::{SpiffeId, TrustDomain},
     policy::{Decision, Query},
     record::{DecisionRecord, EdgeCount, Inputs, Judged, Outcome, Reason},
@@ -17,17 +18,22 @@ use crate::{
     client::{Client, query},
     error::{Done, Failure},
     mesh_finder::Place,
+    operator::Asker,
     policy,
     render::{self, Output, Paint, cell, verdict},
 };
 
 /// Shows decisions as they happen.
-pub async fn tail(place: &Place, filter: Filter, output: Output) -> Done {
-    let control = Client::control(place);
+pub async fn tail(place: &Place, filter: Filter, asker: &Asker, output: Output) -> Done {
+    let control = asker.opens(Client::control(place), Act::ReadDecisions).await?;
     let own = control.get::<Status>("/v1/status").await?.trust_domain;
     let mut lines = control.lines(&format!("/v1/decisions/tail{}", filtered(&filter))).await?;
     let mut left = filter.limit.unwrap_or(u32::MAX);
-    while let Some(event) = lines.next::<TailEvent>().await? {
+    loop {
+        let Some(event) = lines.next::<TailEvent>().await? else {
+            return Err(Failure::new("the control plane ended the tail")
+                .help("in a protected mesh it lasts as long as what a factor opened: show one again"));
+        };
         match output {
             Output::Json => render::print(&render::json_line(&event)),
             Output::Text => render::print(&line(&event, own.as_ref(), Paint::stdout())),
@@ -41,8 +47,8 @@ pub async fn tail(place: &Place, filter: Filter, output: Output) -> Done {
 }
 
 /// Lists kept records, newest first.
-pub async fn list(place: &Place, filter: Filter, output: Output) -> Done {
-    let control = Client::control(place);
+pub async fn list(place: &Place, filter: Filter, asker: &Asker, output: Output) -> Done {
+    let control = asker.opens(Client::control(place), Act::ReadDecisions).await?;
     let own = control.get::<Status>("/v1/status").await?.trust_domain;
     let records: Vec<DecisionRecord> = control.get(&format!("/v1/decisions{}", filtered(&filter))).await?;
     render::answer(output, &records, |records, paint| {
@@ -83,9 +89,8 @@ struct Replay {
 }
 
 /// Shows one record and judges it again.
-pub async fn show(place: &Place, id: &str, output: Output) -> Done {
-    let path = format!("/v1/decisions/{}", id_segment(id)?);
-    let detail: DecisionDetail = Client::control(place).get(&path).await?;
+pub async fn show(place: &Place, id: &str, asker: &Asker, output: Output) -> Done {
+    let detail = detail(Client::control(place), id, asker).await?;
     let replay = replay(&detail)?;
     let shown = Shown { record: detail.record.clone(), replay };
     render::answer(output, &shown, |shown, paint| text(shown, &detail, paint))?;
@@ -102,8 +107,14 @@ pub async fn show(place: &Place, id: &str, output: Output) -> Done {
         .help("the proxy, the record or the ledger is not what it should be: run `countersign ledger verify`"))
 }
 
+/// One record and the mesh that it was judged in, opened for `asker`.
+pub async fn detail(control: Client, id: &str, asker: &Asker) -> Result<DecisionDetail, Failure> {
+    let path = format!("/v1/decisions/{}", id_segment(id)?);
+    asker.opens(control, Act::ReadDecisions).await?.get(&path).await
+}
+
 /// An id is hexadecimal; anything else would be another path.
-pub fn id_segment(id: &str) -> Result<&str, Failure> {
+fn id_segment(id: &str) -> Result<&str, Failure> {
     if !id.is_empty() && id.len() <= 32 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Ok(id);
     }

@@ -1,30 +1,24 @@
 //! `host invite`: a join token for one more host. `host list`: those that are there, and what each may run.
 
-use std::{collections::BTreeSet, time::Duration};
-
-use countersign_api::local::{Invitation, Invite, Status};
+use countersign_api::local::{Invitation, Invite, InviteAs, Status};
 use countersign_core::identity::ServiceName;
 
 use crate::{
     client::Client,
     error::{Done, Failure},
     mesh_finder::Place,
+    operator::Asker,
     render::{self, Output},
     sign::{self, Pinned},
     status,
 };
 
 /// Asks for a token and prints the command that uses it. The token is a secret and is shown this once.
-pub async fn invite(
-    place: &Place,
-    ttl: Duration,
-    host: Option<ServiceName>,
-    services: Option<BTreeSet<ServiceName>>,
-    output: Output,
-) -> Done {
-    let invite = Invite { ttl_seconds: ttl.as_secs().max(1), host: host.clone(), services: services.clone() };
+pub async fn invite(place: &Place, invite: Invite, asker: &Asker, output: Output) -> Done {
+    let Invite { ttl_seconds: _, host, services } = invite.clone();
     let control = Client::control(place);
-    let invitation: Invitation = control.post("/v1/hosts/invitations", &invite).await?;
+    let asked = InviteAs { invite, shown: asker.shown() };
+    let invitation: Invitation = control.post("/v1/hosts/invitations", &asked).await?;
     let status: Status = control.get("/v1/status").await?;
     if let Some(name) = &status.trust_domain
         && let Ok(pinned) = Pinned::here()

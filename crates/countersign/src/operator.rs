@@ -7,11 +7,13 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, EnrolmentLink, Mesh, OperatorInvitation, Shown,
+    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, EnrolmentLink, Mesh, Opened,
+    OperatorInvitation, Shown,
 };
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, RoleName},
+    gate::act::Act,
     identity::{FactorId, OperatorName},
 };
 
@@ -54,6 +56,30 @@ impl Who {
             recovery_code: None,
             countersignature: None,
         }
+    }
+}
+
+/// Who asks for what changes nothing, and what they show for it.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Asker {
+    /// The operator who asks, in a protected mesh [default: the only one that has enrolled]
+    #[arg(long, value_name = "NAME", env = "COUNTERSIGN_OPERATOR", hide_env_values = true)]
+    pub operator: Option<OperatorName>,
+    /// The code that the operator's authenticator app shows now, where the gate asks for one
+    #[arg(long, value_name = "CODE")]
+    pub otp: Option<String>,
+}
+
+impl Asker {
+    /// As it travels.
+    pub fn shown(&self) -> Shown {
+        Shown { operator: self.operator.clone(), otp: self.otp.clone().map(Code), ..Shown::default() }
+    }
+
+    /// Opens `act`; the client that comes back reads as the operator for whom it was opened.
+    pub async fn opens(&self, control: Client, act: Act) -> Result<Client, Failure> {
+        let opened: Opened = control.post(&format!("/v1/acts/{}", act.as_str()), &self.shown()).await?;
+        Ok(control.reading_as(opened.operator))
     }
 }
 

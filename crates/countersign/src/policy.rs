@@ -6,7 +6,7 @@ use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use countersign_api::local::{DecisionDetail, Mesh};
+use countersign_api::local::Mesh;
 use countersign_core::{
     change::{Bodies, Revision},
     directory::{Directory, Mistake},
@@ -25,6 +25,7 @@ use crate::{
     decision,
     error::{Done, Failure},
     mesh_directory, mesh_finder, mistake,
+    operator::Asker,
     render::{self, Output, Paint, cell, verdict},
     status,
 };
@@ -83,6 +84,9 @@ pub struct Explain {
     /// A decision that was made: its inputs, put to the policies in force (or planned)
     #[arg(long, value_name = "ID", conflicts_with_all = ["principal", "action", "service"])]
     pub decision: Option<String>,
+    /// Who reads that decision.
+    #[command(flatten)]
+    pub asker: Asker,
 }
 
 /// Does it.
@@ -217,10 +221,7 @@ async fn explain(arguments: Explain, global: &Global) -> Done {
         control.get("/v1/mesh").await.map_err(|e: Failure| e.or_help("or ask the directory: `--planned`"))?
     };
     let inputs = match &arguments.decision {
-        Some(id) => {
-            let path = format!("/v1/decisions/{}", decision::id_segment(id)?);
-            control.get::<DecisionDetail>(&path).await?.record.inputs
-        }
+        Some(id) => decision::detail(control, id, &arguments.asker).await?.record.inputs,
         None => inputs(&arguments, &mesh.state)?,
     };
     let explanation = explained(&mesh, &inputs)?;

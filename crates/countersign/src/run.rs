@@ -5,12 +5,12 @@ use std::{ffi::OsString, fs, net::IpAddr, process::ExitCode, time::Duration};
 use clap::Args;
 
 use countersign_agent::{Agent, AgentConfig, Isolate, WorkloadSpec};
-use countersign_api::local::{Invitation, Invite, Mesh};
+use countersign_api::local::{Invitation, Invite, InviteAs, Mesh};
 use countersign_core::{identity::ServiceName, service::ServiceSpec};
 
 use crate::{
-    agent, cli, cli::Global, client::Client, error::Failure, mesh_directory, mesh_finder::Place, serve, status,
-    telemetry::Telemetry, tell::Teller,
+    agent, cli, cli::Global, client::Client, error::Failure, mesh_directory, mesh_finder::Place, operator::Asker,
+    serve, status, telemetry::Telemetry, tell::Teller,
 };
 
 /// How long the token is good that this command gets for itself.
@@ -39,6 +39,9 @@ pub struct Run {
     /// The services that the command calls, each on a loopback address of its own [default: as declared]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub upstreams: Vec<ServiceName>,
+    /// Who lets it in, in the mesh that runs here.
+    #[command(flatten)]
+    pub asker: Asker,
     /// The command
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,
@@ -57,7 +60,7 @@ pub async fn run(arguments: Run, global: &Global, telemetry: &Telemetry) -> Resu
             .unwrap_or_else(|_| serve::host_name());
     let (place, control, join, isolate) = match (arguments.control, arguments.join) {
         (Some(control), Some(join)) => (elsewhere(global, &name)?, control, join, Isolate::Auto),
-        _ => here(global, &arguments.service, host.clone()).await?,
+        _ => here(global, &arguments.service, host.clone(), &arguments.asker).await?,
     };
     let data_dir = agent::beside(&place, &name);
     let own = Place { dir: None, data_dir: data_dir.clone() };
@@ -123,7 +126,7 @@ fn undeclared(service: &ServiceName, names: &[&ServiceName]) -> Failure {
 type Joined = (Place, String, String, Isolate);
 
 /// In the mesh that runs on this machine: it lets this command in when it has the service.
-async fn here(global: &Global, service: &ServiceName, host: ServiceName) -> Result<Joined, Failure> {
+async fn here(global: &Global, service: &ServiceName, host: ServiceName, asker: &Asker) -> Result<Joined, Failure> {
     let place = cli::place(global)?;
     let client = Client::control(&place);
     let mesh: Mesh = client.get("/v1/mesh").await?;
@@ -132,7 +135,8 @@ async fn here(global: &Global, service: &ServiceName, host: ServiceName) -> Resu
     }
     let services = Some([service.clone()].into());
     let invite = Invite { ttl_seconds: INVITATION.as_secs(), host: Some(host), services };
-    let invitation: Invitation = client.post("/v1/hosts/invitations", &invite).await?;
+    let asked = InviteAs { invite, shown: asker.shown() };
+    let invitation: Invitation = client.post("/v1/hosts/invitations", &asked).await?;
     let isolate = match &place.dir {
         Some(dir) => agent::isolate(&mesh_directory::load(dir)?),
         None => Isolate::Auto,

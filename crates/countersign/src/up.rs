@@ -11,6 +11,7 @@ use std::{
 
 use clap::Args;
 use serde_json::json;
+use tokio::sync::broadcast::error::RecvError;
 
 use countersign_agent::{Agent, AgentConfig};
 use countersign_api::{
@@ -50,8 +51,6 @@ use crate::{
 const ENFORCE_WITHIN: Duration = Duration::from_secs(10);
 /// How long the token is good with which the agent of this very process joins.
 const INVITATION: Duration = Duration::from_secs(60);
-/// The tail of decisions is opened again this long after it broke.
-const TAIL_AGAIN: Duration = Duration::from_secs(1);
 
 /// Which mesh, and how.
 #[derive(Debug, Args)]
@@ -273,21 +272,24 @@ impl Mesh<'_> {
         Ok(())
     }
 
-    /// Shows decisions as they are made, and sums up what repeats itself; opened again should it break.
+    /// Shows decisions as they are made, and sums up what repeats itself. They are this process's own: no socket is asked for them.
     async fn tail(&self, teller: &Teller) -> Failure {
         let own = self.client.get::<Status>("/v1/status").await.ok().and_then(|status| status.trust_domain);
         let glance = Mutex::new(Glance::new(own, teller.paint()));
         let seen = async {
+            let mut decided = self.control.decided();
             loop {
-                if let Ok(mut lines) = self.client.lines("/v1/decisions/tail").await {
-                    while let Ok(Some(event)) = lines.next::<TailEvent>().await {
-                        match teller.is_text() {
-                            true => teller.lines(glance.lock().expect("no one panics while telling").see(&event)),
-                            false => teller.document(&json!({ "event": "decision", "decision": event })),
-                        }
+                let event = match decided.recv().await {
+                    Ok(event) => event,
+                    Err(RecvError::Lagged(missed)) => TailEvent::Shed(missed),
+                    Err(RecvError::Closed) => {
+                        return Failure::new("the control plane stopped telling what was decided");
                     }
+                };
+                match teller.is_text() {
+                    true => teller.lines(glance.lock().expect("no one panics while telling").see(&event)),
+                    false => teller.document(&json!({ "event": "decision", "decision": event })),
                 }
-                tokio::time::sleep(TAIL_AGAIN).await;
             }
         };
         let summed = async {

@@ -79,7 +79,29 @@ fn a_protected_mesh_takes_a_change_with_a_code_once_and_nothing_without_one() {
     assert_eq!(mesh.json(&["change", "wait", &id])["state"]["state"], "applied");
     assert_eq!(mesh.json(&["ledger", "verify"])["revision"], 4);
 
-    for n in 0..6 {
+    let members = ["outcome", "change", "digest", "act", "requires", "url"];
+    let export = mesh.dir.join("exported");
+    for (command, act) in [
+        (&["decision", "list"][..], "read_decisions"),
+        (&["decision", "show", "0a"], "read_decisions"),
+        (&["decision", "tail", "--limit", "1"], "read_decisions"),
+        (&["ledger", "export", export.to_str().unwrap()], "export_ledger"),
+        (&["host", "invite"], "invite_host"),
+    ] {
+        let refused = mesh.run(&[&["-o", "json"], command].concat());
+        assert_eq!(refused.status.code(), Some(3), "{command:?}: {}", said(&refused));
+        let refusal = json_of(&refused);
+        assert!(members.iter().all(|member| refusal.get(member).is_some()), "{command:?}: {refusal}");
+        assert_eq!((&refusal["outcome"], &refusal["act"]), (&"step_up".into(), &act.into()), "{command:?}");
+    }
+    let code = next_code(&app, &mut used);
+    assert!(mesh.json(&["decision", "list", "--operator", "alice", "--otp", &code]).is_array());
+    assert!(mesh.json(&["decision", "list"]).is_array(), "it is open for some minutes");
+    assert_eq!(mesh.run(&["host", "invite", "--otp", &code]).status.code(), Some(3), "and the code was used");
+    assert_eq!(mesh.json(&["ledger", "verify"])["revision"], 4, "verifying asks for nothing");
+
+    // The code that was used already counts as one that was tried.
+    for n in 1..6 {
         let wrong = format!("{:06}", n);
         let refused = mesh.run(&["operator", "invite", "bob", "--otp", &wrong]);
         assert_eq!(refused.status.code(), Some(3), "{}", said(&refused));

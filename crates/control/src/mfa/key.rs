@@ -15,10 +15,11 @@ use countersign_api::local::{ConfirmKey, EnrolKey, Enrolled, KeyChallenge, KeyEn
 use countersign_core::{
     assurance::{
         FactorKind, Proof,
-        challenge::SignIn,
-        webauthn::{self, AssertionRefused, PresentedAssertion, PublicKey},
+        challenge::{Acting, SignIn},
+        webauthn::{self, AssertionRefused, PresentedAssertion, PublicKey, RelyingParty, VerifiedAssertion},
     },
     canonical::Digest,
+    gate::act::Act,
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, SigningKey},
     state::MeshState,
@@ -182,7 +183,46 @@ pub async fn sign_in(plane: &Plane, answer: &SignedChallenge) -> Result<SignedIn
     if answer.user_handle.as_ref().is_some_and(|said| said.0 != handle.as_bytes()) {
         return Err(nobody());
     }
-    let signing = factor.signing_key().ok_or_else(nobody)?;
+    let sign_in = SignIn { anchor, nonce: answer.nonce };
+    let verified = presented(factor, answer, |presented, credential, relying_party| {
+        webauthn::verify_sign_in(presented, credential, relying_party, &sign_in)
+    })?;
+    ceremony::count(plane, operator, &answer.credential, verified.sign_count()).await?;
+    Ok(SignedIn { operator: operator.clone(), factor: answer.credential.clone(), kind: factor.kind() })
+}
+
+/// Verifies what a key of `operator` signed for an act. Its challenge was taken back before.
+pub async fn prove_act(
+    plane: &Plane,
+    operator: &OperatorName,
+    act: Act,
+    answer: &SignedChallenge,
+) -> Result<Proof, Problem> {
+    let head = plane.ledger.head();
+    let anchor = head.keyring.anchor().ok_or_else(|| no_such_challenge("challenge"))?;
+    let (owner, factor) =
+        owner_of(head.follower.state(), &answer.credential)
+            .filter(|(owner, _)| *owner == operator)
+            .ok_or_else(|| problem(403, "the key is not one of yours", None, Some("use a key of your own")))?;
+    let acting = Acting { anchor, act, nonce: answer.nonce };
+    let verified = presented(factor, answer, |presented, credential, relying_party| {
+        webauthn::verify_act(presented, credential, relying_party, &acting)
+    })?;
+    ceremony::count(plane, owner, &answer.credential, verified.sign_count()).await?;
+    Ok(Proof::of_assertion(factor.kind(), &verified, seconds(plane.clock.now_ms())))
+}
+
+/// Puts what a key signed to `verify`, with what is known of the key.
+fn presented(
+    factor: &EnrolledFactor,
+    answer: &SignedChallenge,
+    verify: impl FnOnce(
+        &PresentedAssertion<'_>,
+        &webauthn::Credential<'_>,
+        &RelyingParty,
+    ) -> Result<VerifiedAssertion, AssertionRefused>,
+) -> Result<VerifiedAssertion, Problem> {
+    let signing = factor.signing_key().ok_or_else(|| problem(403, "a code signs nothing", None, None))?;
     let id = answer.credential.credential().unwrap_or_default();
     let presented = PresentedAssertion {
         credential_id: &id,
@@ -192,14 +232,10 @@ pub async fn sign_in(plane: &Plane, answer: &SignedChallenge) -> Result<SignedIn
     };
     let (key, backup_eligible) = (&signing.key, signing.backup_eligible);
     let credential = webauthn::Credential { id: &id, key, backup_eligible, sign_count: None };
-    let sign_in = SignIn { anchor, nonce: answer.nonce };
-    let verified = webauthn::verify_sign_in(&presented, &credential, &signing.relying_party, &sign_in);
-    let verified = verified.map_err(|why| {
-        tracing::info!(%operator, %why, "a sign-in was refused");
+    verify(&presented, &credential, &signing.relying_party).map_err(|why| {
+        tracing::info!(credential = answer.credential.as_str(), %why, "what a key signed was refused");
         refused(&why)
-    })?;
-    ceremony::count(plane, operator, &answer.credential, verified.sign_count()).await?;
-    Ok(SignedIn { operator: operator.clone(), factor: answer.credential.clone(), kind: factor.kind() })
+    })
 }
 
 /// What a browser passes to `navigator.credentials.get`.

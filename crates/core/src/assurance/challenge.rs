@@ -13,7 +13,8 @@
 //! | SHA-256 of the canonical change-set | 32 |
 //! | nonce | 32 |
 //!
-//! Signing in is no change, and has a challenge of three fields: `countersign/sign-in/v1`, anchor, nonce.
+//! Signing in is no change, and has a challenge of three fields: `countersign/sign-in/v1`, anchor, nonce. What an operator does
+//! without changing anything has one of four: `countersign/act/v1`, anchor, the act as the gate spells it, nonce.
 //!
 //! So nothing that was signed for one mesh, one history, one purpose or one change-set is good for another. The nonce makes it
 //! good for one ceremony: whoever hands it out takes it back once. That, and how long it lives, is not decided here.
@@ -21,10 +22,11 @@
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
-use crate::{canonical::Digest, change::Revision};
+use crate::{canonical::Digest, change::Revision, gate::act::Act};
 
 const CONTEXT: &[u8] = b"countersign/v1";
 const SIGN_IN_CONTEXT: &[u8] = b"countersign/sign-in/v1";
+const ACT_CONTEXT: &[u8] = b"countersign/act/v1";
 
 /// What the signature is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -69,6 +71,24 @@ impl SignIn {
     /// The bytes to be signed as a browser writes them into the client data: base64url without padding.
     pub fn encode(&self) -> String {
         encoded(&digest_of(&[SIGN_IN_CONTEXT, &self.anchor.0, &self.nonce.0]))
+    }
+}
+
+/// What an operator signs to do something that changes nothing. It approves no change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Acting {
+    /// SHA-256 of the anchor's entry: which mesh.
+    pub anchor: Digest,
+    /// What for.
+    pub act: Act,
+    /// One ceremony.
+    pub nonce: Nonce,
+}
+
+impl Acting {
+    /// The bytes to be signed as a browser writes them into the client data: base64url without padding.
+    pub fn encode(&self) -> String {
+        encoded(&digest_of(&[ACT_CONTEXT, &self.anchor.0, self.act.as_str().as_bytes(), &self.nonce.0]))
     }
 }
 
@@ -163,6 +183,16 @@ mod tests {
             ("another ceremony", SignIn { nonce: other, ..sign_in }),
         ] {
             assert_ne!(changed.encode(), sign_in.encode(), "{what}");
+        }
+        let acting = Acting { anchor: one.anchor, act: Act::ReadDecisions, nonce: one.nonce };
+        assert_ne!(acting.encode(), one.encode(), "an act approves no change");
+        assert_ne!(acting.encode(), sign_in.encode(), "being signed in is no act");
+        for (what, changed) in [
+            ("another mesh", Acting { anchor: other, ..acting }),
+            ("another act", Acting { act: Act::ExportLedger, ..acting }),
+            ("another ceremony", Acting { nonce: other, ..acting }),
+        ] {
+            assert_ne!(changed.encode(), acting.encode(), "{what}");
         }
     }
 }

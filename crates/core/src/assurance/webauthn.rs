@@ -13,7 +13,7 @@ use aws_lc_rs::signature::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
-use super::challenge::{Challenge, SignIn};
+use super::challenge::{Acting, Challenge, SignIn};
 use crate::canonical::Digest;
 
 /// Longest credential id, in bytes (section 5.8.3 and 7.1).
@@ -204,6 +204,16 @@ pub fn verify_sign_in(
     sign_in: &SignIn,
 ) -> Result<VerifiedAssertion, AssertionRefused> {
     verify_over(assertion, credential, relying_party, &sign_in.encode())
+}
+
+/// Verifies `assertion` of `credential` over what is signed for an act, as [`verify`] does over a change.
+pub fn verify_act(
+    assertion: &PresentedAssertion<'_>,
+    credential: &Credential<'_>,
+    relying_party: &RelyingParty,
+    acting: &Acting,
+) -> Result<VerifiedAssertion, AssertionRefused> {
+    verify_over(assertion, credential, relying_party, &acting.encode())
 }
 
 /// [`verify`] over the challenge as the client data must spell it.

@@ -13,6 +13,7 @@ use serde::Serialize;
 use countersign_api::local::{CheckpointView, LedgerLine};
 use countersign_core::{
     canonical::Digest,
+    gate::act::Act,
     ledger::{
         Checkpoint, Exported, Note, Resource, TILE_WIDTH, Tile, TileHashes, TileReader, encode_bundle, hash_leaf,
     },
@@ -22,6 +23,7 @@ use crate::{
     client::Client,
     error::{Done, Failure},
     mesh_finder::Place,
+    operator::Asker,
     render::{self, Output},
 };
 
@@ -36,8 +38,8 @@ struct Written {
 }
 
 /// Writes the ledger below `dir`, which is empty, or holds an older export of the same ledger.
-pub async fn export(place: &Place, dir: &Path, output: Output) -> Done {
-    let control = Client::control(place);
+pub async fn export(place: &Place, dir: &Path, asker: &Asker, output: Output) -> Done {
+    let control = asker.opens(Client::control(place), Act::ExportLedger).await?;
     let view: CheckpointView = control.get("/v1/ledger/checkpoint").await?;
     let checkpoint = checkpoint_of(view.note.as_bytes())
         .map_err(|why| Failure::new("the control plane gave a checkpoint that is none").cause(why))?;
