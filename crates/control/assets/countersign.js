@@ -168,6 +168,15 @@ const deeds = {
   async "change-code"(form, submitter) {
     answered(form, await send(`/changes/${form.dataset.change}/${submitter?.value || "code"}`, { code: field(form, "code") }));
   },
+  async "act-key"(form) {
+    const path = `/acts/${form.dataset.act}`;
+    await send(`${path}/sign`, await sign(await send(`${path}/challenge`)));
+    location.reload();
+  },
+  async "act-code"(form) {
+    await send(`/acts/${form.dataset.act}/code`, { code: field(form, "code") });
+    location.reload();
+  },
   async ask(form) {
     const { change } = await send("/operators/ask", Object.fromEntries(new FormData(form)));
     location.assign(change ? `/changes/${change}` : "/operators");

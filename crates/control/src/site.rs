@@ -14,6 +14,8 @@
 //! | [`overview`] | what the mesh is, and what runs |
 //! | [`changes`] | what waits, and what it would change |
 //! | [`entries`] | the ledger, with proofs |
+//! | [`decisions`] | decisions about requests |
+//! | [`acts`] | where a factor is shown to read what is sensitive |
 //! | [`people`] | operators, factors, sessions |
 //! | [`live`] | news for pages that are open |
 //! | [`standing`] | whose signatures count, entry by entry |
@@ -31,9 +33,11 @@ use axum::{
 
 use crate::Plane;
 
+pub mod acts;
 pub mod assets;
 pub mod ceremony;
 pub mod changes;
+pub mod decisions;
 pub mod enroll;
 pub mod entries;
 pub mod guard;
@@ -70,6 +74,9 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/sign-out", post(sign_in::sign_out))
         .route("/operators/ask", post(people::ask))
         .route("/sessions/{id}/end", post(people::end_session))
+        .route("/acts/{id}/challenge", post(acts::challenge))
+        .route("/acts/{id}/sign", post(acts::sign))
+        .route("/acts/{id}/code", post(acts::code))
         .route("/changes/{id}/challenge", post(ceremony::challenge))
         .route("/changes/{id}/sign", post(ceremony::sign))
         .route("/changes/{id}/code", post(ceremony::code))

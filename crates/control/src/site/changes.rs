@@ -12,6 +12,7 @@ use countersign_api::local::{Problem, Proposal, ProposalDetail, RecordFilter};
 use countersign_core::{
     canonical,
     change::{Bodies, ChangeSet},
+    gate::{Answer, act::Act},
 };
 
 use super::{
@@ -20,7 +21,7 @@ use super::{
     words::{self, When},
 };
 use crate::{
-    Plane,
+    Plane, acts,
     impact::{self, Impact},
     ledger::Head,
     proposals,
@@ -96,6 +97,8 @@ enum Effect {
         impact: Impact,
         since: When,
         edges: Vec<EdgeRow>,
+        /// Whether decisions are open to who looks at it.
+        examples: bool,
     },
 }
 
@@ -103,7 +106,8 @@ struct EdgeRow {
     principal: String,
     action: String,
     service: String,
-    example: String,
+    /// A path that somebody asked for: only to whom decisions are open.
+    example: Option<String>,
     was: &'static str,
     was_tone: &'static str,
     becomes: &'static str,
@@ -113,14 +117,14 @@ struct EdgeRow {
 }
 
 impl EdgeRow {
-    fn of(edge: &impact::Edge) -> Self {
+    fn of(edge: &impact::Edge, with_example: bool) -> Self {
         let ((was, was_tone), (becomes, becomes_tone)) = (words::outcome(edge.was), words::outcome(edge.becomes));
         let by = if edge.by.is_empty() { "no policy permits".to_owned() } else { format!("by {}", edge.by.join(", ")) };
         Self {
             principal: edge.principal.to_string(),
             action: edge.action.clone(),
             service: edge.service.to_string(),
-            example: edge.example.clone(),
+            example: with_example.then(|| edge.example.clone()),
             was,
             was_tone,
             becomes,
@@ -178,12 +182,18 @@ pub async fn change(State(plane): State<Arc<Plane>>, session: Session, Path(id):
         applied: proposal.state.revision().map(|revision| revision.0),
         own: proposal.author == session.operator,
         key: operators.get(&session.operator).is_some_and(|operator| operator.can_sign()),
-        impact: effect(&plane, before.clone(), change_set, bodies).await,
+        impact: effect(&plane, &session, before.clone(), change_set, bodies).await,
         proposal,
     })
 }
 
-async fn effect(plane: &Plane, before: Option<Arc<Head>>, change_set: ChangeSet, bodies: Bodies) -> Effect {
+async fn effect(
+    plane: &Plane,
+    session: &Session,
+    before: Option<Arc<Head>>,
+    change_set: ChangeSet,
+    bodies: Bodies,
+) -> Effect {
     if !impact::concerns(&change_set) {
         return Effect::Unconcerned;
     }
@@ -193,6 +203,8 @@ async fn effect(plane: &Plane, before: Option<Arc<Head>>, change_set: ChangeSet,
         Ok(records) => records,
         Err(error) => return Effect::Unknown(error.to_string()),
     };
+    // Who does what, how often, is what a change is judged by; which path somebody asked for is a decision.
+    let examples = matches!(acts::may(plane, Act::ReadDecisions, session).await, Ok(Answer::Permit));
     let now_ms = plane.clock.now_ms();
     // Ten thousand policies are parsed twice for it: not on a thread that serves others.
     let judged = tokio::task::spawn_blocking(move || {
@@ -203,7 +215,8 @@ async fn effect(plane: &Plane, before: Option<Arc<Head>>, change_set: ChangeSet,
     match judged.await {
         Ok(Ok(impact)) => Effect::Known {
             since: When::of(impact.since_ms.unwrap_or(now_ms), now_ms),
-            edges: impact.edges.iter().map(EdgeRow::of).collect(),
+            edges: impact.edges.iter().map(|edge| EdgeRow::of(edge, examples)).collect(),
+            examples,
             impact,
         },
         Ok(Err(error)) => Effect::Unknown(error.to_string()),

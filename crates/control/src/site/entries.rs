@@ -14,10 +14,12 @@ use countersign_api::local::Problem;
 use countersign_core::{
     assurance::challenge::Purpose,
     change::{Bodies, ChangeSet, Revision},
+    gate::{Answer, act::Act},
     ledger::{Entry, EntryProof, Note, Trust, VerifierKey},
 };
 
 use super::{
+    acts,
     overview::Checkpoint,
     pages::{Frame, page, problem_page},
     session::Session,
@@ -71,8 +73,11 @@ fn row(plane: &Plane, entry: &Entry, change_set: &ChangeSet, stands: &Stands) ->
     }
 }
 
-/// The newest entries.
-pub async fn newest(plane: &Plane, count: u32) -> Result<Vec<EntryRow>, Problem> {
+/// The newest entries, or none where the gate does not open the ledger to who is signed in.
+pub async fn newest(plane: &Plane, session: &Session, count: u32) -> Result<Vec<EntryRow>, Problem> {
+    if crate::acts::may(plane, Act::ReadLedger, session).await? != Answer::Permit {
+        return Ok(Vec::new());
+    }
     let size = plane.ledger.head().follower.revision().0;
     rows(plane, size.saturating_sub(count.into()), size).await
 }
@@ -108,6 +113,9 @@ struct LedgerPage {
 
 /// All entries, a page at a time.
 pub async fn ledger(State(plane): State<Arc<Plane>>, session: Session, Query(From { from }): Query<From>) -> Response {
+    if let Err(instead) = acts::passes(&plane, &session, Act::ReadLedger, "/ledger").await {
+        return instead;
+    }
     let size = plane.ledger.head().follower.revision().0;
     let to = from.unwrap_or(size).min(size);
     let rows = match rows(&plane, to.saturating_sub(PAGE), to).await {
@@ -182,6 +190,9 @@ async fn stored(plane: &Plane, revision: u64) -> Result<StoredEntry, Problem> {
 
 /// One entry.
 pub async fn entry(State(plane): State<Arc<Plane>>, session: Session, Path(revision): Path<u64>) -> Response {
+    if let Err(instead) = acts::passes(&plane, &session, Act::ReadLedger, "/ledger").await {
+        return instead;
+    }
     match shown(&plane, &session, revision).await {
         Ok(shown) => page(&shown),
         Err(problem) => problem_page(&plane, Some(&session), &problem),
@@ -240,6 +251,9 @@ pub fn short(id: &str) -> String {
 
 /// The proof, to be kept and verified elsewhere.
 pub async fn proof(State(plane): State<Arc<Plane>>, session: Session, Path(revision): Path<u64>) -> Response {
+    if let Err(instead) = acts::passes(&plane, &session, Act::ReadLedger, "/ledger").await {
+        return instead;
+    }
     let proven = match stored(&plane, revision).await {
         Ok(stored) => prove(&plane, stored.index, &stored.entry)
             .await

@@ -96,7 +96,7 @@ impl Checkpoint {
 pub async fn overview(State(plane): State<Arc<Plane>>, session: Session) -> Response {
     let head = plane.ledger.head();
     let (state, revision) = (head.follower.state(), head.follower.revision());
-    let (pending, recent) = match (changes::rows(&plane).await, entries::newest(&plane, RECENT).await) {
+    let (pending, recent) = match (changes::rows(&plane).await, entries::newest(&plane, &session, RECENT).await) {
         (Ok((pending, _)), Ok(recent)) => (pending, recent),
         (Err(problem), _) | (_, Err(problem)) => return problem_page(&plane, Some(&session), &problem),
     };

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use countersign_api::local::Problem;
 
 use super::{
-    changes, entries, live, overview, people,
+    acts, changes, decisions, entries, live, overview, people,
     session::{Session, Visitor},
 };
 use crate::{
@@ -31,6 +31,9 @@ pub fn router() -> Router<Arc<Plane>> {
         .route("/ledger", get(entries::ledger))
         .route("/ledger/{revision}", get(entries::entry))
         .route("/ledger/{revision}/proof", get(entries::proof))
+        .route("/decisions", get(decisions::decisions))
+        .route("/decisions/{id}", get(decisions::decision))
+        .route("/acts/{id}", get(acts::open))
         .route("/operators", get(people::operators))
         .route("/account", get(people::account))
         .route("/events", get(live::events))
@@ -55,9 +58,10 @@ pub struct Frame {
 }
 
 /// Path and name of each page of the navigation.
-const PAGES: [(&str, &str); 5] = [
+const PAGES: [(&str, &str); 6] = [
     ("/", "Overview"),
     ("/changes", "Changes"),
+    ("/decisions", "Decisions"),
     ("/ledger", "Ledger"),
     ("/operators", "Operators"),
     ("/account", "Account"),

@@ -135,9 +135,9 @@ impl Browser {
         let mut request = request.body(body).unwrap();
         request.extensions_mut().insert(From("192.0.2.7".parse().unwrap()));
         let response = self.router.clone().oneshot(request).await.unwrap();
-        assert!(
-            response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap().starts_with("default-src 'none'")
-        );
+        let policy = response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
+        assert!(policy.starts_with("default-src 'none'") && policy.ends_with("frame-ancestors 'none'"), "{policy}");
+        assert_eq!(response.headers()[header::X_FRAME_OPTIONS], "DENY", "no page stands in a frame");
         if let Some(set) = response.headers().get(header::SET_COOKIE) {
             let set = set.to_str().unwrap();
             assert!(set.contains("HttpOnly") && set.contains("SameSite=Strict"), "{set}");
@@ -391,6 +391,9 @@ async fn every_request_that_changes_something_is_refused_from_another_page_witho
     let own = [("origin", &*origin), ("x-countersign-csrf", &*csrf), ("content-type", "application/json")];
     let for_operators = [
         "/sign-out",
+        "/acts/read_decisions/challenge",
+        "/acts/read_decisions/sign",
+        "/acts/read_decisions/code",
         "/changes/p1/challenge",
         "/changes/p1/sign",
         "/changes/p1/code",
@@ -426,8 +429,14 @@ async fn every_request_that_changes_something_is_refused_from_another_page_witho
             let (status, _) = stranger.send(Method::POST, path, &own, "{}".into()).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{path} of a stranger");
         }
-        let takes_nothing =
-            ["/sign-out", "/changes/p1/challenge", "/changes/p1/reject", "/changes/p1/withdraw", "/sessions/s1/end"];
+        let takes_nothing = [
+            "/sign-out",
+            "/acts/read_decisions/challenge",
+            "/changes/p1/challenge",
+            "/changes/p1/reject",
+            "/changes/p1/withdraw",
+            "/sessions/s1/end",
+        ];
         if !takes_nothing.contains(path) {
             let long = format!("{{\"a\":\"{}\"}}", "x".repeat(70_000));
             let (status, _) = alice.send(Method::POST, path, &own, long.into()).await;
@@ -579,4 +588,133 @@ async fn a_page_that_listens_is_told_and_does_not_keep_its_session_alive() {
     mesh.proposed("alice", "other").await;
     let end = tokio::time::timeout(std::time::Duration::from_secs(20), events.next()).await.unwrap();
     assert!(end.is_none(), "it ends with its session");
+}
+
+/// Keeps a denial of `path`, as an agent reports it.
+async fn denied(mesh: &Mesh, id: &str, path: &str) {
+    let record = json!({
+        "id": id,
+        "at_ms": mesh.plane().clock.now_ms(),
+        "instance": "catalog/1",
+        "revision": 2,
+        "signal_seq": 0,
+        "outcome": "deny",
+        "reason": "no_policy_permits",
+        "policies": [],
+        "inputs": {
+            "principal": "spiffe://shop.example/web",
+            "action": "http:GET",
+            "service": "catalog",
+            "path": path,
+            "host": "catalog.mesh",
+            "method": "GET",
+            "protocol": "http",
+            "size": null,
+            "origin": "192.0.2.9",
+            "now": 1_790_000_000,
+            "first_contact": true,
+        },
+        "judged": "at_start",
+        "ended": null,
+        "trace_id": null,
+        "judge_ns": 1000,
+    });
+    let record = serde_json::from_value(record).unwrap();
+    let now_ms = mesh.plane().clock.now_ms();
+    let kept = mesh.plane().storage.run("put_report", move |store| store.put_report(&[record], &[], now_ms)).await;
+    kept.unwrap();
+}
+
+impl Browser {
+    /// Shows its key for what `id` names.
+    async fn opens(&mut self, id: &str) -> Result<Value, Refused> {
+        let challenge = self.post(&format!("/acts/{id}/challenge"), json!({})).await?;
+        let origin = self.origin.clone();
+        let signed = self.signed(&challenge, &origin);
+        self.post(&format!("/acts/{id}/sign"), signed).await
+    }
+}
+
+#[tokio::test]
+async fn decisions_are_shown_to_who_shows_a_key_for_them_in_that_session_and_for_minutes() {
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    denied(&mesh, &"0a".repeat(16), "/secret/<script>alert(1)").await;
+    for path in ["/decisions", "/decisions/0a0a"] {
+        let (status, page) = alice.get(path).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{path}");
+        assert!(page.contains("Show a factor for reading decisions") && !page.contains("/secret"), "{page}");
+    }
+    assert_eq!(alice.get("/ledger").await.0, StatusCode::OK, "the ledger needs no more than a session");
+    let coded = alice.post("/acts/read_decisions/code", json!({ "code": "000000" })).await.unwrap_err();
+    assert_eq!(coded.0, 403, "a code does not do for who has a key");
+
+    let foreign = alice.post("/acts/read_decisions/challenge", json!({})).await.unwrap();
+    let origin = mesh.origin();
+    let signed = alice.signed(&foreign, &origin);
+    let other = alice.post("/acts/export_ledger/sign", signed.clone()).await.unwrap_err();
+    assert_eq!(other.0, 410, "what was signed for one act opens no other");
+    assert_eq!(alice.post("/acts/read_decisions/sign", signed).await.unwrap_err().0, 410, "and is used up");
+    let sign_in = alice.post("/sign-in/key/begin", json!({})).await.unwrap();
+    let signed = alice.signed(&sign_in, &origin);
+    assert_eq!(alice.post("/acts/read_decisions/sign", signed).await.unwrap_err().0, 410, "a sign-in opens nothing");
+
+    alice.opens("read_decisions").await.unwrap();
+    let (status, page) = alice.get("/decisions?service=catalog&principal=web&outcome=deny&minutes=5").await;
+    assert_eq!(status, StatusCode::OK, "{page}");
+    assert!(page.contains("/secret/") && !page.contains("<script>alert"), "{page}");
+    let (_, page) = alice.get("/decisions?outcome=permit").await;
+    assert!(page.contains("No decision is kept that fits"), "{page}");
+    for wrong in ["minutes=soon", "outcome=maybe", "service=%20Not%20One"] {
+        let (status, page) = alice.get(&format!("/decisions?{wrong}")).await;
+        assert!(status.is_success() && page.contains("role=\"alert\""), "{wrong}: {page}");
+    }
+    let (_, page) = alice.get(&format!("/decisions/{}", "0a".repeat(16))).await;
+    assert!(page.contains("192.0.2.9") && page.contains("what no policy permits is denied"), "{page}");
+    assert_eq!(alice.get("/decisions/ff").await.0, StatusCode::NOT_FOUND);
+
+    let mut elsewhere = mesh.browser();
+    std::mem::swap(&mut elsewhere.key, &mut alice.key);
+    elsewhere.signs_in(json!({})).await.unwrap();
+    assert_eq!(elsewhere.get("/decisions").await.0, StatusCode::FORBIDDEN, "another session of the same operator");
+    assert_eq!(alice.get("/decisions").await.0, StatusCode::OK);
+    mesh.pass(crate::acts::GRANT_LIFETIME_MS + 1000);
+    assert_eq!(alice.get("/decisions").await.0, StatusCode::FORBIDDEN, "its time is over");
+}
+
+#[tokio::test]
+async fn what_a_command_asks_in_an_operators_name_is_opened_by_their_key_for_that_command() {
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    let name = OperatorName::parse("alice").unwrap();
+    let invites = async || {
+        let by = crate::acts::By::Socket(Some(&name));
+        let act = countersign_core::gate::act::Act::InviteHost;
+        crate::acts::pass(mesh.plane(), act, by, &Shown::default()).await
+    };
+    let refusal = invites().await.unwrap_err().refusal.unwrap();
+    assert_eq!(refusal.requires.unwrap().factor.unwrap().as_str(), "phr");
+    let url = refusal.url.unwrap();
+    let id = url.strip_prefix(&format!("{}/acts/", mesh.origin())).unwrap().to_owned();
+    let (status, page) = alice.get(&format!("/acts/{id}")).await;
+    assert!(status == StatusCode::FORBIDDEN && page.contains("only if it was you"), "{page}");
+    alice.opens(&id).await.unwrap();
+    let (status, page) = alice.get(&format!("/acts/{id}")).await;
+    assert!(status == StatusCode::OK && page.contains("Run the command again"), "{page}");
+    invites().await.unwrap();
+    assert_eq!(invites().await.unwrap_err().status, 403, "good for one time");
+
+    let asked = alice.post("/operators/ask", json!({ "ask": "invite", "operator": "bob", "roles": "owner" })).await;
+    let change = asked.unwrap()["change"].as_str().unwrap().to_owned();
+    let answer = alice.signs_change(&change, &mesh.origin()).await.unwrap();
+    let token = answer["invitations"][0]["token"].as_str().unwrap().to_owned();
+    let mut bob = mesh.browser();
+    bob.enrols("bob", Some(&token)).await.unwrap();
+    bob.signs_in(json!({ "operator": "bob" })).await.unwrap();
+    let url = invites().await.unwrap_err().refusal.unwrap().url.unwrap();
+    let id = url.rsplit('/').next().unwrap();
+    assert_eq!(bob.get(&format!("/acts/{id}")).await.0, StatusCode::NOT_FOUND, "it is not for him");
+    assert_eq!(bob.opens(id).await.unwrap_err().0, 404);
+    mesh.pass(5 * 60 * 1000 + 1);
+    assert_eq!(alice.get(&format!("/acts/{id}")).await.0, StatusCode::NOT_FOUND, "too late");
 }
