@@ -24,6 +24,7 @@ use countersign_core::{
 
 use crate::{
     Plane,
+    ceremony::{self, CEREMONY_LIFETIME_MS},
     local_api::{problem, store_problem},
     mfa::{self, CodeRefused, ShownFactor, key},
     site::{Site, session::Session},
@@ -303,7 +304,7 @@ pub async fn open_with_code(plane: &Plane, asked: &Asked, session: &Session, sho
 pub async fn challenge(plane: &Plane, site: &Site, asked: &Asked) -> Result<KeyChallenge, Problem> {
     let head = plane.ledger.head();
     let anchor = head.keyring.anchor().ok_or_else(|| problem(409, "the mesh is unprotected", None, None))?;
-    let nonce = key::put(plane, CEREMONY_KIND, key::CHALLENGE_LIFETIME_MS, asked).await?;
+    let nonce = ceremony::put(plane, CEREMONY_KIND, CEREMONY_LIFETIME_MS, asked).await?;
     let challenge = Acting { anchor, act: asked.act, nonce }.encode();
     let keys = key::keys_of(head.follower.state(), &asked.operator);
     let ids: Vec<_> = keys.map(|(id, _)| id.as_str().to_owned()).collect();
@@ -317,9 +318,9 @@ pub async fn open_with_key(
     session: &Session,
     signed: &SignedChallenge,
 ) -> Result<(), Problem> {
-    let waiting: Option<Asked> = key::take(plane, CEREMONY_KIND, &signed.nonce.to_string()).await?;
+    let waiting: Option<Asked> = ceremony::take(plane, CEREMONY_KIND, &signed.nonce.to_string()).await?;
     if waiting.as_ref() != Some(asked) {
-        return Err(key::no_such_challenge("challenge"));
+        return Err(ceremony::none_waits("challenge"));
     }
     let proof = key::prove_act(plane, &asked.operator, asked.act, signed).await?;
     opened(plane, asked, session, Some(proof)).await

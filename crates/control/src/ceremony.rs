@@ -1,10 +1,13 @@
 //! What operators sign for a change with a passkey or a security key: the number that makes a ceremony good once, and the
 //! verification of what came of it.
 //!
+//! Whatever waits for an answer waits in the store, under a number that nobody guesses, and is taken by the answer to it: good once, at
+//! whichever control plane it comes in.
+//!
 //! The challenge itself is computed by whoever signs, from the change-set, the ledger and that number; here it is computed
 //! again. What a signature is good for is not decided here: the gate does.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use countersign_api::local::{Ceremony, Problem, Proposal};
 use countersign_core::{
@@ -28,7 +31,7 @@ use crate::{
 
 /// How long a ceremony may take.
 pub const CEREMONY_LIFETIME_MS: u64 = 5 * 60 * 1000;
-/// Ceremonies that may be under way at the same time.
+/// Ceremonies of one kind that may be under way at the same time.
 const CEREMONIES_MAX: u32 = 4_096;
 const CEREMONY_KIND: &str = "ceremony";
 /// The last count of signatures that each key showed.
@@ -49,21 +52,9 @@ pub async fn begin(plane: &Plane, proposal: &Proposal, operator: OperatorName) -
         let help = "a code signs nothing: enrol a passkey or a security key first";
         return Err(problem(403, format!("operator `{operator}` has no factor that signs"), None, Some(help)));
     }
-    let mut nonce = Nonce::default();
-    aws_lc_rs::rand::fill(&mut nonce.0).expect("INVARIANT: the system's random source does not fail");
-    let now_ms = plane.clock.now_ms();
     let waiting = Waiting { operator: operator.clone(), digest: proposal.digest };
-    let expires_at_ms = now_ms + CEREMONY_LIFETIME_MS;
-    let document = Document {
-        kind: CEREMONY_KIND,
-        key: nonce.to_string(),
-        bytes: serde_json::to_vec(&waiting).expect("INVARIANT: a name and a digest are JSON"),
-        expires_at_ms,
-    };
-    let kept = plane.storage.run("put_ceremony", move |store| store.put_document(&document, now_ms, CEREMONIES_MAX));
-    if !kept.await.map_err(|error| store_problem(&error))? {
-        return Err(problem(429, "too many ceremonies are under way", None, Some("wait five minutes")));
-    }
+    let expires_at_ms = plane.clock.now_ms() + CEREMONY_LIFETIME_MS;
+    let nonce = put(plane, CEREMONY_KIND, CEREMONY_LIFETIME_MS, &waiting).await?;
     let purpose = if operator == proposal.author { Purpose::StepUp } else { Purpose::Countersign };
     Ok(Ceremony { operator, purpose, nonce, expires_at_ms })
 }
@@ -88,13 +79,10 @@ pub async fn verify(
     if given.operator != *operator {
         return Err(problem(403, format!("`{}` signed, not `{operator}`", given.operator), None, Some("sign again")));
     }
-    let (key, now_ms) = (given.nonce.to_string(), plane.clock.now_ms());
-    let taken = plane.storage.run("take_ceremony", move |store| store.take_document(CEREMONY_KIND, &key, now_ms)).await;
-    let waiting = taken.map_err(|error| store_problem(&error))?;
-    let waiting: Option<Waiting> = waiting.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let now_ms = plane.clock.now_ms();
+    let waiting: Option<Waiting> = take(plane, CEREMONY_KIND, &given.nonce.to_string()).await?;
     if waiting != Some(Waiting { operator: operator.clone(), digest }) {
-        let help = "sign again: each ceremony is good once, for five minutes, for one operator and one change";
-        return Err(problem(410, "this ceremony was ended already, or its time is over", None, Some(help)));
+        return Err(none_waits("ceremony"));
     }
     let signed = Signed { anchor, author, change_set: digest, base, root };
     let counted = countersignature::verify(given, &head.keyring, &signed).map_err(|why| {
@@ -103,6 +91,40 @@ pub async fn verify(
     })?;
     count(plane, operator, &given.credential, counted.assertion().sign_count()).await?;
     Ok(Proof::of_assertion(counted.kind(), counted.assertion(), mfa::seconds(now_ms)))
+}
+
+/// Keeps something until it is answered, under a number that nobody guesses.
+pub async fn put(plane: &Plane, kind: &'static str, lifetime_ms: u64, what: &impl Serialize) -> Result<Nonce, Problem> {
+    let mut nonce = Nonce::default();
+    aws_lc_rs::rand::fill(&mut nonce.0).expect("INVARIANT: the system's random source does not fail");
+    let now_ms = plane.clock.now_ms();
+    let unusable =
+        |error: serde_json::Error| problem(500, "a challenge could not be written", Some(error.to_string()), None);
+    let document = Document {
+        kind,
+        key: nonce.to_string(),
+        bytes: serde_json::to_vec(what).map_err(unusable)?,
+        expires_at_ms: now_ms + lifetime_ms,
+    };
+    let kept = plane.storage.run("put_ceremony", move |store| store.put_document(&document, now_ms, CEREMONIES_MAX));
+    match kept.await.map_err(|error| store_problem(&error))? {
+        true => Ok(nonce),
+        false => Err(problem(429, "too many ceremonies are under way", None, Some("wait five minutes"))),
+    }
+}
+
+/// Takes it back: whoever comes second finds nothing.
+pub async fn take<T: DeserializeOwned>(plane: &Plane, kind: &'static str, key: &str) -> Result<Option<T>, Problem> {
+    let (key, now_ms) = (key.to_owned(), plane.clock.now_ms());
+    let taken = plane.storage.run("take_ceremony", move |store| store.take_document(kind, &key, now_ms)).await;
+    let taken = taken.map_err(|error| store_problem(&error))?;
+    Ok(taken.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+}
+
+/// What became of something that is not there to be answered.
+pub fn none_waits(what: &str) -> Problem {
+    let help = "begin again: each is good once, for five minutes, for who began it and what it was begun for";
+    problem(410, format!("this {what} was ended already, or its time is over"), None, Some(help))
 }
 
 /// What a refused signature says to the operator.

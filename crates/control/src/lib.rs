@@ -332,7 +332,6 @@ pub struct Plane {
     /// Whose signatures count, entry by entry.
     pub standing: Standing,
     changes: broadcast::Sender<Changed>,
-    enrolments: mfa::Enrolments,
     decided: proposals::Decided,
     data_dir: PathBuf,
     providers: oidc::Providers,
@@ -462,7 +461,6 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         listeners: Listeners::default(),
         standing: Standing::default(),
         changes: broadcast::Sender::new(CHANGES_KEPT),
-        enrolments: mfa::Enrolments::default(),
         decided: proposals::Decided::default(),
         data_dir: data_dir.clone(),
         providers,

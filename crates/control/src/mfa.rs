@@ -4,10 +4,7 @@
 //! Secrets are sealed before they are kept, a code is counted before it is looked at and used up before anything is done with
 //! it, and what was tried is remembered across restarts. What a factor is good for is not decided here: the gate does.
 
-use std::collections::BTreeMap;
-
 use aws_lc_rs::hmac;
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -28,7 +25,7 @@ use countersign_core::{
 };
 
 use crate::{
-    Plane,
+    Plane, ceremony,
     gate::Petitioner,
     local_api::{problem, store_problem},
     proposals,
@@ -43,8 +40,10 @@ pub const GUESSES_MAX: u32 = 5;
 pub const GUESSES_WITHIN_MS: u64 = 15 * 60 * 1000;
 /// How long an enrolment waits for its first code.
 pub const ENROLMENT_LIFETIME_MS: u64 = 15 * 60 * 1000;
+/// The kind of the documents of enrolments that wait for their first code.
+const ENROLMENT_KIND: &str = "totp-enrolment";
 /// Enrolments that may wait at the same time.
-const ENROLMENTS_MAX: usize = 16;
+const ENROLMENTS_MAX: u32 = 16;
 /// How long an invited operator has to enrol.
 pub const INVITATION_LIFETIME_MS: u64 = 24 * 60 * 60 * 1000;
 /// Recovery codes of one set.
@@ -65,13 +64,12 @@ const ATTEMPTS_MAX: usize = 5;
 /// The name of the key that recovery codes are hashed with, and what it is sealed for.
 const RECOVERY_KEY: &str = "mfa/recovery-key";
 
-/// Enrolments that wait for their first code. They are not kept across a restart: nobody has seen the secret work yet.
-#[derive(Default)]
-pub struct Enrolments(Mutex<BTreeMap<String, Pending>>);
-
+/// An enrolment that waits for its first code.
+#[derive(Serialize, Deserialize)]
 struct Pending {
     operator: OperatorName,
-    secret: Zeroizing<Vec<u8>>,
+    /// The secret of the app.
+    sealed: Vec<u8>,
     way: Way,
     expires_at_ms: u64,
     tries: u32,
@@ -388,23 +386,33 @@ pub async fn begin(plane: &Plane, asked: Enrol, from: EnrolsFrom<'_>) -> Result<
     random(&mut secret);
     let otpauth = totp::uri(&secret, trust_domain, operator.as_str());
     let id = random_hex::<16>();
-    let now_ms = plane.clock.now_ms();
-    let mut waiting = plane.enrolments.0.lock();
-    waiting.retain(|_, pending| pending.expires_at_ms >= now_ms);
-    if waiting.len() >= ENROLMENTS_MAX {
+    let sealed = plane.sealer.seal(&pending_purpose(&id), &secret).map_err(|error| store_problem(&error.into()))?;
+    let expires_at_ms = plane.clock.now_ms() + ENROLMENT_LIFETIME_MS;
+    let pending = Pending { operator: operator.clone(), sealed, way, expires_at_ms, tries: 0 };
+    if !keep(plane, &id, &pending).await? {
         let help = "wait until some have expired, 15 minutes at most";
         return Err(problem(429, "too many enrolments wait for their first code", None, Some(help)));
     }
-    let expires_at_ms = now_ms + ENROLMENT_LIFETIME_MS;
-    waiting.insert(id.clone(), Pending { operator: operator.clone(), secret, way, expires_at_ms, tries: 0 });
     Ok(Enrolment { id, operator, otpauth })
+}
+
+/// Keeps an enrolment until its code comes, at whichever control plane; false when too many wait.
+async fn keep(plane: &Plane, id: &str, pending: &Pending) -> Result<bool, Problem> {
+    let document = Document {
+        kind: ENROLMENT_KIND,
+        key: id.to_owned(),
+        bytes: serde_json::to_vec(pending).expect("INVARIANT: an enrolment is JSON with string keys"),
+        expires_at_ms: pending.expires_at_ms,
+    };
+    let now_ms = plane.clock.now_ms();
+    let kept = plane.storage.run("put_enrolment", move |store| store.put_document(&document, now_ms, ENROLMENTS_MAX));
+    kept.await.map_err(|error| store_problem(&error))
 }
 
 /// Ends an enrolment: with the first code of the app, its factor becomes a ledger entry, or a change that waits to be signed.
 pub async fn confirm(plane: &Plane, id: &str, asked: Confirm) -> Result<Enrolled, Problem> {
     let now_ms = plane.clock.now_ms();
-    let (pending, step) = confirmed(&plane.enrolments, id, &asked.code, now_ms)?;
-    let Pending { operator, secret, way, .. } = pending;
+    let Confirmed { operator, secret, way, step } = confirmed(plane, id, &asked.code, now_ms).await?;
     spend(plane, &operator, &way).await?;
     let factor = factor_id("totp");
     let mut stored =
@@ -459,24 +467,29 @@ async fn bring_in(
     }
 }
 
-/// Takes the enrolment that `code` confirms. One that was guessed at too often is over.
-fn confirmed(enrolments: &Enrolments, id: &str, code: &Code, now_ms: u64) -> Result<(Pending, Step), Problem> {
-    let mut waiting = enrolments.0.lock();
-    let pending = waiting.remove(id).filter(|pending| pending.expires_at_ms >= now_ms);
-    let mut pending = pending.ok_or_else(|| {
-        problem(
-            404,
-            "there is no such enrolment, or its time is over",
-            None,
-            Some("begin again; each lasts 15 minutes"),
-        )
-    })?;
-    match totp::verify(&pending.secret, &code.0, now_ms / 1000, None) {
-        Ok(step) => Ok((pending, step)),
+/// An enrolment whose app showed its first code.
+struct Confirmed {
+    operator: OperatorName,
+    secret: Zeroizing<Vec<u8>>,
+    way: Way,
+    step: Step,
+}
+
+/// Takes the enrolment that `code` confirms: of several who try at the same moment, one has it. One that was guessed at too often is over.
+async fn confirmed(plane: &Plane, id: &str, code: &Code, now_ms: u64) -> Result<Confirmed, Problem> {
+    let gone = || {
+        let help = "begin again; each lasts 15 minutes";
+        problem(404, "there is no such enrolment, or its time is over", None, Some(help))
+    };
+    let mut pending: Pending = ceremony::take(plane, ENROLMENT_KIND, id).await?.ok_or_else(gone)?;
+    // Sealed with a key that was rotated since: nobody has seen the secret work yet.
+    let secret = plane.sealer.unseal(&pending_purpose(id), &pending.sealed).map_err(|_| gone())?;
+    match totp::verify(&secret, &code.0, now_ms / 1000, None) {
+        Ok(step) => Ok(Confirmed { operator: pending.operator, secret, way: pending.way, step }),
         Err(_) => {
             pending.tries += 1;
             if pending.tries < GUESSES_MAX {
-                waiting.insert(id.to_owned(), pending);
+                keep(plane, id, &pending).await?;
             }
             Err(CodeRefused::Wrong.problem())
         }
@@ -658,6 +671,10 @@ fn recovery_code() -> String {
 
 fn factor_id(kind: &str) -> FactorId {
     FactorId::parse(&format!("{kind}-{}", random_hex::<8>())).expect("INVARIANT: letters, digits and a dash")
+}
+
+fn pending_purpose(id: &str) -> String {
+    format!("mfa/enrolment/{id}")
 }
 
 pub(crate) fn purpose(factor: &FactorId) -> String {

@@ -572,3 +572,25 @@ async fn a_host_is_let_in_by_who_may_with_a_code_that_is_good_for_one_token() {
     let denied = invites(&invite, mesh.shown(&bob)).await.unwrap_err();
     assert_eq!(denied.refusal.unwrap().outcome, GateOutcome::Denied, "a role that lets nobody in");
 }
+
+#[tokio::test]
+async fn an_enrolment_that_was_begun_ends_after_a_restart_too_and_is_guessed_at_five_times_in_all() {
+    let mesh = Clocked::start().await;
+    mesh.plane.create(&["web"]).await;
+    let (kept, guessed) = (mesh.begin("alice", None).await.unwrap(), mesh.begin("alice", None).await.unwrap());
+    let wrong = |enrolment: &Enrolment| {
+        let right = app_of(enrolment).code(mesh.now() / 1000);
+        format!("{}{}", if right.starts_with('0') { '1' } else { '0' }, &right[1..])
+    };
+    for _ in 0..3 {
+        assert_eq!(mesh.confirm(&guessed, wrong(&guessed)).await.unwrap_err().status, 403);
+    }
+    let wrong = wrong(&guessed);
+    let mesh = mesh.restart().await;
+    for expected in [403, 403, 404] {
+        assert_eq!(mesh.confirm(&guessed, wrong.clone()).await.unwrap_err().status, expected);
+    }
+    let right = app_of(&kept).code(mesh.now() / 1000);
+    assert!(mesh.confirm(&kept, right.clone()).await.unwrap().anchor);
+    assert_eq!(mesh.confirm(&kept, right).await.unwrap_err().status, 404, "once");
+}

@@ -1,11 +1,10 @@
 //! Passkeys and security keys (WebAuthn Level 2 and 3): how one is enrolled, how its owner signs in, and how the count of its
 //! signatures is kept. What an authenticator says of a new key is verified by `webauthn-rs`; what a key signs, by `core`.
 //!
-//! Every challenge is a document that is taken by the answer to it: good once, for five minutes, and gone whatever the answer.
 //! The user is always verified, never only present.
 
 use aws_lc_rs::hmac;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use webauthn_rs::prelude::{
     COSEKey, COSEKeyType, Credential, PasskeyRegistration, RegisterPublicKeyCredential, Uuid, WebauthnError,
@@ -18,25 +17,20 @@ use countersign_core::{
         challenge::{Acting, SignIn},
         webauthn::{self, AssertionRefused, PresentedAssertion, PublicKey, RelyingParty, VerifiedAssertion},
     },
-    canonical::Digest,
     gate::act::Act,
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, SigningKey},
     state::MeshState,
 };
 
-use super::{EnrolsFrom, NewFactor, Way, bring_in, kept_key, random, seconds, spend, way};
+use super::{EnrolsFrom, NewFactor, Way, bring_in, kept_key, seconds, spend, way};
 use crate::{
-    Plane, ceremony,
+    Plane,
+    ceremony::{self, CEREMONY_LIFETIME_MS, none_waits, put, take},
     local_api::{problem, store_problem},
     site::Site,
-    store::Document,
 };
 
-/// How long an answer to a challenge may take.
-pub const CHALLENGE_LIFETIME_MS: u64 = 5 * 60 * 1000;
-/// Challenges of one kind that wait at the same time.
-const CHALLENGES_MAX: u32 = 4_096;
 const ENROLMENT_KIND: &str = "key-enrolment";
 /// The name of the key that makes what operators are called towards authenticators.
 const NAMES_KEY: &str = "mfa/names-key";
@@ -104,7 +98,7 @@ pub async fn begin(
 /// Ends an enrolment: what the authenticator made becomes a factor, or a change that waits to be signed.
 pub async fn finish(plane: &Plane, site: &Site, answer: ConfirmKey) -> Result<Enrolled, Problem> {
     let Enrolling { operator, way, registration } =
-        take(plane, ENROLMENT_KIND, &answer.id).await?.ok_or_else(|| no_such_challenge("enrolment"))?;
+        take(plane, ENROLMENT_KIND, &answer.id).await?.ok_or_else(|| none_waits("enrolment"))?;
     let attachment = answer.credential.get("authenticatorAttachment").and_then(|value| value.as_str());
     let kind = if attachment == Some("platform") { FactorKind::Platform } else { FactorKind::Roaming };
     let presented: RegisterPublicKeyCredential = serde_json::from_value(answer.credential)
@@ -161,7 +155,7 @@ pub async fn sign_in_challenge(
             ids.push(decoy(plane, operator).await?);
         }
     }
-    let nonce = put(plane, SIGN_IN_KIND, CHALLENGE_LIFETIME_MS, &SigningIn { operator }).await?;
+    let nonce = put(plane, SIGN_IN_KIND, CEREMONY_LIFETIME_MS, &SigningIn { operator }).await?;
     let challenge = SignIn { anchor, nonce }.encode();
     Ok(KeyChallenge { nonce, options: request_options(site, &challenge, &ids) })
 }
@@ -169,10 +163,10 @@ pub async fn sign_in_challenge(
 /// Verifies the answer to it, and uses it up.
 pub async fn sign_in(plane: &Plane, answer: &SignedChallenge) -> Result<SignedIn, Problem> {
     let waiting: Option<SigningIn> = take(plane, SIGN_IN_KIND, &answer.nonce.to_string()).await?;
-    let waiting = waiting.ok_or_else(|| no_such_challenge("sign-in"))?;
+    let waiting = waiting.ok_or_else(|| none_waits("sign-in"))?;
     let head = plane.ledger.head();
     let state = head.follower.state();
-    let anchor = head.keyring.anchor().ok_or_else(|| no_such_challenge("sign-in"))?;
+    let anchor = head.keyring.anchor().ok_or_else(|| none_waits("sign-in"))?;
     // A stranger is not told whether the key is unknown or what it signed is wrong.
     let nobody = || problem(403, "the key is not one of an operator, or did not sign this", None, None);
     let (operator, factor) = owner_of(state, &answer.credential).ok_or_else(nobody)?;
@@ -199,7 +193,7 @@ pub async fn prove_act(
     answer: &SignedChallenge,
 ) -> Result<Proof, Problem> {
     let head = plane.ledger.head();
-    let anchor = head.keyring.anchor().ok_or_else(|| no_such_challenge("challenge"))?;
+    let anchor = head.keyring.anchor().ok_or_else(|| none_waits("challenge"))?;
     let (owner, factor) =
         owner_of(head.follower.state(), &answer.credential)
             .filter(|(owner, _)| *owner == operator)
@@ -244,47 +238,10 @@ pub fn request_options(site: &Site, challenge: &str, credentials: &[String]) -> 
     json!({
         "challenge": challenge,
         "rpId": site.relying_party.id,
-        "timeout": CHALLENGE_LIFETIME_MS,
+        "timeout": CEREMONY_LIFETIME_MS,
         "userVerification": "required",
         "allowCredentials": allowed,
     })
-}
-
-/// Keeps something until its challenge is answered, under a number that nobody guesses.
-pub async fn put(
-    plane: &Plane,
-    kind: &'static str,
-    lifetime_ms: u64,
-    what: &impl Serialize,
-) -> Result<Digest, Problem> {
-    let mut nonce = Digest::default();
-    random(&mut nonce.0);
-    let now_ms = plane.clock.now_ms();
-    let document = Document {
-        kind,
-        key: nonce.to_string(),
-        bytes: serde_json::to_vec(what).map_err(|error| unusable(&error))?,
-        expires_at_ms: now_ms + lifetime_ms,
-    };
-    let kept = plane.storage.run("put_challenge", move |store| store.put_document(&document, now_ms, CHALLENGES_MAX));
-    match kept.await.map_err(|error| store_problem(&error))? {
-        true => Ok(nonce),
-        false => Err(problem(429, "too many challenges wait for an answer", None, Some("wait five minutes"))),
-    }
-}
-
-/// Takes it back: whoever comes second finds nothing.
-pub async fn take<T: DeserializeOwned>(plane: &Plane, kind: &'static str, key: &str) -> Result<Option<T>, Problem> {
-    let (key, now_ms) = (key.to_owned(), plane.clock.now_ms());
-    let taken = plane.storage.run("take_challenge", move |store| store.take_document(kind, &key, now_ms)).await;
-    let taken = taken.map_err(|error| store_problem(&error))?;
-    Ok(taken.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
-}
-
-/// What became of a challenge that is not there.
-pub fn no_such_challenge(what: &str) -> Problem {
-    let help = "begin again: each challenge is good once, for five minutes";
-    problem(410, format!("this {what} was answered already, or its time is over"), None, Some(help))
 }
 
 /// What a refused assertion says to the operator.
