@@ -14,7 +14,7 @@ use countersign_api::local::{
     Shown,
 };
 use countersign_core::{
-    assurance::Proof,
+    assurance::{Proof, webauthn::LOCAL_ORIGIN},
     canonical::Digest,
     change::{Change, ChangeSet, Revision},
     countersignature::Countersignature,
@@ -607,14 +607,36 @@ pub(crate) fn refusal(
 ) -> Problem {
     let url = plane.site.as_ref().zip(change.as_ref()).map(|(site, id)| format!("{}/changes/{id}", site.origin));
     let mut problem = local_api::refusal(answer, digest, change, why);
-    if let (Some(refusal), Some(url)) = (&mut problem.refusal, url) {
-        let by_key = refusal.requires.is_some_and(|requires| !requires.accepts_code());
-        if by_key && why.is_none() && refusal.outcome == GateOutcome::StepUp {
-            problem.help = Some(format!("sign it with your passkey or security key at {url}"));
+    let head = plane.ledger.head();
+    let Some(refusal) = problem.refusal.as_mut() else { return problem };
+    let by_key = refusal.requires.is_some_and(|requires| !requires.accepts_code());
+    problem.help = match (refusal.outcome, &refusal.change, &url) {
+        // What was wrong with a code is said already.
+        _ if why.is_some() => problem.help,
+        (GateOutcome::StepUp, Some(_), Some(url)) if by_key && signs_here(&head) => {
+            Some(format!("sign it with your passkey or security key at {url}, or run this again with `--sign`"))
         }
-        refusal.url = Some(url);
-    }
+        (GateOutcome::StepUp, Some(_), Some(url)) if by_key => {
+            Some(format!("sign it with your passkey or security key at {url}"))
+        }
+        (GateOutcome::StepUp, Some(_), None) if by_key && signs_here(&head) => {
+            Some("run this again with `--sign`: your passkey or security key signs it".to_owned())
+        }
+        // In a sealed mesh others sign as well, and a code signs nothing.
+        (GateOutcome::NeedsCountersign, Some(id), _) if head.keyring.seal().is_some() => {
+            Some(format!("another operator runs `countersign change countersign {id} --sign`"))
+        }
+        _ => problem.help,
+    };
+    refusal.url = url;
     problem
+}
+
+/// Whether some key of an operator also signs on the page that a command serves on its own machine.
+fn signs_here(head: &Head) -> bool {
+    let factors = head.follower.state().operators.values().flat_map(|operator| operator.factors.values());
+    let origins = factors.filter_map(|factor| factor.signing_key()).flat_map(|key| &key.relying_party.origins);
+    origins.into_iter().any(|origin| origin == LOCAL_ORIGIN)
 }
 
 fn requires(answer: &Answer) -> Requires {
