@@ -25,6 +25,10 @@ use crate::{
     store::{NewEntry, Storage, StoreError, StoredEntry},
 };
 
+mod waypoints;
+
+use waypoints::Waypoints;
+
 /// What the seal of a head is for: no other sealed bytes pass for one.
 pub(crate) const HEAD_PURPOSE: &str = "ledger/head";
 /// Entries read from the store at once.
@@ -84,6 +88,7 @@ pub struct Ledger {
     /// An entry of which the store did not say whether it kept it.
     uncertain: Mutex<Option<Followed>>,
     publish: Publish,
+    waypoints: Waypoints,
 }
 
 /// Why the ledger is not opened. The control plane does not start on it.
@@ -218,6 +223,7 @@ impl Ledger {
             appending: tokio::sync::Mutex::new(()),
             uncertain: Mutex::new(None),
             publish: Box::new(publish),
+            waypoints: Waypoints::default(),
         })
     }
 
@@ -450,7 +456,7 @@ impl Ledger {
         texts_of(&self.storage, page).await
     }
 
-    /// The mesh as it was at `revision`, folded again; `None` when there is no such revision.
+    /// The mesh as it was at `revision`, folded from the nearest state that is kept; `None` when there is no such revision.
     pub async fn at(&self, revision: Revision) -> Result<Option<Arc<Head>>, StoreError> {
         let head = self.head();
         if revision == head.follower.revision() {
@@ -460,15 +466,17 @@ impl Ledger {
             return Ok(None);
         }
         let damaged = |what| StoreError::Damaged { path: self.storage.place().to_owned(), what };
-        let past = Head { keyring: Keyring::of_control(), ..Head::default() };
-        let (mut past, mut tree) = (past, Frontier::default());
-        while tree.size() < revision.0 {
-            let limit = (revision.0 - tree.size()).min(u64::from(PAGE_ENTRIES)) as u32;
-            let page = self.stored(tree.size(), limit).await?;
+        let size = head.follower.revision().0;
+        let mut reached = self.waypoints.below(revision.0);
+        while reached.tree.size() < revision.0 {
+            let at = reached.tree.size();
+            let stop = revision.0.min(waypoints::after(at, size));
+            let page = self.stored(at, (stop - at).min(u64::from(PAGE_ENTRIES)) as u32).await?;
             let bodies = texts_of(&self.storage, &page).await?;
-            fold_page(&mut past, &mut tree, &page, &bodies).map_err(damaged)?;
+            fold_page(&mut reached.head, &mut reached.tree, &page, &bodies).map_err(damaged)?;
+            self.waypoints.pass(&reached, size);
         }
-        Ok(Some(Arc::new(past)))
+        Ok(Some(Arc::new(reached.head)))
     }
 }
 
@@ -611,6 +619,24 @@ mod tests {
         let again = Ledger::open(storage, Clock::system(), sealer, |_, _| {}).await.unwrap();
         assert_eq!(again.head().follower.root(), opened.ledger.head().follower.root());
         again.head().follower.revision().0
+    }
+
+    #[tokio::test]
+    async fn a_past_revision_is_the_same_whether_it_is_folded_from_the_first_entry_or_from_a_state_that_is_kept() {
+        let opened = open().await;
+        for n in 0..270 {
+            append(&opened.ledger, &format!("s{n}")).await.unwrap();
+        }
+        for _ in 0..2 {
+            for revision in [269, 256, 255, 257, 1, 270] {
+                let past = opened.ledger.at(Revision(revision)).await.unwrap().unwrap();
+                assert_eq!(past.follower.revision().0, revision);
+                assert_eq!(Some(past.follower.root()), past.keyring.root_at(Revision(revision)), "{revision}");
+                assert_eq!(past.follower.state().services.len() as u64, revision - 1);
+                assert_eq!(past.keyring.revision().0, revision);
+            }
+        }
+        assert!(opened.ledger.at(Revision(271)).await.unwrap().is_none());
     }
 
     /// PROVES (acknowledged-is-durable)
