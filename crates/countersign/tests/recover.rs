@@ -2,13 +2,27 @@
 
 mod support;
 
-use std::fs;
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+};
 
 use support::{
     Mesh, binary,
     codes::{enrol, enrol_with, json_of, next_code, now_seconds},
     said,
 };
+
+/// A page of the mesh's dashboard, as a browser gets it.
+fn page(mesh: &Mesh, path: &str) -> String {
+    let port: u16 = fs::read_to_string(mesh.dir.join(".countersign/dashboard.port")).unwrap().trim().parse().unwrap();
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n").unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    page
+}
 
 /// PROVES (recovery-needs-the-key)
 #[test]
@@ -62,6 +76,8 @@ fn whoever_has_the_files_and_the_key_appoints_an_owner_and_everyone_hears_of_it(
     for command in [&["operator", "list"][..], &["service", "list"], &["change", "list"], &["host", "list"]] {
         assert!(said(&mesh.run(command)).contains("`alice` was made owner"), "{command:?}");
     }
+    let page = page(&mesh, "/sign-in");
+    assert!(page.starts_with("HTTP/1.1 200") && page.contains("was recovered past its gate"), "{page}");
     let list = mesh.json(&["change", "list"]);
     assert!(list[0]["changes"][0] == "recover operator alice" && list[0]["actor"] == "local", "{list}");
     mesh.permit_all();
