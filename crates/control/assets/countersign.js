@@ -153,6 +153,9 @@ const deeds = {
       const begun = await send("/enroll/code/begin", enrol(form));
       form.dataset.id = begun.id;
       form.querySelector("[data-otpauth]").textContent = begun.otpauth;
+      const image = form.querySelector("[data-qr]");
+      if (begun.qr) image.src = `data:image/svg+xml,${encodeURIComponent(begun.qr)}`;
+      image.hidden = !begun.qr;
       form.querySelector("[data-confirm]").hidden = false;
       form.elements.code.required = true;
       form.elements.code.focus();

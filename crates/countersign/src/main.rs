@@ -28,6 +28,7 @@ mod mistake;
 mod operator;
 mod policy;
 mod propose;
+mod qr;
 mod recover;
 mod render;
 mod run;

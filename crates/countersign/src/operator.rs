@@ -21,6 +21,7 @@ use crate::{
     client::Client,
     error::{Done, Failure, Kind},
     mesh_finder::Place,
+    qr,
     render::{self, Output, Paint, cell, verdict},
     sign, status,
 };
@@ -348,8 +349,10 @@ async fn enrol(control: &Client, asked: Enrol, output: Output) -> Done {
             render::print(&render::json_line(&json!({ "operator": begun.operator, "otpauth": begun.otpauth })))
         }
         Output::Text => render::print(&format!(
-            "add this to the authenticator app of {}; it is a secret and is not shown again\n\n{}\n\nthe code that the app shows now: ",
-            begun.operator, begun.otpauth
+            "add this to the authenticator app of {}; it is a secret and is not shown again\n\n{}\n{}\n\nthe code that the app shows now: ",
+            begun.operator,
+            qr::for_terminal(&begun.otpauth),
+            begun.otpauth
         )),
     }
     let path = format!("/v1/enrolments/{}", begun.id);

@@ -16,6 +16,7 @@ use crate::{
     control,
     error::{Done, Failure},
     mesh_finder::Place,
+    qr,
     render::{self, Output, Paint},
     sealing_key::SealingKeyArguments,
     serve,
@@ -69,8 +70,9 @@ pub async fn recover(arguments: Recover, place: &Place, output: Output) -> Done 
             render::print(&render::json_line(&json!({ "operator": arguments.operator, "otpauth": begun.otpauth() })))
         }
         Output::Text => render::print(&format!(
-            "add this to the authenticator app of {}; it is a secret and is not shown again\n\n{}\n\nthe code that the app shows now: ",
+            "add this to the authenticator app of {}; it is a secret and is not shown again\n\n{}\n{}\n\nthe code that the app shows now: ",
             arguments.operator,
+            qr::for_terminal(begun.otpauth()),
             begun.otpauth()
         )),
     }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State};
-use serde::Deserialize;
+use qrcode::{QrCode, render::svg};
+use serde::{Deserialize, Serialize};
 
 use countersign_api::local::{Confirm, ConfirmKey, Enrol, EnrolKey, Enrolled, Enrolment, KeyEnrolment};
 
@@ -33,14 +34,26 @@ pub async fn finish_key(State(plane): State<Arc<Plane>>, Json(answer): Json<Conf
     Ok(Json(key::finish(&plane, site, answer).await?))
 }
 
+/// What an authenticator app is to be told, as text and for its camera.
+#[derive(Serialize)]
+pub struct Begun {
+    #[serde(flatten)]
+    enrolment: Enrolment,
+    /// An image, as SVG; none where the text is too long for one.
+    qr: Option<String>,
+}
+
 /// Hands out what an authenticator app reads.
 pub async fn begin_code(
     State(plane): State<Arc<Plane>>,
     Visitor(session): Visitor,
     Json(asked): Json<Enrol>,
-) -> Answered<Enrolment> {
+) -> Answered<Begun> {
     let signed_in = session.as_ref().map(|session| &session.operator);
-    Ok(Json(mfa::begin(&plane, asked, EnrolsFrom::Site(signed_in)).await?))
+    let enrolment = mfa::begin(&plane, asked, EnrolsFrom::Site(signed_in)).await?;
+    let code = QrCode::new(&enrolment.otpauth).ok();
+    let qr = code.map(|code| code.render::<svg::Color<'_>>().min_dimensions(240, 240).build());
+    Ok(Json(Begun { enrolment, qr }))
 }
 
 /// The first code of a new app, and of which enrolment.
