@@ -5,8 +5,9 @@
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, StatusCode, Uri, header};
+use http::{Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
@@ -91,7 +92,19 @@ impl Https {
         answer.map_err(|_| HttpsError::Late(bounds.within))?
     }
 
+    /// Sends one request to the absolute URL that it names; returns once the head of the answer is there, whose body is still to be read.
+    pub async fn open(&self, request: Request<Bytes>, within: Duration) -> Result<Response<Incoming>, HttpsError> {
+        tokio::time::timeout(within, self.send(request)).await.map_err(|_| HttpsError::Late(within))?
+    }
+
     async fn answer(&self, request: Request<Bytes>, body_bytes_max: usize) -> Result<(StatusCode, Bytes), HttpsError> {
+        let response = self.send(request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), body_bytes_max).collect().await;
+        Ok((status, body.map_err(|_| HttpsError::TooLong(body_bytes_max))?.to_bytes()))
+    }
+
+    async fn send(&self, request: Request<Bytes>) -> Result<Response<Incoming>, HttpsError> {
         let (mut parts, body) = request.into_parts();
         let stream = self.connect(&parts.uri).await?;
         let (mut sender, connection) =
@@ -104,10 +117,7 @@ impl Https {
         let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
         parts.uri = path.parse().map_err(|_| HttpsError::Url(path))?;
         let request = Request::from_parts(parts, Full::new(body));
-        let response = sender.send_request(request).await.map_err(HttpsError::Broken)?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), body_bytes_max).collect().await;
-        Ok((status, body.map_err(|_| HttpsError::TooLong(body_bytes_max))?.to_bytes()))
+        sender.send_request(request).await.map_err(HttpsError::Broken)
     }
 
     async fn connect(&self, uri: &Uri) -> Result<Box<dyn Stream>, HttpsError> {

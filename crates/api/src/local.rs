@@ -37,6 +37,8 @@
 //!
 //! In a protected mesh `/v1/decisions…` answers what the gate opened for the operator in [`OPERATOR_HEADER`].
 //!
+//! Of it, [`crate::device`] answers commands on other machines.
+//!
 //! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
 
 use std::{
@@ -432,18 +434,42 @@ pub struct SignedChallenge {
     pub user_handle: Option<Bytes>,
 }
 
-/// A session of an operator, in a browser.
+/// What holds a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SessionKind {
+    /// A browser, with a cookie.
+    #[default]
+    Browser,
+    /// A command on some machine, with a token and a key.
+    CommandLine,
+}
+
+impl SessionKind {
+    /// As people say it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Browser => "browser",
+            Self::CommandLine => "command line",
+        }
+    }
+}
+
+/// A session of an operator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionView {
     /// What it is called. It opens nothing.
     pub id: String,
     /// Whose.
     pub operator: OperatorName,
+    /// What holds it.
+    #[serde(default)]
+    pub kind: SessionKind,
     /// The kind of the factor that it began with.
     pub factor: String,
     /// Where it began.
     pub address: String,
-    /// What its browser said of itself.
+    /// What its browser or command said of itself.
     pub agent: String,
     /// When it began, in milliseconds since 1970.
     pub began_at_ms: u64,

@@ -184,6 +184,14 @@ const deeds = {
     const { change } = await send("/operators/ask", Object.fromEntries(new FormData(form)));
     location.assign(change ? `/changes/${change}` : "/operators");
   },
+  async device(form, submitter) {
+    const { allowed } = await send("/device/answer", { code: form.dataset.code, allow: submitter?.value === "allow" });
+    const done = document.getElementById("answered");
+    done.querySelector("[data-answer]").textContent = allowed ? "The command is signed in" : "The command was denied";
+    form.closest("section").hidden = true;
+    done.hidden = false;
+    done.focus();
+  },
   async "end-session"(form) {
     await send(`/sessions/${form.dataset.session}/end`);
     location.reload();

@@ -24,7 +24,7 @@
 //! | `replicas` | takes up what other control planes of one store wrote | writes to the ledger |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
 //! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
-//! | [`site`] | pages and JSON for browsers | enforces a rule in a browser |
+//! | [`site`] | pages and JSON for browsers, the local API for commands on other machines | enforces a rule in a browser |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
 //! | [`metrics`] | what Prometheus reads | |
 //! | [`clock`] | the one reader of the time | |

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, fs, io, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::Body,
     extract::{DefaultBodyLimit, Path as UrlPath, Query, State},
     response::{IntoResponse, Response},
@@ -42,7 +42,10 @@ use crate::{
     mfa::{self, CodeRefused, EnrolsFrom},
     proposals::{self, Answering},
     recover, sealing,
-    site::{self, session},
+    site::{
+        self,
+        session::{self, Session},
+    },
     store::{StoreError, StoredEntry},
 };
 
@@ -98,8 +101,17 @@ fn not_found(what: String, help: &str) -> Refusal {
     Refusal(problem(404, what, None, Some(help)))
 }
 
-/// All requests.
+/// All requests, for whoever owns the socket.
 pub fn router(plane: Arc<Plane>) -> Router {
+    routes()
+        .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(axum::middleware::map_response_with_state(plane.clone(), told_of_recovery))
+        .with_state(plane)
+}
+
+/// All requests. What of it is asked for from other machines is decided in [`site::command`].
+pub fn routes() -> Router<Arc<Plane>> {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/mesh", get(mesh))
@@ -132,14 +144,10 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/v1/sessions", get(sessions))
         .route("/v1/sessions/end", post(end_sessions))
         .route("/v1/hosts/invitations", post(invite))
-        .fallback(async || not_found("there is no such request".into(), "is this command of another version?"))
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(axum::middleware::map_response_with_state(plane.clone(), told_of_recovery))
-        .with_state(plane)
 }
 
 /// While a recovery is recent, every answer names it.
-async fn told_of_recovery(State(plane): State<Arc<Plane>>, mut response: Response) -> Response {
+pub async fn told_of_recovery(State(plane): State<Arc<Plane>>, mut response: Response) -> Response {
     let head = plane.ledger.head();
     let state = head.follower.state();
     if let Some(recovery) = &state.recovery
@@ -428,34 +436,42 @@ fn named_in(headers: &HeaderMap) -> Result<Option<OperatorName>, Problem> {
 async fn open(
     State(plane): State<Arc<Plane>>,
     UrlPath(act): UrlPath<String>,
+    session: Option<Extension<Session>>,
     Json(shown): Json<Shown>,
 ) -> Answered<Opened> {
     let act = act.parse().ok().filter(|act: &Act| act.only_reads());
     let act = act.ok_or_else(|| not_found("there is no such act".into(), "is this command of another version?"))?;
-    Ok(Json(acts::pass(&plane, act, By::Socket(shown.operator.as_ref()), &shown).await?))
+    Ok(Json(acts::pass(&plane, act, by(session.as_deref(), shown.operator.as_ref()), &shown).await?))
 }
 
 /// What was opened before, by [`open`].
-async fn reads_decisions(plane: &Plane, headers: &HeaderMap) -> Result<Opened, Problem> {
+async fn reads_decisions(plane: &Plane, session: Option<&Session>, headers: &HeaderMap) -> Result<Opened, Problem> {
     let operator = named_in(headers)?;
-    acts::pass(plane, Act::ReadDecisions, By::Socket(operator.as_ref()), &Shown::default()).await
+    acts::pass(plane, Act::ReadDecisions, by(session, operator.as_ref()), &Shown::default()).await
+}
+
+/// Who asks: from afar whoever is signed in, for whom nothing is open that was opened at the socket.
+fn by<'a>(session: Option<&'a Session>, named: Option<&'a OperatorName>) -> By<'a> {
+    session.map_or(By::Socket(named), By::Session)
 }
 
 async fn list_decisions(
     State(plane): State<Arc<Plane>>,
     headers: HeaderMap,
+    session: Option<Extension<Session>>,
     Query(filter): Query<RecordFilter>,
 ) -> Answered<Vec<countersign_core::record::DecisionRecord>> {
-    reads_decisions(&plane, &headers).await?;
+    reads_decisions(&plane, session.as_deref(), &headers).await?;
     Ok(Json(plane.decisions.list(filter).await.map_err(stored)?))
 }
 
 async fn decision(
     State(plane): State<Arc<Plane>>,
     headers: HeaderMap,
+    session: Option<Extension<Session>>,
     UrlPath(id): UrlPath<String>,
 ) -> Answered<DecisionDetail> {
-    reads_decisions(&plane, &headers).await?;
+    reads_decisions(&plane, session.as_deref(), &headers).await?;
     let record = decisions::one(&plane.decisions, &id).await?;
     let help = "compare the ledger of this control plane with that of the mesh: `countersign ledger verify`";
     let head = plane.ledger.at(record.revision).await.map_err(stored)?;
@@ -468,9 +484,10 @@ async fn decision(
 async fn tail(
     State(plane): State<Arc<Plane>>,
     headers: HeaderMap,
+    session: Option<Extension<Session>>,
     Query(filter): Query<RecordFilter>,
 ) -> Result<Response, Refusal> {
-    let until_ms = reads_decisions(&plane, &headers).await?.until_ms;
+    let until_ms = reads_decisions(&plane, session.as_deref(), &headers).await?.until_ms;
     let left = until_ms.map(|until_ms| Duration::from_millis(until_ms.saturating_sub(plane.clock.now_ms())));
     // It ends with what was opened.
     let over = async move {
@@ -670,17 +687,27 @@ async fn countersign(
 async fn reject(
     State(plane): State<Arc<Plane>>,
     UrlPath(id): UrlPath<String>,
+    session: Option<Extension<Session>>,
     Json(shown): Json<Shown>,
 ) -> Answered<Proposal> {
-    Ok(Json(proposals::reject(&plane, &id, Answering::Shows(shown)).await?))
+    Ok(Json(proposals::reject(&plane, &id, answering(session, shown)).await?))
 }
 
 async fn withdraw(
     State(plane): State<Arc<Plane>>,
     UrlPath(id): UrlPath<String>,
+    session: Option<Extension<Session>>,
     Json(shown): Json<Shown>,
 ) -> Answered<Proposal> {
-    Ok(Json(proposals::withdraw(&plane, &id, Answering::Shows(shown)).await?))
+    Ok(Json(proposals::withdraw(&plane, &id, answering(session, shown)).await?))
+}
+
+/// Whoever is signed in need not show anything for what ends without any effect, as in a browser.
+fn answering(session: Option<Extension<Session>>, shown: Shown) -> Answering {
+    match session {
+        Some(Extension(session)) => Answering::SignedIn(session.operator),
+        None => Answering::Shows(shown),
+    }
 }
 
 async fn begin_enrolment(State(plane): State<Arc<Plane>>, Json(asked): Json<Enrol>) -> Answered<Enrolment> {
@@ -697,14 +724,19 @@ async fn enrolment_link(State(plane): State<Arc<Plane>>) -> Answered<EnrolmentLi
     Ok(Json(EnrolmentLink { url }))
 }
 
-async fn sessions(State(plane): State<Arc<Plane>>) -> Answered<Vec<SessionView>> {
-    let sessions = session::list(&plane).await.map_err(stored)?;
-    Ok(Json(sessions.iter().map(session::Session::view).collect()))
+async fn sessions(State(plane): State<Arc<Plane>>, session: Option<Extension<Session>>) -> Answered<Vec<SessionView>> {
+    let seen = session::seen_by(&plane, session.as_deref()).await.map_err(stored)?;
+    Ok(Json(seen.iter().map(Session::view).collect()))
 }
 
 /// Ending a session gives nobody anything: the mesh's own user needs no factor for it.
-async fn end_sessions(State(plane): State<Arc<Plane>>, Json(which): Json<EndSessions>) -> Answered<SessionsEnded> {
-    let sessions = session::list(&plane).await.map_err(stored)?.into_iter().filter(|session| {
+async fn end_sessions(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(which): Json<EndSessions>,
+) -> Answered<SessionsEnded> {
+    let seen = session::seen_by(&plane, session.as_deref()).await.map_err(stored)?;
+    let sessions = seen.into_iter().filter(|session| {
         which.operator.as_ref().is_none_or(|operator| *operator == session.operator)
             && which.id.as_ref().is_none_or(|id| session.id.starts_with(id.as_str()))
     });

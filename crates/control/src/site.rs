@@ -8,6 +8,9 @@
 //! | [`guard`] | what every request passes before anything else looks at it |
 //! | [`session`] | who is signed in |
 //! | [`sign_in`] | how they came to be |
+//! | [`device`] | how a command on another machine comes to be |
+//! | [`proof`] | what it shows with each request |
+//! | [`command`] | what it may ask |
 //! | [`enroll`] | how somebody becomes an operator, and gets one more factor |
 //! | [`ceremony`] | how an operator signs a change, or answers for somebody else's |
 //! | [`pages`] | the pages, and what is around each |
@@ -31,13 +34,17 @@ use axum::{
     routing::{get, post},
 };
 
+use countersign_api::device::{AUTHORIZE_PATH, PAGE_PATH, TOKEN_PATH};
+
 use crate::Plane;
 
 pub mod acts;
 pub mod assets;
 pub mod ceremony;
 pub mod changes;
+pub mod command;
 pub mod decisions;
+pub mod device;
 pub mod enroll;
 pub mod entries;
 pub mod guard;
@@ -46,6 +53,7 @@ pub mod overview;
 pub mod pages;
 pub mod people;
 pub mod place;
+pub mod proof;
 pub mod serve;
 pub mod session;
 pub mod sign_in;
@@ -69,9 +77,12 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/enroll/key/finish", post(enroll::finish_key))
         .route("/enroll/code/begin", post(enroll::begin_code))
         .route("/enroll/code/finish", post(enroll::finish_code))
+        .route(AUTHORIZE_PATH, post(device::authorize))
+        .route(TOKEN_PATH, post(device::token))
         .route_layer(middleware::from_fn_with_state(plane.clone(), guard::slow_down_strangers));
     let operators = Router::new()
         .route("/sign-out", post(sign_in::sign_out))
+        .route("/device/answer", post(device::answer))
         .route("/operators/ask", post(people::ask))
         .route("/sessions/{id}/end", post(people::end_session))
         .route("/acts/{id}/challenge", post(acts::challenge))
@@ -86,6 +97,8 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .merge(pages::router())
         .merge(strangers)
         .merge(operators)
+        .merge(command::router(&plane))
+        .route(PAGE_PATH, get(device::device))
         .route("/assets/{name}", get(assets::asset))
         .fallback(pages::not_found)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))

@@ -55,7 +55,7 @@ pub struct AgentArguments {
 pub async fn agent(arguments: AgentArguments, global: &Global, telemetry: &Telemetry) -> Done {
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
-        None => cli::place(global)?,
+        None => cli::here(global)?,
     };
     let dir = place.dir()?;
     let directory = mesh_directory::load(dir)?;

@@ -97,7 +97,10 @@ impl Outcome {
 
 fn found(mesh: Option<PathBuf>, global: &Global) -> Result<Place, Failure> {
     match mesh {
-        Some(dir) => mesh_finder::at(&dir, global.data_dir.as_deref()),
+        Some(dir) => {
+            let here = mesh_finder::at(&dir, global.data_dir.as_deref())?;
+            Ok(Place { dashboard: cli::dashboard(global)?, ..here })
+        }
         None => cli::place(global),
     }
 }

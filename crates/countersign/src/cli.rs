@@ -17,6 +17,7 @@ use crate::{
     agent, apply, authority, change, control, decision, deploy, doctor,
     error::{Done, Failure},
     exec, host, init, ledger,
+    login::{self, Dashboard},
     mesh_finder::{self, Place},
     operator, policy, propose, recover, render,
     render::{Output, Paint},
@@ -52,6 +53,9 @@ pub struct Global {
     /// Where the mesh keeps its state [default: DIR/.countersign]
     #[arg(long, global = true, value_name = "DIR", env = "COUNTERSIGN_DATA_DIR", hide_env_values = true)]
     pub data_dir: Option<PathBuf>,
+    /// Ask the mesh of this dashboard, on another machine, as who signed in with `login` [env: COUNTERSIGN_DASHBOARD]
+    #[arg(long, global = true, value_name = "URL")]
+    pub at: Option<String>,
     /// The form of the answer
     #[arg(short, long, global = true, value_enum, value_name = "FORM", default_value_t)]
     pub output: Output,
@@ -100,7 +104,17 @@ pub enum Command {
     /// It needs the data directory and what opens its keys, is written into the ledger with the reason, and is told by every
     /// command for a week. Agents of a sealed mesh do not follow it.
     Recover(recover::Recover),
-    /// Who is signed in to the dashboard
+    /// Sign this machine's commands in to a mesh that runs elsewhere: they then ask its dashboard, with `--at URL`
+    ///
+    /// Prints a code and opens the dashboard, on which an operator who has just signed in compares it and says yes. The session lasts
+    /// for an hour after its last use and for 12 hours at most, in a file with a key that only this user can read. It admits no
+    /// change by itself: what the gate asks for is shown for each.
+    Login(login::LoginArguments),
+    /// Say who is signed in
+    Whoami,
+    /// End the session of `login`, and forget it
+    Logout,
+    /// Who is signed in, in browsers and on command lines
     #[command(subcommand)]
     Session(session::SessionVerb),
     /// Changes of the mesh
@@ -350,7 +364,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Apply(arguments) => ask(apply::apply(arguments, &global)),
         Command::Propose(arguments) => ask(propose::propose(arguments, &global)),
         Command::Policy(verb) => policy::policy(verb, &global),
-        Command::Exec(arguments) => return exec::exec(arguments, &place(&global)?),
+        Command::Exec(arguments) => return exec::exec(arguments, &here(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
         Command::Host(HostVerb::Invite { ttl, host, services, asker }) => {
             let services = services.map(|services| services.into_iter().collect());
@@ -365,7 +379,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Service(ServiceVerb::Artifact { command }) => deploy::show(&command, output),
         Command::Operator(verb) => ask(operator::operator(verb, &place(&global)?, output)),
         Command::Factor(verb) => ask(operator::factor(verb, &place(&global)?, output)),
-        Command::Recover(arguments) => ask(recover::recover(arguments, &place(&global)?, output)),
+        Command::Recover(arguments) => ask(recover::recover(arguments, &here(&global)?, output)),
+        Command::Login(arguments) => ask(login::login(arguments, &global)),
+        Command::Whoami => ask(login::whoami(&global)),
+        Command::Logout => ask(login::logout(&global)),
         Command::Session(verb) => ask(session::session(verb, &place(&global)?, output)),
         Command::Change(ChangeVerb::List { limit: _, pending: true }) => ask(change::pending(&place(&global)?, output)),
         Command::Change(ChangeVerb::List { limit, pending: false }) => {
@@ -412,9 +429,30 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// The mesh that the command is about.
+/// The mesh that the command is about, here or on another machine.
 pub fn place(global: &Global) -> Result<Place, Failure> {
+    match dashboard(global)? {
+        Some(dashboard) => mesh_finder::afar(global.dir.as_deref(), dashboard),
+        None => mesh_finder::find(global.dir.as_deref(), global.data_dir.as_deref()),
+    }
+}
+
+/// The mesh that the command is about, on this machine: others can only be asked.
+pub fn here(global: &Global) -> Result<Place, Failure> {
+    if global.at.is_some() {
+        return Err(Failure::usage("this command works on the machine of the mesh, not with `--at`")
+            .help("run it there, or leave `--at` out"));
+    }
     mesh_finder::find(global.dir.as_deref(), global.data_dir.as_deref())
+}
+
+/// The dashboard that commands are to ask: the one that is named, or that of the environment unless a data directory is named.
+pub fn dashboard(global: &Global) -> Result<Option<Dashboard>, Failure> {
+    let named = global.at.clone().or_else(|| match global.data_dir {
+        Some(_) => None,
+        None => std::env::var(login::VARIABLE).ok().filter(|url| !url.is_empty()),
+    });
+    named.as_deref().map(Dashboard::parse).transpose()
 }
 
 /// Runs a command that asks and ends: on this thread alone.

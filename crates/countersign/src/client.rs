@@ -1,22 +1,27 @@
-//! Asks the control plane or the agent on this machine: HTTP and JSON over their unix sockets. One connection for each
-//! question; a refusal arrives as a [`Problem`] and leaves as a [`Failure`].
+//! Asks the control plane or the agent on this machine, over their unix sockets, or the control plane of another machine, at its
+//! dashboard, with a login and a proof of its key. HTTP and JSON, one connection for each question; a refusal arrives as a
+//! [`Problem`] and leaves as a [`Failure`].
 
 use std::{
     io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
+use http::header;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
-    Method, Request, StatusCode,
+    Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
+use time::OffsetDateTime;
 use tokio::net::UnixStream;
 
 use countersign_api::{
+    dpop::DPOP_HEADER,
     local::{OPERATOR_HEADER, Problem, RECOVERED_HEADER},
     run_file::{AGENT_SOCKET, CONTROL_SOCKET},
 };
@@ -24,6 +29,7 @@ use countersign_core::identity::OperatorName;
 
 use crate::{
     error::Failure,
+    login::{self, Dashboard, kept::Logins},
     mesh_finder::Place,
     render::{self, Paint},
 };
@@ -36,19 +42,41 @@ const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// Longest line of a tail, in bytes.
 const LINE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
+/// How long a dashboard has until its answer begins: longer than the longest wait that it takes.
+const AFAR_WITHIN: Duration = Duration::from_secs(11 * 60);
+/// What this command calls itself.
+pub const USER_AGENT: &str = concat!("countersign/", env!("CARGO_PKG_VERSION"));
+
 /// One of the two local APIs.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
+    at: At,
     whose: &'static str,
     start: String,
     operator: Option<OperatorName>,
 }
 
+/// Where it is asked.
+#[derive(Debug, Clone)]
+enum At {
+    /// On this machine, at its socket.
+    Socket(PathBuf),
+    /// On another one, by an operator who has signed in.
+    Dashboard(Dashboard),
+}
+
 impl Client {
     /// The control plane of the mesh at `place`.
     pub fn control(place: &Place) -> Self {
-        Self::new(place, CONTROL_SOCKET, "control plane")
+        match &place.dashboard {
+            Some(dashboard) => Self::dashboard(dashboard),
+            None => Self::new(place, CONTROL_SOCKET, "control plane"),
+        }
+    }
+
+    /// The control plane of the mesh on another machine that this dashboard is of.
+    pub fn dashboard(dashboard: &Dashboard) -> Self {
+        Self { at: At::Dashboard(dashboard.clone()), whose: "control plane", start: String::new(), operator: None }
     }
 
     /// The agent of the mesh at `place`.
@@ -61,7 +89,7 @@ impl Client {
             Some(dir) => format!("start the mesh with `countersign up {}`", shown(dir)),
             None => "start the mesh, or name its directory with `-C DIR`".to_owned(),
         };
-        Self { socket: place.data_dir.join(socket), whose, start, operator: None }
+        Self { at: At::Socket(place.data_dir.join(socket)), whose, start, operator: None }
     }
 
     /// The same, which reads what was opened for `operator`.
@@ -96,23 +124,10 @@ impl Client {
     }
 
     async fn ask(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming, Failure> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|e| self.unreachable(&e))?;
-        let lost = |e: &hyper::Error| Failure::new(format!("lost the connection to the {}", self.whose)).because(e);
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| lost(&e))?;
-        tokio::spawn(connection);
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "localhost")
-            .header("content-type", "application/json");
-        if let Some(operator) = &self.operator {
-            request = request.header(OPERATOR_HEADER, operator.as_str());
-        }
-        let request = request
-            .body(Full::new(body))
-            .map_err(|e| Failure::new(format!("could not ask for `{path}`")).because(&e))?;
-        let response = sender.send_request(request).await.map_err(|e| lost(&e))?;
+        let response = match &self.at {
+            At::Socket(socket) => self.ask_here(socket, method, path, body).await?,
+            At::Dashboard(dashboard) => ask_afar(dashboard, method, path, body).await?,
+        };
         let status = response.status();
         if let Some(operator) = response.headers().get(RECOVERED_HEADER).and_then(|name| name.to_str().ok())
             && !WARNED.swap(true, Ordering::Relaxed)
@@ -129,6 +144,32 @@ impl Client {
         Err(problem(status, &bytes).into())
     }
 
+    async fn ask_here(
+        &self,
+        socket: &Path,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, Failure> {
+        let stream = UnixStream::connect(socket).await.map_err(|e| self.unreachable(socket, &e))?;
+        let lost = |e: &hyper::Error| Failure::new(format!("lost the connection to the {}", self.whose)).because(e);
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| lost(&e))?;
+        tokio::spawn(connection);
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost")
+            .header("content-type", "application/json");
+        if let Some(operator) = &self.operator {
+            request = request.header(OPERATOR_HEADER, operator.as_str());
+        }
+        let request = request
+            .body(Full::new(body))
+            .map_err(|e| Failure::new(format!("could not ask for `{path}`")).because(&e))?;
+        sender.send_request(request).await.map_err(|e| lost(&e))
+    }
+
     async fn whole(&self, body: Incoming) -> Result<Bytes, Failure> {
         let limited = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
         limited.map(|whole| whole.to_bytes()).map_err(|e| {
@@ -136,8 +177,8 @@ impl Client {
         })
     }
 
-    fn unreachable(&self, e: &io::Error) -> Failure {
-        let socket = self.socket.display();
+    fn unreachable(&self, socket: &Path, e: &io::Error) -> Failure {
+        let socket = socket.display();
         match e.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 Failure::new(format!("the {} of this mesh is not running: nothing listens at `{socket}`", self.whose))
@@ -149,6 +190,41 @@ impl Client {
             _ => Failure::new(format!("could not reach the {} at `{socket}`", self.whose)).because(e),
         }
     }
+}
+
+/// Asks as the operator of the login, with a proof made for this very request.
+async fn ask_afar(
+    dashboard: &Dashboard,
+    method: Method,
+    path: &str,
+    body: Bytes,
+) -> Result<Response<Incoming>, Failure> {
+    let login = Logins::here()?.find(dashboard)?.ok_or_else(|| not_signed_in(dashboard))?;
+    let url = format!("{dashboard}{path}");
+    let proof = login.key.prove(method.as_str(), &url, Some(&login.token), OffsetDateTime::now_utc().unix_timestamp());
+    let request = Request::builder()
+        .method(method)
+        .uri(&url)
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(header::USER_AGENT, USER_AGENT)
+        .header(header::AUTHORIZATION, format!("DPoP {}", login.token))
+        .header(DPOP_HEADER, proof)
+        .body(body)
+        .map_err(|e| unreachable(dashboard).because(&e))?;
+    let https = login::trusting(login.ca_file.as_deref())?;
+    https.open(request, AFAR_WITHIN).await.map_err(|e| unreachable(dashboard).because(&e))
+}
+
+/// What is said where nobody is signed in.
+pub fn not_signed_in(dashboard: &Dashboard) -> Failure {
+    Failure::new(format!("nobody is signed in to `{dashboard}` here"))
+        .help(format!("sign in with `countersign login --at {dashboard}`"))
+}
+
+/// What is said of a dashboard that does not answer.
+pub fn unreachable(dashboard: &Dashboard) -> Failure {
+    Failure::new(format!("could not reach the dashboard at `{dashboard}`"))
+        .help("it is where `control --dashboard` listens, under its `--dashboard-origin`; `login --ca-file` trusts its certificate")
 }
 
 /// What an answer that is no success says.
@@ -236,7 +312,8 @@ mod tests {
     #[tokio::test]
     async fn a_mesh_that_does_not_run_is_said_so_with_the_command_that_starts_it() {
         let root = tempfile::tempdir().unwrap();
-        let place = Place { dir: Some(root.path().into()), data_dir: root.path().join(".countersign") };
+        let place =
+            Place { dir: Some(root.path().into()), data_dir: root.path().join(".countersign"), dashboard: None };
         let failure = Client::control(&place).get::<serde_json::Value>("/v1/status").await.unwrap_err();
         let text = failure.render(crate::render::Output::Text, crate::render::Paint::plain());
         assert!(text.contains("the control plane of this mesh is not running"), "{text}");

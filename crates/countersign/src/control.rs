@@ -101,7 +101,7 @@ pub struct ControlArguments {
 pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &Telemetry) -> Done {
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
-        None => cli::place(global)?,
+        None => cli::here(global)?,
     };
     place.create_data_dir()?;
     let _held = serve::hold(&place)?;

@@ -56,7 +56,7 @@ struct Check {
 
 /// Checks everything; fails when a check does.
 pub fn doctor(global: &Global) -> Done {
-    let place = cli::place(global);
+    let place = cli::here(global);
     // What is kept from workloads is the data directory; before there is one, any directory shows whether that works.
     let kept = place.as_ref().ok().map(|place| place.data_dir.clone()).filter(|dir| dir.is_dir());
     let namespaces = user_namespaces(&kept.unwrap_or_else(env::temp_dir))?;
@@ -324,7 +324,7 @@ mod tests {
     fn a_data_directory_open_to_others_fails_with_the_command_that_closes_it() {
         let root = tempfile::tempdir().unwrap();
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let place = Place { dir: None, data_dir: root.path().to_path_buf() };
+        let place = Place { dir: None, data_dir: root.path().to_path_buf(), dashboard: None };
         let checks = data_directory(&place);
         assert_eq!(checks[0].grade, Grade::Fail);
         assert!(checks[0].todo.as_ref().unwrap().starts_with("`chmod 700 "));
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_path_too_long_for_a_socket_is_found_before_it_hurts() {
-        let place = Place { dir: None, data_dir: Path::new("/tmp").join("x".repeat(120)) };
+        let place = Place { dir: None, data_dir: Path::new("/tmp").join("x".repeat(120)), dashboard: None };
         assert!(sockets(&place).iter().any(|check| check.grade == Grade::Fail));
     }
 }

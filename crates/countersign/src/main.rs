@@ -22,6 +22,7 @@ mod glance;
 mod host;
 mod init;
 mod ledger;
+mod login;
 mod mesh_directory;
 mod mesh_finder;
 mod mistake;

@@ -8,7 +8,7 @@ use std::{
 
 use countersign_api::run_file::{RUN_FILE, RunFile};
 
-use crate::error::Failure;
+use crate::{error::Failure, login::Dashboard};
 
 /// The file that makes a directory a mesh directory.
 pub const MESH_FILE: &str = "mesh.toml";
@@ -16,13 +16,15 @@ pub const MESH_FILE: &str = "mesh.toml";
 /// the data directory, as git's `.git` does.
 pub const DATA_DIR: &str = ".countersign";
 
-/// A mesh on this machine.
+/// A mesh on this machine, or one on another machine whose directory may be here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The directory with `mesh.toml`; absent when only a data directory was named.
     pub dir: Option<PathBuf>,
     /// Where the mesh keeps its state and its sockets.
     pub data_dir: PathBuf,
+    /// The dashboard at which it is asked in place of its sockets, when it runs on another machine.
+    pub dashboard: Option<Dashboard>,
 }
 
 /// Finds the mesh from `start` upwards. A given data directory needs no mesh directory.
@@ -30,14 +32,25 @@ pub fn find(start: Option<&Path>, data_dir: Option<&Path>) -> Result<Place, Fail
     let start = absolute(start.unwrap_or(Path::new(".")))?;
     let dir = start.ancestors().find(|dir| dir.join(MESH_FILE).is_file()).map(Path::to_path_buf);
     match (dir, data_dir) {
-        (dir, Some(data_dir)) => Ok(Place { dir, data_dir: std::path::absolute(data_dir).unwrap_or(data_dir.into()) }),
-        (Some(dir), None) => Ok(Place { data_dir: data_dir_below(&dir)?, dir: Some(dir) }),
+        (dir, Some(data_dir)) => {
+            let data_dir = std::path::absolute(data_dir).unwrap_or(data_dir.into());
+            Ok(Place { dir, data_dir, dashboard: None })
+        }
+        (Some(dir), None) => Ok(Place { data_dir: data_dir_below(&dir)?, dir: Some(dir), dashboard: None }),
         (None, None) => Err(Failure::new(format!(
             "found no mesh: neither `{}` nor a directory above it has a `{MESH_FILE}`",
             start.display()
         ))
         .help("go to a mesh directory, name one with `-C DIR`, or make one with `countersign init DIR`")),
     }
+}
+
+/// The mesh whose dashboard this is, with the mesh directory from `start` upwards if there is one.
+pub fn afar(start: Option<&Path>, dashboard: Dashboard) -> Result<Place, Failure> {
+    let start = absolute(start.unwrap_or(Path::new(".")))?;
+    let dir = start.ancestors().find(|dir| dir.join(MESH_FILE).is_file()).map(Path::to_path_buf);
+    let data_dir = dir.as_deref().unwrap_or(&start).join(DATA_DIR);
+    Ok(Place { dir, data_dir, dashboard: Some(dashboard) })
 }
 
 /// The mesh of exactly this directory, for commands that name it.
@@ -51,7 +64,7 @@ pub fn at(dir: &Path, data_dir: Option<&Path>) -> Result<Place, Failure> {
         Some(given) => std::path::absolute(given).unwrap_or(given.into()),
         None => data_dir_below(&dir)?,
     };
-    Ok(Place { dir: Some(dir), data_dir })
+    Ok(Place { dir: Some(dir), data_dir, dashboard: None })
 }
 
 fn absolute(given: &Path) -> Result<PathBuf, Failure> {
@@ -135,7 +148,7 @@ mod tests {
         fs::create_dir_all(root.join("mesh/policies/deep")).unwrap();
         fs::create_dir_all(root.join("beside")).unwrap();
         fs::write(root.join("mesh/mesh.toml"), "").unwrap();
-        let place = Place { dir: Some(root.join("mesh")), data_dir: root.join("mesh/.countersign") };
+        let place = Place { dir: Some(root.join("mesh")), data_dir: root.join("mesh/.countersign"), dashboard: None };
         for from in ["mesh", "mesh/policies", "mesh/policies/deep"] {
             assert_eq!(find(Some(&root.join(from)), None).unwrap(), place, "{from}");
         }
@@ -151,7 +164,7 @@ mod tests {
     fn a_given_data_directory_needs_no_mesh_directory() {
         let root = tempfile::tempdir().unwrap();
         let place = find(Some(root.path()), Some(Path::new("/var/lib/mesh"))).unwrap();
-        assert_eq!(place, Place { dir: None, data_dir: "/var/lib/mesh".into() });
+        assert_eq!(place, Place { dir: None, data_dir: "/var/lib/mesh".into(), dashboard: None });
         assert!(text(place.dir().unwrap_err()).contains("help: name it with `-C DIR`"));
     }
 
@@ -170,7 +183,7 @@ mod tests {
     fn the_data_directory_is_for_its_owner_and_not_for_git() {
         use std::os::unix::fs::PermissionsExt;
         let root = tempfile::tempdir().unwrap();
-        let place = Place { dir: None, data_dir: root.path().join("a/b") };
+        let place = Place { dir: None, data_dir: root.path().join("a/b"), dashboard: None };
         place.create_data_dir().unwrap();
         fs::set_permissions(&place.data_dir, fs::Permissions::from_mode(0o755)).unwrap();
         place.create_data_dir().unwrap();

@@ -100,7 +100,7 @@ enum Outcome {
 pub async fn propose(arguments: ProposeArguments, global: &Global) -> Done {
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
-        None => cli::place(global)?,
+        None => cli::here(global)?,
     };
     let directory = mesh_directory::load(place.dir()?)?;
     for failed in apply::failing(&directory)? {

@@ -63,7 +63,7 @@ pub async fn run(arguments: Run, global: &Global, telemetry: &Telemetry) -> Resu
         _ => here(global, &arguments.service, host.clone(), &arguments.asker).await?,
     };
     let data_dir = agent::beside(&place, &name);
-    let own = Place { dir: None, data_dir: data_dir.clone() };
+    let own = Place { dir: None, data_dir: data_dir.clone(), dashboard: None };
     own.create_data_dir()?;
     let dir = std::env::current_dir().map_err(|e| Failure::new("could not find the current directory").because(&e))?;
     let teller = Teller::quiet(global.output);
@@ -127,7 +127,7 @@ type Joined = (Place, String, String, Isolate);
 
 /// In the mesh that runs on this machine: it lets this command in when it has the service.
 async fn here(global: &Global, service: &ServiceName, host: ServiceName, asker: &Asker) -> Result<Joined, Failure> {
-    let place = cli::place(global)?;
+    let place = cli::here(global)?;
     let client = Client::control(&place);
     let mesh: Mesh = client.get("/v1/mesh").await?;
     if !mesh.state.services.contains_key(service) {
@@ -146,8 +146,10 @@ async fn here(global: &Global, service: &ServiceName, host: ServiceName, asker: 
 
 /// For a mesh elsewhere nothing has to be here: what the agent keeps goes below the data directory, or a temporary one.
 fn elsewhere(global: &Global, name: &str) -> Result<Place, Failure> {
-    match cli::place(global) {
+    match cli::here(global) {
         Ok(place) => Ok(place),
-        Err(_) => Ok(Place { dir: None, data_dir: std::env::temp_dir().join(format!("countersign-{name}")) }),
+        Err(_) => {
+            Ok(Place { dir: None, data_dir: std::env::temp_dir().join(format!("countersign-{name}")), dashboard: None })
+        }
     }
 }

@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn a_second_one_says_which_process_is_the_first() {
         let root = tempfile::tempdir().unwrap();
-        let place = Place { dir: None, data_dir: root.path().into() };
+        let place = Place { dir: None, data_dir: root.path().into(), dashboard: None };
         let first = hold(&place).unwrap();
         let second = hold(&place).err().unwrap();
         assert!(second.to_string().contains(&format!("process {},", std::process::id())), "{second}");
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn the_run_file_is_gone_with_the_mesh() {
         let root = tempfile::tempdir().unwrap();
-        let place = Place { dir: None, data_dir: root.path().into() };
+        let place = Place { dir: None, data_dir: root.path().into(), dashboard: None };
         let running = tell(&place, &RunFile { pid: 7, ..RunFile::default() }).unwrap();
         assert_eq!(place.run_file().unwrap().pid, 7);
         drop(running);

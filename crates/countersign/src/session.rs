@@ -1,4 +1,4 @@
-//! `session`: who is signed in to the dashboard, and taking that back.
+//! `session`: who is signed in, in browsers and on command lines, and taking that back.
 
 use clap::Subcommand;
 
@@ -42,6 +42,7 @@ pub async fn session(verb: SessionVerb, place: &Place, output: Output) -> Done {
                     vec![
                         cell(session.id.get(..12).unwrap_or(&session.id)),
                         cell(&session.operator),
+                        cell(session.kind.as_str()),
                         cell(&session.factor),
                         cell(&session.address),
                         cell(render::moment(session.began_at_ms)),
@@ -49,7 +50,7 @@ pub async fn session(verb: SessionVerb, place: &Place, output: Output) -> Done {
                         cell(render::tame(&session.agent)),
                     ]
                 });
-                render::table(&["ID", "OPERATOR", "FACTOR", "FROM", "BEGAN", "USED", "BROWSER"], rows, paint)
+                render::table(&["ID", "OPERATOR", "IN", "FACTOR", "FROM", "BEGAN", "USED", "AGENT"], rows, paint)
             })
         }
         SessionVerb::Revoke { id, operator, all: _ } => {

@@ -266,7 +266,7 @@ fn keys(ground: &Ground, operator: &OperatorName) -> Result<Vec<FactorId>, Failu
 }
 
 /// Opens the page where there is a desktop; where there is none, the address was printed.
-fn open_browser(url: &str) {
+pub fn open_browser(url: &str) {
     if ["DISPLAY", "WAYLAND_DISPLAY"].iter().any(|name| std::env::var_os(name).is_some()) {
         let opened = std::process::Command::new("xdg-open")
             .arg(url)
@@ -391,7 +391,7 @@ mod tests {
                     );
                 }
             });
-            let place = Place { dir: None, data_dir: dir.path().into() };
+            let place = Place { dir: None, data_dir: dir.path().into(), dashboard: None };
             Self { client: Client::control(&place), heard, dir }
         }
 

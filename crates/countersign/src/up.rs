@@ -98,7 +98,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
     let started = Instant::now();
     let place = match &arguments.mesh {
         Some(dir) => mesh_finder::at(dir, global.data_dir.as_deref())?,
-        None => cli::place(global)?,
+        None => cli::here(global)?,
     };
     place.create_data_dir()?;
     let _held = serve::hold(&place)?;

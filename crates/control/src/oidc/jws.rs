@@ -13,6 +13,7 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
+use countersign_api::dpop::{PROOF_TYP, thumbprint};
 use countersign_core::canonical::Digest;
 
 use super::TOKEN_BYTES_MAX;
@@ -33,6 +34,15 @@ pub enum Algorithm {
     Ps256,
     /// Ed25519.
     EdDsa,
+}
+
+/// What kind of token one has to be, as the `typ` of its header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Typ {
+    /// A token about somebody: `JWT`, or nothing.
+    Token,
+    /// A proof of a key (RFC 9449), which brings that key.
+    Proof,
 }
 
 /// Why something is no token.
@@ -65,6 +75,8 @@ pub enum TokenMalformed {
 pub struct Presented<'t> {
     algorithm: Algorithm,
     key_id: Option<String>,
+    /// The key that a proof brings. Whose it is, it does not say.
+    own_key: Option<Value>,
     claims: Map<String, Value>,
     signing_input: &'t str,
     signature: Vec<u8>,
@@ -98,8 +110,13 @@ impl Algorithm {
 }
 
 impl<'t> Presented<'t> {
-    /// Takes a token apart.
+    /// Takes a token about somebody apart.
     pub fn parse(token: &'t str) -> Result<Self, TokenMalformed> {
+        Self::parse_as(token, Typ::Token)
+    }
+
+    /// Takes a token of one kind apart.
+    pub fn parse_as(token: &'t str, typ: Typ) -> Result<Self, TokenMalformed> {
         if token.len() > TOKEN_BYTES_MAX {
             return Err(TokenMalformed::TooLong);
         }
@@ -120,17 +137,30 @@ impl<'t> Presented<'t> {
         if header.contains_key("crit") || header.contains_key("b64") {
             return no("it demands extensions".to_owned());
         }
-        match header.get("typ") {
-            None => {}
-            Some(Value::String(typ)) if typ.eq_ignore_ascii_case("JWT") => {}
-            Some(_) => return no("its `typ` is of another kind of token".to_owned()),
+        let is_meant = match (typ, header.get("typ")) {
+            (Typ::Token, None) => true,
+            (Typ::Token, Some(said)) => said.as_str().is_some_and(|said| said.eq_ignore_ascii_case("JWT")),
+            (Typ::Proof, said) => said.and_then(Value::as_str) == Some(PROOF_TYP),
+        };
+        if !is_meant {
+            return no("its `typ` is of another kind of token".to_owned());
         }
         let key_id = match header.get("kid") {
             None => None,
             Some(Value::String(id)) if id.len() <= KEY_ID_BYTES_MAX => Some(id.clone()),
             Some(_) => return no("its `kid` is no short text".to_owned()),
         };
-        Ok(Self { algorithm, key_id, claims, signing_input, signature })
+        let own_key = if typ == Typ::Proof { header.get("jwk").cloned() } else { None };
+        Ok(Self { algorithm, key_id, own_key, claims, signing_input, signature })
+    }
+
+    /// The thumbprint of the key that a proof brings, if that key signed it: ECDSA with P-256, and nothing private in it.
+    pub fn proven_key(&self) -> Option<String> {
+        let jwk = self.own_key.as_ref()?;
+        let key = Key::of_jwk(jwk).filter(|_| jwk.get("d").is_none() && self.algorithm == Algorithm::Es256)?;
+        let coordinate = |name: &str| jwk.get(name).and_then(Value::as_str).map(str::to_owned);
+        (matches!(key.material, Material::P256(_)) && key.verifies(self))
+            .then(|| Some(thumbprint(&(coordinate("x")?, coordinate("y")?))))?
     }
 
     /// Who is said to have issued it.
@@ -145,7 +175,7 @@ impl<'t> Presented<'t> {
 
     /// The claims, and what tells the token from others. To be asked for once a key has verified it. An ECDSA signature has a
     /// twin that is as good, so the signature is no part of it.
-    pub(super) fn into_signed(self) -> (Map<String, Value>, Digest) {
+    pub(crate) fn into_signed(self) -> (Map<String, Value>, Digest) {
         let id = Digest::of(self.signing_input.as_bytes());
         (self.claims, id)
     }

@@ -69,7 +69,7 @@ impl Attempts {
 }
 
 /// An IPv6 host has as many addresses as it likes within its network.
-fn network_of(address: IpAddr) -> IpAddr {
+pub fn network_of(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_none() => {
             let [a, b, c, d, ..] = v6.segments();

@@ -15,16 +15,14 @@ use countersign_api::local::{Apply, ApplyAs, Problem, Shown};
 use countersign_core::{
     assurance::FactorKind,
     change::{Bodies, Change, ChangeSet, RoleName},
-    gate::OWNER,
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, Operator},
-    state::MeshState,
 };
 
 use super::{
     entries::short,
     pages::{Frame, page, problem_page},
-    session::{self, Session},
+    session::{self, Session, is_owner},
     words::When,
 };
 use crate::{
@@ -85,6 +83,7 @@ fn factor_rows(name: &OperatorName, operator: &Operator, may_remove: bool) -> Ve
 struct SessionRow {
     id: String,
     operator: String,
+    held_by: &'static str,
     kind: &'static str,
     address: String,
     agent: String,
@@ -101,6 +100,7 @@ async fn session_rows(plane: &Plane, own: &Session, everybody: bool) -> Result<V
         .map(|session| SessionRow {
             this: session.id == own.id,
             operator: session.operator.to_string(),
+            held_by: session.held_by().as_str(),
             kind: session.kind.as_str(),
             address: session.address.to_string(),
             agent: session.agent,
@@ -108,10 +108,6 @@ async fn session_rows(plane: &Plane, own: &Session, everybody: bool) -> Result<V
             id: session.id,
         })
         .collect())
-}
-
-fn is_owner(state: &MeshState, operator: &OperatorName) -> bool {
-    state.operators.get(operator).is_some_and(|operator| operator.roles.contains(OWNER))
 }
 
 #[derive(Template)]

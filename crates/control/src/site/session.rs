@@ -1,7 +1,11 @@
-//! Who is signed in. A session is a random token that a browser holds in a cookie no script can read; here only its hash is kept.
+//! Who is signed in. A session is a random token that a browser holds in a cookie no script can read, or a command in a file beside
+//! the key that the session is bound to; here only its hash is kept.
 //! It says who asks and approves nothing: what the gate asks for is shown for each change anew.
 //!
 //! INVARIANT (session-of-an-operator): a session is good only while its operator is one and has the factor that it began with.
+//!
+//! INVARIANT (session-with-its-key): the token of a command's session is good only with a proof of its key, and never as a cookie;
+//! a browser's is good only as a cookie.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -12,11 +16,13 @@ use axum::{
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header, request::Parts};
 use serde::{Deserialize, Serialize};
 
-use countersign_api::local::{Problem, SessionView};
+use countersign_api::local::{Problem, SessionKind, SessionView};
 use countersign_core::{
     assurance::FactorKind,
     canonical::Digest,
+    gate::OWNER,
     identity::{FactorId, OperatorName},
+    state::MeshState,
 };
 
 use crate::{
@@ -38,6 +44,8 @@ pub const LIFETIME_MS: u64 = 12 * 60 * 60 * 1000;
 const WRITE_EVERY_MS: u64 = 60 * 1000;
 /// What a browser says of itself is kept up to here, in characters.
 const AGENT_CHARS_MAX: usize = 160;
+/// Characters of a token.
+pub const TOKEN_CHARS: usize = 64;
 /// The header in which a page's script shows that it can read the page.
 pub const CSRF: HeaderName = HeaderName::from_static("x-countersign-csrf");
 
@@ -68,6 +76,9 @@ pub struct Session {
     pub agent: String,
     /// What its pages send back with whatever changes something.
     pub csrf: String,
+    /// The thumbprint of the key that it is bound to: a command's, in place of a cookie.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
 }
 
 /// Whom a session begins for.
@@ -81,8 +92,10 @@ pub struct Beginning {
     pub kind: FactorKind,
     /// Where.
     pub address: IpAddr,
-    /// What the browser said of itself.
+    /// What the browser or command said of itself.
     pub agent: String,
+    /// The thumbprint of the key that it is bound to, for a command.
+    pub key: Option<String>,
 }
 
 impl Session {
@@ -91,11 +104,17 @@ impl Session {
         (self.used_at_ms + IDLE_MS).min(self.began_at_ms + LIFETIME_MS)
     }
 
+    /// What holds it.
+    pub fn held_by(&self) -> SessionKind {
+        if self.key.is_some() { SessionKind::CommandLine } else { SessionKind::Browser }
+    }
+
     /// As it is told.
     pub fn view(&self) -> SessionView {
         SessionView {
             id: self.id.clone(),
             operator: self.operator.clone(),
+            kind: self.held_by(),
             factor: self.kind.as_str().into(),
             address: self.address.to_string(),
             agent: self.agent.clone(),
@@ -121,7 +140,7 @@ impl Session {
 
 /// Begins a session and returns its token, which is told once.
 pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Problem> {
-    let Beginning { operator, factor, kind, address, mut agent } = beginning;
+    let Beginning { operator, factor, kind, address, mut agent, key } = beginning;
     if let Some((end, _)) = agent.char_indices().nth(AGENT_CHARS_MAX) {
         agent.truncate(end);
     }
@@ -136,6 +155,7 @@ pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Proble
         address,
         agent,
         csrf: random(),
+        key,
     };
     let document = session.document();
     let kept = plane.storage.run("put_session", move |store| store.put_document(&document, now_ms, SESSIONS_MAX)).await;
@@ -148,18 +168,33 @@ pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Proble
     }
 }
 
-/// The session of `token`, if it is good now. `is_used` is false for what a page asks by itself: nobody has to sit before it.
+/// The session of a browser's `token`, if it is good now. `is_used` is false for what a page asks by itself: nobody has to sit before it.
 pub async fn find(plane: &Plane, token: &str, is_used: bool) -> Result<Option<Session>, StoreError> {
+    find_held(plane, token, None, is_used).await
+}
+
+/// The session of a command's `token`, if it is good now and bound to the key with this thumbprint, of which a proof was shown.
+pub async fn find_bound(plane: &Plane, token: &str, key: &str) -> Result<Option<Session>, StoreError> {
+    find_held(plane, token, Some(key), true).await
+}
+
+async fn find_held(
+    plane: &Plane,
+    token: &str,
+    key: Option<&str>,
+    is_used: bool,
+) -> Result<Option<Session>, StoreError> {
     let (id, now_ms) = (id_of(token), plane.clock.now_ms());
-    let key = id.clone();
-    let found = plane.storage.run("session", move |store| store.document(KIND, &key, now_ms)).await?;
+    let asked = id.clone();
+    let found = plane.storage.run("session", move |store| store.document(KIND, &asked, now_ms)).await?;
     let Some((bytes, mut session)) = found.and_then(|bytes| Session::read(id, &bytes).map(|session| (bytes, session)))
     else {
         return Ok(None);
     };
-    let head = plane.ledger.head();
-    let operator = head.follower.state().operators.get(&session.operator);
-    if !operator.is_some_and(|operator| operator.factors.contains_key(&session.factor)) {
+    if session.key.as_deref() != key {
+        return Ok(None);
+    }
+    if !is_of_an_operator(plane, &session) {
         end(plane, vec![session.id]).await?;
         return Ok(None);
     }
@@ -173,6 +208,12 @@ pub async fn find(plane: &Plane, token: &str, is_used: bool) -> Result<Option<Se
             .await?;
     }
     Ok(Some(session))
+}
+
+fn is_of_an_operator(plane: &Plane, session: &Session) -> bool {
+    let head = plane.ledger.head();
+    let operator = head.follower.state().operators.get(&session.operator);
+    operator.is_some_and(|operator| operator.factors.contains_key(&session.factor))
 }
 
 /// Whether the session called `id` has ended. Asking does not use it.
@@ -189,6 +230,22 @@ pub async fn list(plane: &Plane) -> Result<Vec<Session>, StoreError> {
     Ok(found.into_iter().filter_map(|(id, bytes)| Session::read(id, &bytes)).collect())
 }
 
+/// Those that may be seen and ended by who asks: one's own, those of everybody by an owner, and by whoever has the socket.
+pub async fn seen_by(plane: &Plane, asks: Option<&Session>) -> Result<Vec<Session>, StoreError> {
+    let mut sessions = list(plane).await?;
+    if let Some(own) = asks {
+        let head = plane.ledger.head();
+        let is_owner = is_owner(head.follower.state(), &own.operator);
+        sessions.retain(|session| is_owner || session.operator == own.operator);
+    }
+    Ok(sessions)
+}
+
+/// Whether an operator may see and end the sessions of others.
+pub fn is_owner(state: &MeshState, operator: &OperatorName) -> bool {
+    state.operators.get(operator).is_some_and(|operator| operator.roles.contains(OWNER))
+}
+
 /// Ends sessions, by their ids.
 pub async fn end(plane: &Plane, ids: Vec<String>) -> Result<(), StoreError> {
     plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await
@@ -198,7 +255,8 @@ fn id_of(token: &str) -> String {
     Digest::of(token.as_bytes()).to_string()
 }
 
-fn random() -> String {
+/// 256 random bits, in hexadecimal.
+pub fn random() -> String {
     let mut bytes = [0; 32];
     aws_lc_rs::rand::fill(&mut bytes).expect("INVARIANT: the system's random source does not fail");
     hex::encode(bytes)
@@ -225,7 +283,7 @@ pub fn token_of<'a>(plane: &Plane, headers: &'a HeaderMap) -> Option<&'a str> {
     let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
     let mut pairs = cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
     let (_, token) = pairs.find(|(name, _)| *name == cookie_name(plane))?;
-    (token.len() == 64).then_some(token)
+    (token.len() == TOKEN_CHARS).then_some(token)
 }
 
 /// Whether a page asks to be brought up to date, as htmx says it, or listens for news.

@@ -98,7 +98,7 @@ async fn opened(
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
     let agent = text(headers, header::USER_AGENT).unwrap_or("unknown").to_owned();
-    let token = session::begin(plane, Beginning { operator, factor, kind, address, agent }).await?;
+    let token = session::begin(plane, Beginning { operator, factor, kind, address, agent, key: None }).await?;
     let cookie = session::set_cookie(plane, Some(&token));
     Ok(([(header::SET_COOKIE, cookie)], Json(json!({ "signed_in": true }))).into_response())
 }

@@ -25,6 +25,8 @@ use countersign_testkit::security_key::SecurityKey;
 use super::{SiteConfig, serve::From, session};
 use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, proposals, start_with_clock};
 
+mod commands;
+
 struct Mesh {
     control: Control,
     now_ms: Arc<AtomicU64>,
@@ -400,6 +402,7 @@ async fn every_request_that_changes_something_is_refused_from_another_page_witho
         "/changes/p1/reject",
         "/changes/p1/withdraw",
         "/operators/ask",
+        "/device/answer",
         "/sessions/s1/end",
     ];
     let for_strangers = [
