@@ -120,6 +120,12 @@ class Sealed:
 
             self.origins = (mesh.origin, "http://localhost:7449")
             self.directory = tmp_path / "ledger"
+            # Taking the whole ledger along is sensitive: the gate asks for the key first.
+            asked = countersign(mesh.directory, "ledger", "export", self.directory)
+            assert asked.returncode == 3 and json.loads(asked.stdout)["act"] == "export_ledger", asked
+            alice.open(json.loads(asked.stdout)["url"])
+            alice.find("[data-do=act-key] button").click()
+            alice.until(lambda _: "It is open" in alice.text())
             assert countersign(mesh.directory, "ledger", "export", self.directory).returncode == 0
             self.vkey = json.loads(countersign(mesh.directory, "authority", "show").stdout)["log_key"]
             [passkey] = alice.cdp("WebAuthn.getCredentials", authenticatorId=alice.authenticator)["credentials"]
