@@ -16,7 +16,6 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 from fido2 import cbor
 from fido2.cose import ES256
 from fido2.webauthn import AuthenticatorData, CollectedClientData
-from selenium.webdriver.common.by import By
 from test_ledger import Refused, body, bundle_of, flipped, leaf_hash, ours, root_of, sha256, swap_entries, verify_export
 
 
