@@ -628,7 +628,8 @@ def write_table():
             continue
         result = json.loads(path.read_text())
         at, machine_, runs = result.pop("at"), result.pop("machine"), result.pop("runs", {})
-        lines += ["", f"## {part}", "", f"{at[:10]}, {machine_['cores']} cores of {machine_['processor']}, Envoy {machine_['envoy']}", ""]
+        beside = f", Envoy {machine_['envoy']}" if machine_["envoy"] else ""
+        lines += ["", f"## {part}", "", f"{at[:10]}, {machine_['cores']} cores of {machine_['processor']}{beside}", ""]
         if runs:
             names = list(runs)
             lines += ["| | " + " | ".join(names) + " | ratio |", "|---|" + "---|" * (len(names) + 1)]
