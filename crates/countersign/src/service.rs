@@ -59,10 +59,12 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
                 verdict(enforces, instance.error.is_none() && instance.revision == status.revision),
                 cell(render::distance(instance.svid_expires_at_ms, now_ms)),
                 verdict(&instance.isolation, instance.isolation == "namespace"),
+                cell(instance.artifact.map_or_else(|| "-".to_owned(), |artifact| artifact.short())),
                 cell(&instance.admin),
             ]
         });
-        let headings = ["INSTANCE", "HOST", "ADDRESS", "STATE", "ENFORCES", "SVID EXPIRES", "ISOLATION", "ADMIN"];
+        let headings =
+            ["INSTANCE", "HOST", "ADDRESS", "STATE", "ENFORCES", "SVID EXPIRES", "ISOLATION", "SHA-256", "ADMIN"];
         let _ = write!(text, "\n{}", render::table(&headings, rows, paint));
         text.push_str(&table_of_waiting(service, paint));
         let _ = write!(text, "\n{}", table_of_callers(callers, now_ms, paint));
