@@ -154,6 +154,19 @@ pub struct EdgeCount {
 }
 
 impl Reason {
+    /// What it means, for people.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Self::Permitted => "a policy permits it and none forbids it",
+            Self::NoPolicyPermits => "no policy permits it",
+            Self::Forbidden => "a policy forbids it",
+            Self::AssuranceNeeded => "only a stronger or more recent authentication is missing",
+            Self::PolicyFault => "a policy could not be evaluated, which denies",
+            Self::NotDeclared => "the service is not declared any more",
+            Self::NotAWorkload => "the peer is not a workload of a service",
+        }
+    }
+
     /// Every reason. Kept records refer to places in this list: only append.
     pub const ALL: [Self; 7] = [
         Self::Permitted,

@@ -174,7 +174,7 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     let mut say = |label: &str, value: String| {
         let _ = writeln!(text, "{} {}", paint.dim(&format!("{label:<13}")), render::tame(&value));
     };
-    say("reason", reason(record.reason).to_owned());
+    say("reason", record.reason.in_words().to_owned());
     say("at", render::moment_full(record.at_ms));
     say("revision", record.revision.to_string());
     say("judged", format!("{} by the proxy of {}, in {} ns", judged(record), record.instance, record.judge_ns));
@@ -270,19 +270,6 @@ pub fn line(event: &TailEvent, own: Option<&TrustDomain>, paint: Paint) -> Strin
 
 fn times(count: u64) -> String {
     if count == 1 { "once".to_owned() } else { format!("{count} times") }
-}
-
-/// What the reason means, for people.
-pub fn reason(reason: Reason) -> &'static str {
-    match reason {
-        Reason::Permitted => "a policy permits it and none forbids it",
-        Reason::NoPolicyPermits => "no policy permits it",
-        Reason::Forbidden => "a policy forbids it",
-        Reason::AssuranceNeeded => "only a stronger or more recent authentication is missing",
-        Reason::PolicyFault => "a policy could not be evaluated, which denies",
-        Reason::NotDeclared => "the service is not declared any more",
-        Reason::NotAWorkload => "the peer is not a workload of a service",
-    }
 }
 
 /// The outcome, painted.

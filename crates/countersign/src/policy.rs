@@ -309,7 +309,7 @@ fn text(explanation: &Explanation, inputs: &Inputs, mesh: &Mesh, paint: Paint) -
         decision::outcome(explanation.outcome, paint),
         paint.strong(&format!("{} {} {}{}", inputs.principal, inputs.action, inputs.service, inputs.path)),
         paint.dim(&at),
-        decision::reason(explanation.reason),
+        explanation.reason.in_words(),
     );
     if explanation.policies.is_empty() {
         text.push_str("no policy is about this service: what no policy permits is denied\n");

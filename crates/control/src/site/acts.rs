@@ -10,13 +10,13 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::StatusCode;
-use serde::Deserialize;
 use serde_json::json;
 
-use countersign_api::local::{Code, KeyChallenge, Shown, SignedChallenge};
+use countersign_api::local::{KeyChallenge, Shown, SignedChallenge};
 use countersign_core::gate::{Answer, act::Act};
 
 use super::{
+    ceremony::WithCode,
     pages::{Frame, page, problem_page},
     session::Session,
     sign_in::no_site,
@@ -115,13 +115,6 @@ pub async fn sign(
     let asked = acts::asked(&plane, &id, &session).await?;
     acts::open_with_key(&plane, &asked, &session, &signed).await?;
     Ok(Json(json!({ "opened": true })))
-}
-
-/// A code of an authenticator app.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WithCode {
-    code: Code,
 }
 
 /// Takes a code, where the gate takes one.

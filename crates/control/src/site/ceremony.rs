@@ -92,7 +92,7 @@ pub async fn sign(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WithCode {
-    code: Code,
+    pub(super) code: Code,
 }
 
 /// Takes a code, where the gate takes one.

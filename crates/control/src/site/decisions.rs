@@ -15,7 +15,7 @@ use countersign_core::{
     change::PolicyId,
     gate::act::Act,
     identity::ServiceName,
-    record::{DecisionRecord, Judged, Outcome, Reason},
+    record::{DecisionRecord, Judged, Outcome},
 };
 
 use super::{
@@ -98,21 +98,9 @@ impl Row {
             principal: service.map_or_else(|| inputs.principal.to_string(), |service| service.to_string()),
             action: inputs.action.to_string(),
             operation: format!("{}{}", inputs.service, inputs.path),
-            reason: reason(record.reason),
+            reason: record.reason.in_words(),
             policies: record.policies.join(", "),
         }
-    }
-}
-
-fn reason(reason: Reason) -> &'static str {
-    match reason {
-        Reason::Permitted => "a policy permits it and none forbids it",
-        Reason::NoPolicyPermits => "no policy permits it",
-        Reason::Forbidden => "a policy forbids it",
-        Reason::AssuranceNeeded => "only a stronger or more recent authentication is missing",
-        Reason::PolicyFault => "a policy could not be evaluated, which denies",
-        Reason::NotDeclared => "the service is not declared any more",
-        Reason::NotAWorkload => "the peer is not a workload of a service",
     }
 }
 
