@@ -495,6 +495,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     spawn("the heartbeat", beat(plane.clone()).boxed());
     if let Some(url) = shared {
         spawn("the following of the shared store", replicas::follow(plane.clone(), url).boxed());
+        spawn("the writing of acknowledgements", replicas::write_acknowledgements(plane.clone()).boxed());
     }
     spawn("the renewal of its own SVID", renew(plane.clone()).boxed());
     spawn("the signing of checkpoints", checkpoint::follow(plane.clone()).boxed());
@@ -579,11 +580,7 @@ impl Control {
         if tokio::time::timeout(STOP_WITHIN, ended).await.is_err() {
             tasks.shutdown().await;
         }
-        if let Some(instances) = self.plane.publisher.unsaved_instances() {
-            let replica = self.plane.replica.clone();
-            let put = move |store: &mut dyn Store| store.put_instances(&replica, &instances);
-            let _ = self.plane.storage.run("put_instances", put).await;
-        }
+        let _ = self.plane.write_instances().await;
         let _ = fs::remove_file(&self.socket);
         tracing::info!("control plane stopped");
     }
@@ -714,6 +711,20 @@ impl Plane {
         }
     }
 
+    /// Writes down the instances, if they changed. What is written is what is known when the store comes to it, so that of two
+    /// writes the later one knows more.
+    async fn write_instances(&self) -> Result<(), StoreError> {
+        if !self.publisher.is_unsaved() {
+            return Ok(());
+        }
+        let (publisher, replica) = (self.publisher.clone(), self.replica.clone());
+        let put = move |store: &mut dyn Store| {
+            let Some(instances) = publisher.unsaved_instances() else { return Ok(()) };
+            store.put_instances(&replica, &instances).inspect_err(|_| publisher.keep_unsaved())
+        };
+        self.storage.run("put_instances", put).await
+    }
+
     /// Writes down where the ledger ends. One that cannot be written is said, and the change stands: the store has it.
     async fn mark(&self) {
         let (high_water, ledger) = (self.high_water.clone(), self.ledger.clone());
@@ -771,13 +782,8 @@ async fn beat(plane: Arc<Plane>) {
         let now_ms = plane.clock.now_ms();
         plane.publisher.sweep(now_ms);
         plane.publisher.heartbeat();
-        if let Some(instances) = plane.publisher.unsaved_instances() {
-            let replica = plane.replica.clone();
-            let put = move |store: &mut dyn Store| store.put_instances(&replica, &instances);
-            let written = plane.storage.run("put_instances", put).await;
-            if let Err(error) = written {
-                tracing::warn!(%error, "instances could not be written down");
-            }
+        if let Err(error) = plane.write_instances().await {
+            tracing::warn!(%error, "instances could not be written down");
         }
     }
 }

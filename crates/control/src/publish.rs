@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use countersign_api::{
@@ -28,7 +28,7 @@ use countersign_core::{
 use crate::{
     ledger::Head,
     registry::{Moved, Refused, Registry},
-    store::{StoredHost, StoredInstance},
+    store::{StoredAcknowledgement, StoredHost, StoredInstance},
 };
 
 /// Events that wait for one agent at most.
@@ -43,6 +43,8 @@ pub struct Publisher {
     inner: Mutex<Inner>,
     /// Bumped whenever something that a waiting command looks at has moved.
     moved: watch::Sender<u64>,
+    /// Told when there is an acknowledgement to write down.
+    unwritten: Notify,
 }
 
 struct Inner {
@@ -55,6 +57,8 @@ struct Inner {
     questions: BTreeMap<u64, Question>,
     next_question: u64,
     unsaved: bool,
+    /// Instances whose proxies acknowledged something that other control planes cannot read yet.
+    acknowledged: BTreeSet<InstanceId>,
     /// Whether other control planes read what is written down.
     is_shared: bool,
     dropped: u64,
@@ -125,10 +129,11 @@ impl Publisher {
             questions: BTreeMap::new(),
             next_question: 0,
             unsaved: false,
+            acknowledged: BTreeSet::new(),
             is_shared: false,
             dropped: 0,
         };
-        Self { inner: Mutex::new(inner), moved: watch::Sender::new(0) }
+        Self { inner: Mutex::new(inner), moved: watch::Sender::new(0), unwritten: Notify::new() }
     }
 
     /// Takes in what other control planes of this store wrote, and writes down what this one knows whenever it is not there.
@@ -144,9 +149,15 @@ impl Publisher {
         let written = instances.iter().filter(|instance| instance.replica == replica).count();
         let is_written = |own: &StoredInstance| {
             let found = instances.binary_search_by(|instance| instance.instance.cmp(&own.instance));
-            found.is_ok_and(|at| instances[at].replica == replica)
+            found.is_ok_and(|at| {
+                let written = &instances[at];
+                let is_ours = written.replica == replica;
+                let as_we_know = (written.revision, &written.error) == (own.revision, &own.error);
+                is_ours && (as_we_know || inner.acknowledged.contains(&own.instance))
+            })
         };
-        inner.unsaved = was_unsaved || own.len() != written || !own.iter().all(is_written);
+        let unsaved = was_unsaved || own.len() != written || !own.iter().all(is_written);
+        inner.unsaved = unsaved;
         drop(inner);
         self.bump();
     }
@@ -239,8 +250,11 @@ impl Publisher {
         inner.registry.heard(host, now_ms);
         match said {
             Said::Acknowledgement(given) => {
-                inner.registry.acknowledge(host, &given)?;
-                inner.unsaved |= inner.is_shared;
+                let moved = inner.registry.acknowledge(host, &given)?;
+                if inner.is_shared && !moved.is_empty() {
+                    inner.acknowledged.extend(moved);
+                    self.unwritten.notify_one();
+                }
             }
             Said::Up(up) => {
                 let head = inner.head.clone();
@@ -333,6 +347,34 @@ impl Publisher {
     pub fn unsaved_instances(&self) -> Option<Vec<StoredInstance>> {
         let mut inner = self.inner.lock();
         std::mem::take(&mut inner.unsaved).then(|| inner.registry.stored_instances())
+    }
+
+    /// They could not be written down.
+    pub fn keep_unsaved(&self) {
+        self.inner.lock().unsaved = true;
+    }
+
+    /// Whether there are any to write down.
+    pub fn is_unsaved(&self) -> bool {
+        self.inner.lock().unsaved
+    }
+
+    /// Returns when a proxy has acknowledged something that is to be written down.
+    pub async fn acknowledged(&self) {
+        self.unwritten.notified().await;
+    }
+
+    /// What was acknowledged since the last call: all of it at once, however many proxies said it.
+    pub fn unwritten_acknowledgements(&self) -> Vec<StoredAcknowledgement> {
+        let mut inner = self.inner.lock();
+        let acknowledged = std::mem::take(&mut inner.acknowledged);
+        inner.registry.stored_acknowledgements(acknowledged)
+    }
+
+    /// Takes in what proxies enforce that follow another control plane.
+    pub fn acknowledged_elsewhere(&self, written: Vec<StoredAcknowledgement>) {
+        self.inner.lock().registry.acknowledged_elsewhere(written);
+        self.bump();
     }
 
     /// Waits until every connected proxy enforces `revision`, or the deadline; returns those that do not, and how many
@@ -580,6 +622,48 @@ mod tests {
             let expected: Vec<_> = expected.into_iter().map(name).collect();
             assert_eq!(about(&change_set, &before, &after), expected, "{what}");
         }
+    }
+
+    fn acknowledgement(instance: &str, revision: u64) -> mesh::follow_request::Message {
+        let instance = mesh::InstanceRevision { instance: instance.into(), revision, error: String::new() };
+        mesh::follow_request::Message::Acknowledgement(mesh::Acknowledgement { instances: vec![instance] })
+    }
+
+    #[tokio::test]
+    async fn what_a_thousand_proxies_acknowledge_at_once_is_one_write_and_what_they_repeat_is_none() {
+        let publisher = Publisher::new(Registry::default());
+        let nobody_else =
+            || Elsewhere { alive: [].into(), instances: Vec::new(), hosts: Vec::new(), entitlements: Vec::new() };
+        publisher.elsewhere("one", nobody_else(), 0);
+        let _agent = join(&publisher, "a");
+        let all: Vec<String> = (0..1_000).map(|n| format!("web/{n}")).collect();
+        for instance in &all {
+            publisher.hear(&name("a"), up(instance, 1), 0).unwrap();
+        }
+        for revision in [1, 2] {
+            for instance in &all {
+                publisher.hear(&name("a"), acknowledgement(instance, revision), 0).unwrap();
+            }
+            publisher.acknowledged().await;
+            let written = publisher.unwritten_acknowledgements();
+            assert_eq!(written.len(), all.len());
+            assert!(written.iter().all(|one| one.revision == Revision(revision)));
+        }
+        for instance in &all {
+            publisher.hear(&name("a"), acknowledgement(instance, 2), 0).unwrap();
+        }
+        assert!(publisher.unwritten_acknowledgements().is_empty());
+        let again = std::pin::pin!(publisher.acknowledged());
+        assert!(futures_util::poll!(again).is_pending(), "an idle mesh writes nothing");
+        // One that was lost on its way is found when the tables are looked at.
+        let mut instances = publisher.inner.lock().registry.stored_instances();
+        instances.iter_mut().for_each(|instance| instance.replica = "one".into());
+        publisher.unsaved_instances();
+        publisher.elsewhere("one", Elsewhere { instances: instances.clone(), ..nobody_else() }, 0);
+        assert!(!publisher.is_unsaved(), "all of it is there");
+        instances[7].revision = Revision(1);
+        publisher.elsewhere("one", Elsewhere { instances, ..nobody_else() }, 0);
+        assert!(publisher.is_unsaved());
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@ use countersign_core::{
     identity::{InstanceId, ServiceName},
 };
 
-use crate::store::{StoredHost, StoredInstance};
+use crate::store::{StoredAcknowledgement, StoredHost, StoredInstance};
 
 /// How long the instances of a host stay when its stream ends: an agent that reconnects cuts no traffic.
 pub const GRACE_MS: u64 = 5_000;
@@ -277,15 +277,35 @@ impl Registry {
         Ok(Moved { up: Vec::new(), down: if gone { vec![id] } else { Vec::new() } })
     }
 
-    /// Proxies of a host enforce, or failed to take up, a revision.
-    pub fn acknowledge(&mut self, host: &ServiceName, given: &mesh::Acknowledgement) -> Result<(), Refused> {
+    /// Proxies of a host enforce, or failed to take up, a revision. Names those of which something else was known.
+    pub fn acknowledge(
+        &mut self,
+        host: &ServiceName,
+        given: &mesh::Acknowledgement,
+    ) -> Result<Vec<InstanceId>, Refused> {
+        let mut moved = Vec::new();
         for acknowledged in &given.instances {
             let id = InstanceId::parse(&acknowledged.instance)?;
             let instance = self.of_host(host, &id)?;
-            instance.revision = instance.revision.max(Revision(acknowledged.revision));
-            instance.error = (!acknowledged.error.is_empty()).then(|| short(&acknowledged.error));
+            let revision = instance.revision.max(Revision(acknowledged.revision));
+            let error = (!acknowledged.error.is_empty()).then(|| short(&acknowledged.error));
+            if (instance.revision, &instance.error) != (revision, &error) {
+                (instance.revision, instance.error) = (revision, error);
+                moved.push(id);
+            }
         }
-        Ok(())
+        Ok(moved)
+    }
+
+    /// What proxies enforce whose agents follow another control plane, as it wrote that down. Which instances these are is not
+    /// learnt here.
+    pub fn acknowledged_elsewhere(&mut self, written: Vec<StoredAcknowledgement>) {
+        for StoredAcknowledgement { instance, revision, error } in written {
+            let known = self.instances.get_mut(&instance);
+            if let Some(known) = known.filter(|known| known.is_elsewhere && known.endpoint.is_some()) {
+                (known.revision, known.error) = (revision, error);
+            }
+        }
     }
 
     /// Takes out what its agent did not speak of in time.
@@ -485,6 +505,15 @@ impl Registry {
         self.instances.iter().filter(|(_, instance)| !instance.is_elsewhere).filter_map(stored).collect()
     }
 
+    /// What the proxies of these enforce, as it is written down; nothing of those that cannot be reached, or not by us.
+    pub fn stored_acknowledgements(&self, of: impl IntoIterator<Item = InstanceId>) -> Vec<StoredAcknowledgement> {
+        let stored = |id: InstanceId| {
+            let known = self.instances.get(&id).filter(|known| !known.is_elsewhere && known.endpoint.is_some())?;
+            Some(StoredAcknowledgement { instance: id, revision: known.revision, error: known.error.clone() })
+        };
+        of.into_iter().filter_map(stored).collect()
+    }
+
     fn expect_again(&mut self, host: &ServiceName, now_ms: u64) {
         for instance in self.instances.values_mut().filter(|instance| instance.host == *host) {
             instance.is_elsewhere = false;
@@ -564,12 +593,13 @@ fn list(services: &BTreeSet<ServiceName>) -> String {
     services.iter().map(|service| format!("`{service}`")).collect::<Vec<_>>().join(", ")
 }
 
+/// What an agent says, as it is kept: bounded, and without what a database refuses, which would keep out the others with it.
 fn short(text: &str) -> String {
     let mut end = text.len().min(TEXT_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    text[..end].to_owned()
+    text[..end].replace('\0', "")
 }
 
 #[cfg(test)]
@@ -731,5 +761,6 @@ mod tests {
         }
         assert_eq!(registry.up(&h1, &up("web/x", "127.0.0.1:1", true), &any()), Err(Refused::TooMany));
         assert_eq!(short(&"é".repeat(1_000)).len(), TEXT_BYTES_MAX);
+        assert_eq!(short("a\0b"), "ab");
     }
 }

@@ -1,19 +1,20 @@
-//! Several control planes on one store: each takes up what the others wrote and says which agents follow it. A notice of the
-//! database only wakes; what its tables hold counts, and they are looked at every second without one.
+//! Several control planes on one store: each takes up what the others wrote and says which agents follow it, and what their
+//! proxies enforce as soon as they say so. A notice of the database only wakes; what its tables hold counts, and they are looked
+//! at every second without one.
 //!
 //! Writes nothing to the ledger, and decides nothing about an agent that is connected here.
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     Plane, error_chain,
     ledger::AppendError,
     publish::Elsewhere,
     store::{
-        StoreError,
-        postgres::{PostgresUrl, listen},
+        Store, StoreError,
+        postgres::{PostgresUrl, Wakes, listen},
     },
 };
 
@@ -34,11 +35,22 @@ pub(crate) fn name() -> String {
 
 /// Follows the store for as long as the control plane lives.
 pub(crate) async fn follow(plane: Arc<Plane>, url: PostgresUrl) {
-    let (woken, mut wakes) = mpsc::channel(1);
-    tokio::spawn(listen(url, woken));
-    let mut shared_at = tokio::time::Instant::now();
+    let ((written, mut writes), (acknowledged, mut acknowledgements)) = (mpsc::channel(1), mpsc::channel(1));
+    tokio::spawn(listen(url, Wakes { replica: plane.replica.clone(), written, acknowledged }));
+    let mut shared_at = Instant::now();
+    let mut look_at = Instant::now() + LOOK_EVERY;
     loop {
-        let _ = tokio::time::timeout(LOOK_EVERY, wakes.recv()).await;
+        tokio::select! {
+            Some(()) = acknowledgements.recv() => {
+                // In this task, so that what was read earlier is taken in earlier.
+                if let Err(error) = read_acknowledgements(&plane).await {
+                    tracing::warn!(%error, "what proxies of other control planes acknowledged could not be read");
+                }
+                continue;
+            }
+            _ = tokio::time::timeout_at(look_at, writes.recv()) => {}
+        }
+        look_at = Instant::now() + LOOK_EVERY;
         tokio::time::sleep(GATHER).await;
         let before = plane.ledger.head().follower.revision();
         let caught_up = plane.ledger.catch_up().await;
@@ -62,13 +74,40 @@ pub(crate) async fn follow(plane: Arc<Plane>, url: PostgresUrl) {
         {
             plane.note("authority", Some(format!("the authority could not be opened: {}", error_chain(&error))));
         }
-        if tokio::time::Instant::now() >= shared_at {
-            shared_at = tokio::time::Instant::now() + SYNC_APART;
+        if Instant::now() >= shared_at {
+            shared_at = Instant::now() + SYNC_APART;
             if let Err(error) = share(&plane).await {
                 tracing::warn!(%error, "what other control planes know could not be read");
             }
+        } else {
+            look_at = shared_at;
         }
     }
+}
+
+/// Writes down what proxies acknowledge as soon as they do. One write is under way at a time; what comes meanwhile goes together
+/// with the next, so that a thousand agents that acknowledge at once make few. One that is lost is found when the tables are
+/// looked at.
+pub(crate) async fn write_acknowledgements(plane: Arc<Plane>) {
+    loop {
+        plane.publisher.acknowledged().await;
+        let (publisher, replica) = (plane.publisher.clone(), plane.replica.clone());
+        let put = move |store: &mut dyn Store| match &publisher.unwritten_acknowledgements()[..] {
+            [] => Ok(()),
+            given => store.put_acknowledgements(&replica, given),
+        };
+        if let Err(error) = plane.storage.run("put_acknowledgements", put).await {
+            tracing::warn!(%error, "what proxies acknowledged could not be written down");
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+}
+
+async fn read_acknowledgements(plane: &Plane) -> Result<(), StoreError> {
+    let replica = plane.replica.clone();
+    let read = plane.storage.run("acknowledgements", move |store| store.acknowledgements(&replica));
+    plane.publisher.acknowledged_elsewhere(read.await?);
+    Ok(())
 }
 
 /// Says that this one runs, and takes in what the others say of their agents.
@@ -81,9 +120,5 @@ pub(crate) async fn share(plane: &Plane) -> Result<(), StoreError> {
     });
     let others = others.await?;
     plane.publisher.elsewhere(&plane.replica, others, plane.clock.now_ms());
-    if let Some(instances) = plane.publisher.unsaved_instances() {
-        let replica = plane.replica.clone();
-        plane.storage.run("put_instances", move |store| store.put_instances(&replica, &instances)).await?;
-    }
-    Ok(())
+    plane.write_instances().await
 }

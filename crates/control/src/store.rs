@@ -135,6 +135,17 @@ pub struct StoredInstance {
     pub artifact: Option<Digest>,
 }
 
+/// What the proxy of an instance enforces, as it is written down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredAcknowledgement {
+    /// The instance.
+    pub instance: InstanceId,
+    /// The revision that its proxy enforces.
+    pub revision: Revision,
+    /// Why its proxy could not take up a later one.
+    pub error: Option<String>,
+}
+
 /// A certificate that was signed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IssuedSerial {
@@ -425,6 +436,10 @@ pub trait Store: Send {
     fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError>;
     /// Replaces those of one control plane, and takes over those of others that it names.
     fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError>;
+    /// Notes what proxies enforce whose instances are written down as this control plane's; of others it says nothing.
+    fn put_acknowledgements(&mut self, replica: &str, given: &[StoredAcknowledgement]) -> Result<(), StoreError>;
+    /// What the proxies of all instances enforce that are not this control plane's.
+    fn acknowledgements(&mut self, replica: &str) -> Result<Vec<StoredAcknowledgement>, StoreError>;
     /// Notes that this control plane runs, and names the others that did within `alive_ms`, by the clock of the store.
     fn beat(&mut self, replica: &str, alive_ms: u64) -> Result<Vec<String>, StoreError>;
 

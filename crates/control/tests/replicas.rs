@@ -7,7 +7,7 @@ use std::{path::PathBuf, time::Duration};
 use countersign_api::{
     local::{
         Applied, Apply, ApplyAs, CheckpointView, Code, Confirm, Enrol, Enrolled, Enrolment, Proposal, ProposalState,
-        Shown,
+        Shown, Waited,
     },
     mesh::follow_event::Event,
 };
@@ -158,6 +158,44 @@ async fn an_agent_finds_what_runs_behind_another_control_plane_and_moves_to_it()
     let mut again = planes[1].agent("h3").await;
     let welcome = again.follow(0, Digest::default()).await.unwrap().welcome().await;
     assert_eq!(welcome.discovery.unwrap().up[0].instance, "web/1", "the one it left knows it by the other");
+}
+
+/// How often a control plane has looked at what the others wrote of their instances.
+fn looks(plane: &Plane) -> String {
+    let page = plane.control.counted()().unwrap();
+    let count = "countersign_control_store_job_seconds_count{job=\"replicas\"}";
+    page.lines().find(|line| line.starts_with(count)).expect("it looked once when it started").to_owned()
+}
+
+/// What is acknowledged between two looks at the tables can be known before the second only by a notice of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_proxies_of_another_control_plane_enforce_is_known_without_looking_at_all_that_is_written() {
+    let shared = Shared::start().await;
+    let planes = [shared.replica().await, shared.replica().await];
+    planes[0].create(&["web"]).await;
+    at_revision(&planes[1], 1).await;
+    let mut agent = planes[1].agent("h1").await;
+    let stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.up("web/1", "127.0.0.1:4001").await;
+    let known_between_two_looks = async {
+        for revision in 2.. {
+            planes[0].apply(revision - 1, vec![declare(&format!("s{revision}"))]).await.unwrap();
+            at_revision(&planes[1], revision).await;
+            let waited: Waited = planes[0].get(&format!("/v1/changes/{revision}/wait?timeout_ms=10")).await;
+            if waited.connected == 0 {
+                continue;
+            }
+            assert!(!waited.enforced, "it was not acknowledged yet");
+            let before = looks(&planes[0]);
+            stream.acknowledge("web/1", revision).await;
+            let waited: Waited = planes[0].get(&format!("/v1/changes/{revision}/wait?timeout_ms=10000")).await;
+            assert!(waited.enforced, "{waited:?}");
+            if looks(&planes[0]) == before {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), known_between_two_looks).await.expect("a notice tells it");
 }
 
 /// What waits at one control plane is answered at another, by codes that are good once everywhere.

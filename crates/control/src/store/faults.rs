@@ -44,7 +44,7 @@ struct Case {
 }
 
 /// The methods of [`Store`] that write nothing.
-const READS: [&str; 19] = [
+const READS: [&str; 20] = [
     "place",
     "is_shared",
     "head",
@@ -62,6 +62,7 @@ const READS: [&str; 19] = [
     "entitlements",
     "hosts",
     "instances",
+    "acknowledgements",
     "records",
     "callers",
 ];
@@ -110,11 +111,26 @@ fn codes(n: u64) -> StoredCodes {
     StoredCodes { factor: factor(n), operator: operator(n), sealed: b"sealed".to_vec(), last_step: 0 }
 }
 
+fn instance(n: u64, suffix: &str) -> StoredInstance {
+    StoredInstance {
+        instance: InstanceId::new(&named(n), suffix),
+        host: named(n),
+        address: "127.0.0.1:1".into(),
+        ready: true,
+        admin: String::new(),
+        isolation: "none".into(),
+        replica: String::new(),
+        revision: Revision(1),
+        error: None,
+        artifact: None,
+    }
+}
+
 fn answered<T: std::fmt::Debug>(answer: Result<T, StoreError>) -> Result<String, StoreError> {
     answer.map(|answer| format!("{answer:?}"))
 }
 
-const CASES: [Case; 27] = [
+const CASES: [Case; 28] = [
     Case {
         write: "append",
         before: nothing,
@@ -336,22 +352,22 @@ const CASES: [Case; 27] = [
     Case {
         write: "put_instances",
         before: nothing,
-        act: |store, n| {
-            let instance = |suffix: &str| StoredInstance {
-                instance: InstanceId::new(&named(n), suffix),
-                host: named(n),
-                address: "127.0.0.1:1".into(),
-                ready: true,
-                admin: String::new(),
-                isolation: "none".into(),
-                replica: String::new(),
-                revision: Revision(1),
-                error: None,
-                artifact: None,
-            };
-            answered(store.put_instances(&format!("r{n}"), &[instance("1"), instance("2")]))
-        },
+        act: |store, n| answered(store.put_instances(&format!("r{n}"), &[instance(n, "1"), instance(n, "2")])),
         look: |store, n| store.instances().unwrap().iter().filter(|one| one.host == named(n)).count().to_string(),
+        again: "()",
+    },
+    Case {
+        write: "put_acknowledgements",
+        before: |store, n| store.put_instances(&format!("r{n}"), &[instance(n, "1")]).unwrap(),
+        act: |store, n| {
+            let (instance, revision) = (InstanceId::new(&named(n), "1"), Revision(7));
+            let given = StoredAcknowledgement { instance, revision, error: None };
+            answered(store.put_acknowledgements(&format!("r{n}"), &[given]))
+        },
+        look: |store, n| {
+            let of = |one: &&StoredAcknowledgement| one.instance == InstanceId::new(&named(n), "1");
+            format!("{:?}", store.acknowledgements("another").unwrap().iter().find(of).map(|one| one.revision))
+        },
         again: "()",
     },
     Case {

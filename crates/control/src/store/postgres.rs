@@ -18,7 +18,7 @@ use std::{
 };
 
 use rustls_pki_types::{CertificateDer, pem::PemObject};
-use tokio::runtime::Runtime;
+use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_postgres::{
     Client, Config, NoTls, Row,
     config::{Host, SslMode},
@@ -38,8 +38,8 @@ use countersign_core::{
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
-    Resealed, SealedAt, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance,
-    StoredProposal,
+    Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
+    StoredHost, StoredInstance, StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added. Tables and columns are those
@@ -181,6 +181,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const LIMITS: &str =
     "SET statement_timeout = '8s'; SET lock_timeout = '8s'; SET idle_in_transaction_session_timeout = '5s';
     SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
+/// The channel of notices that proxies acknowledged; what they carry is the control plane that wrote it down.
+const ACKNOWLEDGED: &str = "countersign_acknowledged";
 /// The clock that all replicas share.
 const NOW_MS: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::BIGINT";
 /// How soon a database that is away is tried again, and how late at most.
@@ -284,20 +286,17 @@ impl PostgresUrl {
         Ok(Self { config, tls, shown })
     }
 
-    /// Connects, and runs the connection until it ends. What the database says by itself goes to `notices`.
-    pub(super) async fn connect(
-        &self,
-        notices: Option<tokio::sync::mpsc::Sender<()>>,
-    ) -> Result<Client, tokio_postgres::Error> {
+    /// Connects, and runs the connection until it ends. What the database says by itself goes to `wakes`.
+    pub(super) async fn connect(&self, wakes: Option<Wakes>) -> Result<Client, tokio_postgres::Error> {
         match &self.tls {
             None => {
                 let (client, connection) = self.config.connect(NoTls).await?;
-                tokio::spawn(drive(connection, notices));
+                tokio::spawn(drive(connection, wakes));
                 Ok(client)
             }
             Some(tls) => {
                 let (client, connection) = self.config.connect(tls.clone()).await?;
-                tokio::spawn(drive(connection, notices));
+                tokio::spawn(drive(connection, wakes));
                 Ok(client)
             }
         }
@@ -317,26 +316,47 @@ impl std::fmt::Debug for PostgresUrl {
     }
 }
 
-async fn drive<S, T>(mut connection: tokio_postgres::Connection<S, T>, notices: Option<tokio::sync::mpsc::Sender<()>>)
+async fn drive<S, T>(mut connection: tokio_postgres::Connection<S, T>, wakes: Option<Wakes>)
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
     while let Some(Ok(message)) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
-        if let (tokio_postgres::AsyncMessage::Notification(_), Some(notices)) = (message, &notices) {
-            // Full means that a wake-up waits already.
-            let _ = notices.try_send(());
+        if let (tokio_postgres::AsyncMessage::Notification(notice), Some(wakes)) = (message, &wakes) {
+            wakes.hear(notice.channel(), notice.payload());
         }
     }
 }
 
-/// Wakes whoever holds the receiver when another replica wrote, for as long as it is held. A wake-up is a hint: what the tables
-/// hold counts, and a lost one is made up for by looking every now and then.
-pub async fn listen(url: PostgresUrl, woken: tokio::sync::mpsc::Sender<()>) {
+/// Whom the notices of the database wake. Each sender has room for one wake-up: one that waits already is enough.
+#[derive(Clone)]
+pub struct Wakes {
+    /// The control plane that is woken: it knows what it wrote itself of its proxies.
+    pub replica: String,
+    /// Something was written.
+    pub written: mpsc::Sender<()>,
+    /// Proxies that follow another control plane acknowledged a revision.
+    pub acknowledged: mpsc::Sender<()>,
+}
+
+impl Wakes {
+    fn hear(&self, channel: &str, by: &str) {
+        let _ = match channel {
+            ACKNOWLEDGED if by == self.replica => return,
+            ACKNOWLEDGED => self.acknowledged.try_send(()),
+            _ => self.written.try_send(()),
+        };
+    }
+}
+
+/// Wakes whoever holds the receivers when another replica wrote, for as long as they are held. A wake-up is a hint: what the
+/// tables hold counts, and a lost one is made up for by looking every now and then.
+pub async fn listen(url: PostgresUrl, wakes: Wakes) {
+    let woken = wakes.written.clone();
     let mut again_after = AGAIN_AFTER;
     while !woken.is_closed() {
-        if let Ok(client) = url.connect(Some(woken.clone())).await
-            && client.batch_execute("LISTEN countersign").await.is_ok()
+        if let Ok(client) = url.connect(Some(wakes.clone())).await
+            && client.batch_execute(&format!("LISTEN countersign; LISTEN {ACKNOWLEDGED}")).await.is_ok()
         {
             again_after = AGAIN_AFTER;
             // What was said before we listened was not heard.
@@ -1048,6 +1068,35 @@ impl Store for PostgresStore {
                 [&ids, &hosts, &addresses, &ready, &admins, &isolations, &revisions, &errors, &artifacts, &replica];
             s.execute(sql, &values)?;
             s.notify()
+        })
+    }
+
+    fn put_acknowledgements(&mut self, replica: &str, given: &[StoredAcknowledgement]) -> Result<(), StoreError> {
+        let ids: Vec<&str> = given.iter().map(|one| one.instance.as_str()).collect();
+        let revisions: Vec<i64> = given.iter().map(|one| signed(one.revision.0)).collect();
+        let errors: Vec<Option<&str>> = given.iter().map(|one| one.error.as_deref()).collect();
+        let sql = "UPDATE instances SET revision = given.revision, error = given.error
+                   FROM unnest($1::TEXT[], $2::BIGINT[], $3::TEXT[]) AS given (instance, revision, error)
+                   WHERE instances.instance = given.instance AND replica = $4";
+        self.write(Turn::Hosts, |s| {
+            s.execute(sql, &[&ids, &revisions, &errors, &replica])?;
+            s.execute("SELECT pg_notify($1, $2)", &[&ACKNOWLEDGED, &replica]).map(drop)
+        })
+    }
+
+    fn acknowledgements(&mut self, replica: &str) -> Result<Vec<StoredAcknowledgement>, StoreError> {
+        let sql = "SELECT instance, revision, error FROM instances WHERE replica <> $1";
+        self.read(|s| {
+            s.rows(sql, &[&replica])?
+                .iter()
+                .map(|row| {
+                    Ok(StoredAcknowledgement {
+                        instance: name(row, 0, InstanceId::parse)?,
+                        revision: Revision(unsigned(row, 1)?),
+                        error: get(row, 2)?,
+                    })
+                })
+                .collect()
         })
     }
 

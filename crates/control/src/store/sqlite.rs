@@ -24,8 +24,8 @@ use countersign_core::{
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
-    Resealed, SealedAt, Spent, Store, StoreError, StoredCodes, StoredEntry, StoredHead, StoredHost, StoredInstance,
-    StoredProposal,
+    Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
+    StoredHost, StoredInstance, StoredProposal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -737,6 +737,28 @@ impl Store for SqliteStore {
                 ])?;
             }
             Ok(())
+        })
+    }
+
+    fn put_acknowledgements(&mut self, replica: &str, given: &[StoredAcknowledgement]) -> Result<(), StoreError> {
+        self.write(|t| {
+            let sql = "UPDATE instances SET revision = ?3, error = ?4 WHERE instance = ?1 AND replica = ?2";
+            let mut update = t.prepare_cached(sql)?;
+            for one in given {
+                update.execute(params![one.instance.as_str(), replica, signed(one.revision.0), one.error])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn acknowledgements(&mut self, replica: &str) -> Result<Vec<StoredAcknowledgement>, StoreError> {
+        let sql = "SELECT instance, revision, error FROM instances WHERE replica <> ?1";
+        self.rows(sql, &[&replica], |row| {
+            Ok(StoredAcknowledgement {
+                instance: name(row, 0, InstanceId::parse)?,
+                revision: Revision(unsigned(row, 1)?),
+                error: row.get(2)?,
+            })
         })
     }
 

@@ -193,6 +193,17 @@ fn each_replica_replaces_its_own_instances_and_takes_over_those_that_moved_to_it
         let held: Vec<_> = held.into_iter().map(|i| (i.instance.to_string(), i.replica)).collect();
         let held: Vec<_> = held.iter().map(|(id, replica)| (id.as_str(), replica.as_str())).collect();
         assert_eq!(held, [("web/2", "two"), ("web/3", "two"), ("web/4", "one")]);
+        let enforces = |id: &str, revision: u64, error: Option<&str>| StoredAcknowledgement {
+            instance: countersign_core::identity::InstanceId::parse(id).unwrap(),
+            revision: Revision(revision),
+            error: error.map(str::to_owned),
+        };
+        let given = [enforces("web/2", 9, None), enforces("web/4", 3, Some("a text is missing"))];
+        store.put_acknowledgements("one", &given).unwrap();
+        assert_eq!(store.acknowledgements("two").unwrap(), given[1..], "nobody speaks for the instances of another");
+        let mut of_two = store.acknowledgements("one").unwrap();
+        of_two.sort_by(|a, b| a.instance.cmp(&b.instance));
+        assert_eq!(of_two, [enforces("web/2", 1, None), enforces("web/3", 1, None)]);
         assert_eq!(store.beat("one", 60_000).unwrap(), Vec::<String>::new());
         assert_eq!(store.beat("two", 60_000).unwrap(), ["one"]);
     });

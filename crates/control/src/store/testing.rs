@@ -259,6 +259,12 @@ impl<S: Store> Store for Faulty<S> {
     fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError> {
         self.write("put_instances", |inner| inner.put_instances(replica, instances))
     }
+    fn put_acknowledgements(&mut self, replica: &str, given: &[StoredAcknowledgement]) -> Result<(), StoreError> {
+        self.write("put_acknowledgements", |inner| inner.put_acknowledgements(replica, given))
+    }
+    fn acknowledgements(&mut self, replica: &str) -> Result<Vec<StoredAcknowledgement>, StoreError> {
+        self.inner.acknowledgements(replica)
+    }
     fn beat(&mut self, replica: &str, alive_ms: u64) -> Result<Vec<String>, StoreError> {
         self.write("beat", |inner| inner.beat(replica, alive_ms))
     }
