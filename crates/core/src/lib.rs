@@ -8,6 +8,7 @@
 //! | [`identity`] | trust domains, SPIFFE IDs, service and instance names |
 //! | [`canonical`] | RFC 8785 encoding and the digests made over it |
 //! | [`change`] | what an operator can ask for: [`change::Change`], [`change::ChangeSet`] |
+//! | [`contract`] | the operations of a service, and which of them a request is |
 //! | [`countersignature`] | an operator's signature over one change-set, and what voids it |
 //! | [`keyring`] | the operators' keys and the seal, folded from the ledger |
 //! | [`state`] | [`state::MeshState`], the pure fold of all admitted changes |
@@ -27,6 +28,7 @@
 pub mod assurance;
 pub mod canonical;
 pub mod change;
+pub mod contract;
 pub mod countersignature;
 pub mod difference;
 pub mod directory;
