@@ -90,8 +90,8 @@ impl Inner {
             return Vec::new();
         }
         // The texts of the change gate are in force too, and are no policies of requests.
-        let in_force: HashSet<Digest> = follower.state().policies.values().map(|policy| policy.body).collect();
-        for digest in &in_force {
+        let policies: HashSet<Digest> = follower.state().policies.values().map(|policy| policy.body).collect();
+        for digest in &policies {
             if self.library.get(digest).is_none()
                 && !self.unreadable.contains_key(digest)
                 && let Some(text) = follower.bodies().get(digest)
@@ -100,16 +100,29 @@ impl Inner {
                 self.unreadable.insert(*digest, why);
             }
         }
-        self.library.retain(|digest| in_force.contains(digest));
-        self.unreadable.retain(|digest, _| in_force.contains(digest));
+        // A contract that cannot be read is the matter of its own service alone.
+        let of_service = |name: &ServiceName| follower.state().services.get(name)?.spec.contract;
+        let contracts: HashSet<Digest> = self.by_service.keys().filter_map(of_service).collect();
+        let mut unreadable_contracts: BTreeMap<Digest, String> = BTreeMap::new();
+        for digest in &contracts {
+            if let Some(text) = follower.bodies().get(digest)
+                && let Err(why) = self.library.insert_contract(*digest, text)
+            {
+                unreadable_contracts.insert(*digest, why);
+            }
+        }
+        self.library.retain(|digest| policies.contains(digest) || contracts.contains(digest));
+        self.unreadable.retain(|digest, _| policies.contains(digest));
 
         let mut refused = Vec::new();
         for (service, sender) in self.by_service.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
             let revision = follower.revision();
             let local = Local { service: service.clone() };
-            let built = match self.unreadable.iter().next() {
-                Some((_, why)) => Err(format!("a policy cannot be read: {why}")),
-                None => view(follower.state(), revision, &self.library, &local).map_err(|e| e.to_string()),
+            let contract = of_service(service).and_then(|digest| unreadable_contracts.get(&digest));
+            let built = match (self.unreadable.values().next(), contract) {
+                (Some(why), _) => Err(format!("a policy cannot be read: {why}")),
+                (None, Some(why)) => Err(format!("the contract of {service} cannot be read: {why}")),
+                (None, None) => view(follower.state(), revision, &self.library, &local).map_err(|e| e.to_string()),
             };
             let built = built.and_then(|new| {
                 // What cannot be encoded cannot be delivered either.

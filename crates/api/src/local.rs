@@ -586,6 +586,18 @@ pub struct ServiceView {
     pub policies: Vec<String>,
     /// The services it declares to call.
     pub upstreams: Vec<ServiceName>,
+    /// What is said of its contract, when it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contract: Option<ContractView>,
+}
+
+/// The contract of a service, in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContractView {
+    /// The digest of its operations, as the ledger holds it.
+    pub digest: Digest,
+    /// How many there are.
+    pub operations: usize,
 }
 
 /// A running instance and its proxy.

@@ -18,6 +18,7 @@ use countersign_core::{
     assurance::{Assurance, FactorKind},
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Member, PolicyId, Revision},
+    contract::Contract,
     countersignature::Countersignature,
     gate::{Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires, act::AskedTo},
     identity::{OperatorName, TrustDomain},
@@ -250,7 +251,14 @@ impl Gate {
         texts.filter_map(|(digest, text)| library.insert(digest, text).ok()).collect()
     }
 
-    /// Every policy that does not parse, does not validate strictly, or names what does not exist in `next`.
+    /// The contract of `digest`, which is in force at `head`.
+    pub fn contract(&self, digest: &Digest, head: &Head) -> Option<Contract> {
+        let text = head.follower.bodies().get(digest)?;
+        self.library.lock().insert_contract(*digest, text).ok().cloned()
+    }
+
+    /// Every policy that does not parse, does not validate strictly, or names what does not exist in `next`, and every contract
+    /// that cannot be read.
     fn mistakes_of_policies(&self, next: &MeshState, brought: &Bodies, head: &Head) -> Vec<String> {
         let mut library = self.library.lock();
         let mut mistakes = Vec::new();
@@ -258,6 +266,13 @@ impl Gate {
             let text = brought.get(&policy.body).or_else(|| head.follower.bodies().get(&policy.body));
             if let Some(Err(what)) = text.map(|text| library.insert(policy.body, text)) {
                 mistakes.push(format!("policy `{id}` ({}): {what}", policy.file));
+            }
+        }
+        for (name, service) in &next.services {
+            let Some(digest) = service.spec.contract else { continue };
+            let text = brought.get(&digest).or_else(|| head.follower.bodies().get(&digest));
+            if let Some(Err(what)) = text.map(|text| library.insert_contract(digest, text)) {
+                mistakes.push(format!("service `{name}`: {what}"));
             }
         }
         if mistakes.is_empty() {

@@ -62,7 +62,7 @@ pub enum ImpactError {
     /// A text is missing.
     #[error(transparent)]
     View(#[from] ViewError),
-    /// A policy is none.
+    /// A policy or a contract is none.
     #[error("{0}")]
     Policy(String),
 }
@@ -91,11 +91,8 @@ pub fn of(
 ) -> Result<Impact, ImpactError> {
     let after = before.apply_all(change_set)?;
     let mut library = Library::default();
-    // Texts of the change gate are in `bodies` too, and are no policies of requests.
-    for policy in before.policies.values().chain(after.policies.values()) {
-        if let Some(text) = bodies.get(&policy.body) {
-            library.insert(policy.body, text).map_err(ImpactError::Policy)?;
-        }
+    for state in [before, &after] {
+        library.take_up(state, |digest| bodies.get(digest)).map_err(ImpactError::Policy)?;
     }
     let mut laws: HashMap<&ServiceName, (Law, Law)> = HashMap::new();
     let mut edges: BTreeMap<(&SpiffeId, &ServiceName, &str, Outcome, Outcome), Edge> = BTreeMap::new();

@@ -20,10 +20,10 @@ use tokio::{
 
 use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView,
-    Confirm, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal,
-    Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail,
-    ProxyRevision, RECOVERED_HEADER, RecordFilter, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown,
-    Status, TailEvent, Waited,
+    Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome,
+    GateRefusal, Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal,
+    ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, Rotate, Rotated, ServiceView, SessionView,
+    SessionsEnded, Shown, Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -224,6 +224,10 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
             deployments: state.deployments.get(name).cloned().unwrap_or_default(),
             policies: concerns.map(|policy| policy.id().to_string()).collect(),
             upstreams: service.spec.upstreams.iter().cloned().collect(),
+            contract: service.spec.contract.map(|digest| ContractView {
+                digest,
+                operations: plane.gate.contract(&digest, &head).map_or(0, |contract| contract.operations().len()),
+            }),
         })
     });
     Json(Status {

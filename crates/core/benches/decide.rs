@@ -167,6 +167,7 @@ fn view(total: usize, policy: &dyn Fn(usize) -> String) -> View {
         trust_domain: TrustDomain::parse("shop.example").expect("a trust domain"),
         service: ServiceName::parse("catalog").expect("a service name"),
         spec: Some(ServiceSpec::new(Protocol::Http)),
+        contract: None,
         policies: policies
             .into_iter()
             .map(|policy| ViewPolicy { id: policy.id, file: "bench.cedar".into(), text: policy.text })

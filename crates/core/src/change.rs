@@ -321,6 +321,7 @@ impl Change {
     pub fn body(&self) -> Option<Digest> {
         match self {
             Self::SetPolicy { body, .. } | Self::SetGatePolicy { body, .. } => Some(*body),
+            Self::DeclareService { spec, .. } => spec.contract,
             _ => None,
         }
     }

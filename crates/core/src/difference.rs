@@ -8,7 +8,9 @@ use serde::Serialize;
 use crate::{
     canonical::Digest,
     change::{Bodies, Change},
+    contract::Contract,
     operator::{EnrolledFactor, Operator},
+    service::ServiceSpec,
     state::MeshState,
 };
 
@@ -42,7 +44,7 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         // An enrolment brings a factor and replaces nothing.
         Change::CreateMesh { .. } | Change::EnrollOperator { .. } => None,
         Change::DeclareService { name, .. } | Change::RemoveService { name } => {
-            state.services.get(name).map(|service| toml(&service.spec))
+            state.services.get(name).map(|service| declared(&service.spec, |digest| bodies.get(digest)))
         }
         Change::SetRole { name, .. } | Change::RemoveRole { name } => state.roles.get(name).map(lines),
         Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => {
@@ -74,7 +76,9 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
     };
     match change {
         Change::CreateMesh { trust_domain } => Some(format!("trust_domain = \"{trust_domain}\"\n")),
-        Change::DeclareService { spec, .. } => Some(toml(spec)),
+        Change::DeclareService { spec, .. } => {
+            Some(declared(spec, |digest| brought.get(digest).or_else(|| known?.get(digest))))
+        }
         Change::SetRole { members, .. } => Some(lines(members)),
         Change::SetPolicy { body: digest, .. } => Some(body(digest)),
         Change::SetRoute { route, .. } => Some(toml(route)),
@@ -99,6 +103,22 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         | Change::RemoveIssuer { .. }
         | Change::RemovePipeline { .. } => None,
     }
+}
+
+/// What a service declares, with the operations of its contract: what is hashed is their list.
+fn declared<'b>(spec: &ServiceSpec, text_of: impl Fn(&Digest) -> Option<&'b Arc<str>>) -> String {
+    let mut text = toml(spec);
+    let Some(digest) = spec.contract else { return text };
+    match text_of(&digest).map(|body| Contract::of_body(body)) {
+        Some(Ok(contract)) => {
+            for operation in contract.operations() {
+                text += &format!("operation {:?} = {} {}\n", operation.name, operation.method, operation.path);
+            }
+        }
+        Some(Err(what)) => text += &format!("({what})\n"),
+        None => text += &format!("(contract {digest} is not here)\n"),
+    }
+    text
 }
 
 fn toml<T: Serialize>(value: &T) -> String {

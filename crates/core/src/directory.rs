@@ -4,6 +4,7 @@
 //! parses refers only to what exists. [`plan`] compares it with a mesh and gives the changes that lead from one to the
 //! other. No file is opened here, and nothing is asked of a host: whether a program exists is for `up` to find out.
 
+mod contracts;
 mod mesh;
 mod pipelines;
 mod plan;
@@ -21,11 +22,13 @@ use std::{
 
 use miette::{Diagnostic, LabeledSpan, MietteError, MietteSpanContents, SourceCode, SourceSpan, SpanContents};
 
+pub use contracts::{contract_files, is_descriptor_set};
 pub use plan::{Plan, TrustDomainMoved, plan};
 pub use reference::{Key, Section, reference};
 
 use crate::{
     change::{Member, PolicyId, RoleName, RouteName},
+    contract::Contract,
     gate,
     identity::{ServiceName, TrustDomain},
     ledger::BODY_BYTES_MAX,
@@ -35,6 +38,7 @@ use crate::{
     route::Route,
     service::{Recorded, ServiceSpec},
 };
+use contracts::Contracts;
 use read::Source;
 pub(crate) use read::{PLAIN_NAME, is_plain_name};
 
@@ -51,7 +55,8 @@ pub const INSTANCES_MAX: u32 = 256;
 /// Most worker threads of one proxy.
 pub const WORKERS_MAX: u32 = 256;
 
-/// The files of a mesh directory: their text by path below the directory, with `/` between its parts.
+/// The files of a mesh directory: their text by path below the directory, with `/` between its parts. A file that is no
+/// text, a [descriptor set](is_descriptor_set), comes as base64.
 pub type Files = BTreeMap<String, String>;
 
 /// A mesh directory without a mistake.
@@ -121,6 +126,8 @@ pub struct LocalService {
     pub instances: u32,
     /// What the ledger holds of it.
     pub spec: ServiceSpec,
+    /// Its operations, when it has a contract; `spec` has their digest.
+    pub contract: Option<Contract>,
 }
 
 /// A policy of either gate with its place.
@@ -153,7 +160,8 @@ pub struct Mistake {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistakes(Vec<Mistake>);
 
-/// Whether `path`, below a mesh directory, is a file that [`parse`] reads.
+/// Whether `path`, below a mesh directory, is a file that [`parse`] reads whatever `mesh.toml` says. [`contract_files`] names
+/// the others.
 pub fn is_read(path: &str) -> bool {
     matches!(path, MESH_FILE | ROLES_FILE | ROUTES_FILE)
         || is_policy_file(path)
@@ -185,7 +193,8 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
         mesh_source.mistake(0..0, "there is no `mesh.toml` in this directory", help);
     }
 
-    let mesh = mesh::read(mesh_source);
+    let contracts = Contracts::new(files);
+    let mesh = mesh::read(mesh_source, &contracts);
     let roles = roles::read(sources.get(ROLES_FILE).unwrap_or(&no_roles), &mesh);
     let routes = routes::read(sources.get(ROUTES_FILE).unwrap_or(&no_routes), &mesh);
     let policies = read_policies(&sources, &mesh, roles.as_ref());
@@ -196,7 +205,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
         .map(|source| (source.file.clone(), source.text.clone()))
         .collect();
 
-    let all = sources.into_values().chain([no_mesh]);
+    let all = sources.into_values().chain([no_mesh]).chain(contracts.into_sources());
     let mut mistakes: Vec<Mistake> = all.flat_map(Source::into_mistakes).collect();
     mistakes.sort_by(|a, b| (&a.file, a.span.start).cmp(&(&b.file, b.span.start)));
     match mesh.trust_domain {
@@ -464,6 +473,77 @@ instances = 3
             mesh.toml:29:12 `recorded` cannot be `never` (there are `best_effort`, `always`)
             mesh.toml:32:1 3 instances cannot listen on one port (leave `port` out: the variable PORT tells each instance its own)
         "#]].assert_eq(&told(&files(&[("mesh.toml", text)])));
+    }
+
+    const OPENAPI: &str = "openapi: 3.1.0\npaths:\n  /charges:\n    post: { operationId: createCharge }\n";
+
+    #[test]
+    fn a_contract_is_read_from_the_file_that_a_service_names() {
+        let toml = "\
+trust_domain = \"shop.example\"
+[services]
+payments = { port = 1, contract = \"contracts/payments.yaml\" }
+refunds = { port = 2, contract = \"contracts/payments.yaml\" }
+orders = { port = 3, protocol = \"grpc\", contract = \"orders.binpb\" }
+web = { port = 4 }
+";
+        assert_eq!(contract_files(toml).into_iter().collect::<Vec<_>>(), ["contracts/payments.yaml", "orders.binpb"]);
+        // file { package: "shop" service { name: "Orders" method { name: "Place" } } }
+        let orders = "ChkSBHNob3AyEQoGT3JkZXJzEgcKBVBsYWNl";
+        let given = files(&[("mesh.toml", toml), ("contracts/payments.yaml", OPENAPI), ("orders.binpb", orders)]);
+        let directory = parse(&given).unwrap_or_else(|_| panic!("{}", told(&given)));
+        let of = |name| &directory.services[&ServiceName::parse(name).unwrap()];
+        assert_eq!(&*of("payments").contract.as_ref().unwrap().operations()[0].name, "createCharge");
+        assert_eq!(of("payments").spec.contract, of("refunds").spec.contract);
+        assert_eq!(&*of("orders").contract.as_ref().unwrap().operations()[0].name, "shop.Orders/Place");
+        assert_eq!((of("web").spec.contract, &of("web").contract), (None, &None));
+
+        let plan = plan(&directory, &MeshState::default(), Revision(0)).unwrap();
+        let state = MeshState::default().apply_all(&plan.change_set).unwrap();
+        let bodies: Vec<_> = state.bodies().collect();
+        assert_eq!(bodies.len(), 3);
+        assert!(bodies.iter().all(|digest| plan.bodies.get(digest).is_some()), "the ledger gets what is enforced");
+    }
+
+    #[test]
+    fn every_mistake_about_a_contract_is_told_where_it_stands() {
+        let toml = "\
+trust_domain = \"shop.example\"
+[services]
+a = { port = 1, contract = \"none.yaml\" }
+b = { port = 2, contract = \"../secret.yaml\" }
+c = { port = 3, contract = \"/etc/a.yaml\" }
+d = { port = 4, contract = \".countersign/a.yaml\" }
+e = { port = 5, contract = \"a.txt\" }
+f = { port = 6, contract = \"a.binpb\" }
+g = { port = 7, protocol = \"grpc\", contract = \"bad.yaml\" }
+h = { port = 8, protocol = \"tcp\", contract = \"bad.yaml\" }
+i = { port = 9, contract = \"bad.yaml\" }
+j = { port = 10, contract = \"bad.yaml\" }
+k = { port = 11, protocol = \"grpc\", contract = \"bad.desc\" }
+l = { port = 12, contract = 7 }
+";
+        let bad = "openapi: 3.1.0\npaths:\n  /a:\n    GET: {}\n  b:\n    get: {}\n";
+        expect_test::expect![[r#"
+            bad.desc:1:1 this is no descriptor set: a message ends before it should, or is none (write it with `protoc --descriptor_set_out=FILE`, or `buf build -o FILE.binpb`)
+            bad.yaml:4:5 unknown key `GET` in `/a` (did you mean `get`?)
+            mesh.toml:3:28 there is no file `none.yaml` (its path is below the directory of mesh.toml)
+            mesh.toml:4:28 `../secret.yaml` is not a file of the mesh directory (give its path below the directory of mesh.toml: "contracts/payments.yaml")
+            mesh.toml:5:28 `/etc/a.yaml` is not a file of the mesh directory (give its path below the directory of mesh.toml: "contracts/payments.yaml")
+            mesh.toml:6:28 `.countersign/a.yaml` is not a file of the mesh directory (give its path below the directory of mesh.toml: "contracts/payments.yaml")
+            mesh.toml:7:28 `a.txt` cannot be the contract of a http service (the contract of an http service is an OpenAPI document: .yaml, .yml or .json)
+            mesh.toml:8:28 `a.binpb` cannot be the contract of a http service (the contract of an http service is an OpenAPI document: .yaml, .yml or .json)
+            mesh.toml:9:47 `bad.yaml` cannot be the contract of a grpc service (the contract of a grpc service is a descriptor set: .binpb, .pb or .desc)
+            mesh.toml:10:46 a tcp service has no operations (leave `contract` out)
+            mesh.toml:14:29 `contract` must be a string, not a number (put it in quotes: "7")
+        "#]].assert_eq(&told(&files(&[
+            ("mesh.toml", toml),
+            ("bad.yaml", bad),
+            ("bad.desc", "AAAA"),
+            ("../secret.yaml", OPENAPI),
+        ])));
+        assert!(contract_files("[services").is_empty());
+        assert!(contract_files(toml).iter().all(|path| !path.contains("secret") && !path.starts_with(['/', '.'])));
     }
 
     const SMALL: &str = "\

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use crate::identity::ServiceName;
+use crate::{canonical::Digest, identity::ServiceName};
 
 /// What a service speaks behind its sidecar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Default)]
@@ -55,6 +55,10 @@ pub struct ServiceSpec {
     pub sensitivity: Option<String>,
     /// Most concurrent exchanges its sidecar admits before it answers 503.
     pub exchanges_max: u32,
+    /// The digest of its contract: with one, a request that is no operation of it is denied. What has none is not written, so
+    /// the digests of older histories stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contract: Option<Digest>,
 }
 
 /// How old a view may be when nothing else is said, in seconds.
@@ -74,6 +78,7 @@ impl ServiceSpec {
             namespace: None,
             sensitivity: None,
             exchanges_max: EXCHANGES_MAX_DEFAULT,
+            contract: None,
         }
     }
 }

@@ -313,7 +313,8 @@ impl MeshState {
 
     /// The bodies that are in force.
     pub fn bodies(&self) -> impl Iterator<Item = Digest> + '_ {
-        self.policies.values().chain(self.gate.values()).map(|policy| policy.body)
+        let contracts = self.services.values().filter_map(|service| service.spec.contract);
+        self.policies.values().chain(self.gate.values()).map(|policy| policy.body).chain(contracts)
     }
 
     fn free_slot(&self) -> Option<u16> {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     canonical::Digest,
     change::{Member, PolicyId, Revision, RoleName, RouteName},
+    contract::Contract,
     identity::{ServiceName, TrustDomain},
     policy::Library,
     route::Route,
@@ -30,6 +31,9 @@ pub struct View {
     pub service: ServiceName,
     /// What that service declares; `None` when it is not (or no longer) declared: the proxy then admits nothing.
     pub spec: Option<ServiceSpec>,
+    /// The operations of that service, when it has a contract.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contract: Option<Contract>,
     /// The policies that can concern a request to this service.
     pub policies: Vec<ViewPolicy>,
     /// Who has which role.
@@ -92,12 +96,27 @@ pub enum ViewError {
         /// The digest of its text.
         body: Digest,
     },
+    /// A contract was not delivered.
+    #[error("the contract {body} of service `{service}` is missing")]
+    ContractMissing {
+        /// The service.
+        service: ServiceName,
+        /// The digest of its contract.
+        body: Digest,
+    },
 }
 
 /// Computes the view of one proxy.
 pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Local) -> Result<View, ViewError> {
     let trust_domain = state.trust_domain.clone().ok_or(ViewError::NotCreated)?;
     let spec = state.services.get(&local.service).map(|service| service.spec.clone());
+    let contract = match spec.as_ref().and_then(|spec| spec.contract) {
+        Some(body) => {
+            let missing = || ViewError::ContractMissing { service: local.service.clone(), body };
+            Some(library.contract(&body).ok_or_else(missing)?.clone())
+        }
+        None => None,
+    };
     let mut policies = Vec::new();
     for (id, policy) in &state.policies {
         let parsed =
@@ -132,6 +151,7 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
         trust_domain,
         service: local.service.clone(),
         spec,
+        contract,
         policies,
         roles: state.roles.clone(),
         services,
@@ -145,6 +165,7 @@ impl View {
         self.service == other.service
             && self.trust_domain == other.trust_domain
             && self.spec == other.spec
+            && self.contract == other.contract
             && self.policies == other.policies
             && self.roles == other.roles
             && self.services == other.services

@@ -14,6 +14,7 @@ use countersign_core::{
 use proptest::prelude::*;
 
 const MESH: &str = include_str!("mesh/mesh.toml");
+const PAYMENTS: &str = include_str!("mesh/payments.yaml");
 const ROLES: &str = include_str!("mesh/roles.toml");
 const ROUTES: &str = include_str!("mesh/routes.toml");
 const POLICY: &str = "@id(\"reads\")\npermit (principal in Role::\"checkout\", action in [Action::\"http:GET\"], \
@@ -48,6 +49,7 @@ proptest! {
             ("roles.toml", pick(2, roles, ROLES)),
             ("routes.toml", pick(4, routes, ROUTES)),
             ("policies/all.cedar", pick(8, cedar, POLICY)),
+            ("contracts/payments.yaml", PAYMENTS.to_owned()),
         ].map(|(path, text)| (path.to_owned(), text)).into();
         match parse(&files) {
             Ok(directory) => {

@@ -7,6 +7,7 @@ use countersign_core::directory::{self, Files, reference};
 const MESH: &str = include_str!("mesh/mesh.toml");
 const ROLES: &str = include_str!("mesh/roles.toml");
 const ROUTES: &str = include_str!("mesh/routes.toml");
+const PAYMENTS: &str = include_str!("mesh/payments.yaml");
 
 /// Compares `docs/<name>` with `expected`, or writes it.
 fn document(name: &str, expected: &str) {
@@ -21,7 +22,9 @@ fn document(name: &str, expected: &str) {
 #[test]
 fn the_example_of_the_documents_uses_every_key_and_has_no_mistake() {
     let files: Files =
-        [("mesh.toml", MESH), ("roles.toml", ROLES), ("routes.toml", ROUTES)].map(|(k, v)| (k.into(), v.into())).into();
+        [("mesh.toml", MESH), ("roles.toml", ROLES), ("routes.toml", ROUTES), ("contracts/payments.yaml", PAYMENTS)]
+            .map(|(k, v)| (k.into(), v.into()))
+            .into();
     if let Err(mistakes) = directory::parse(&files) {
         panic!("{:#?}", mistakes.all());
     }
@@ -52,6 +55,7 @@ A mesh is described by a directory under version control. `countersign plan` sho
 | `mesh.toml` | the trust domain, defaults, the services and how to run them; the only file that must be there |
 | `roles.toml` | roles and who has them |
 | `routes.toml` | traffic rules: weights, timeouts, retries, limits |
+| `contracts/*` | which operations services have: [contracts.md](contracts.md) |
 | `policies/*.cedar` | the request gate: [policy.md](policy.md) |
 | `gate/*.cedar` | the change gate, in place of the shipped one: [gate.md](gate.md) |
 | `tests/*.toml` | decisions that must hold: [policy.md](policy.md#tests) |

@@ -34,6 +34,7 @@ pub fn difference(changes: &[Change], bodies: &Bodies, before: Option<&Mesh>, pa
 mod tests {
     use countersign_core::{
         change::{ChangeSet, Revision},
+        contract::{Contract, Operation},
         identity::{ServiceName, TrustDomain},
         service::{Protocol, ServiceSpec},
         state::MeshState,
@@ -48,7 +49,17 @@ mod tests {
         let mut bodies = Bodies::default();
         let old = bodies.insert("permit (principal, action, resource);");
         let new = bodies.insert("forbid (principal, action, resource);");
-        let spec = ServiceSpec::new(Protocol::Http);
+        let contract = |operations: &[(&str, &str)]| {
+            let operation = |(name, path): &(&str, &str)| Operation {
+                name: (*name).into(),
+                method: "POST".into(),
+                path: (*path).into(),
+            };
+            Contract::new(operations.iter().map(operation).collect()).unwrap().to_body()
+        };
+        let before = bodies.insert(contract(&[("buy", "/orders"), ("login", "/login")]));
+        let after = bodies.insert(contract(&[("login", "/login"), ("pay", "/orders/{id}/payment")]));
+        let spec = ServiceSpec { contract: Some(before), ..ServiceSpec::new(Protocol::Http) };
         let state = MeshState::default()
             .apply_all(&ChangeSet {
                 base: Revision(0),
@@ -62,7 +73,7 @@ mod tests {
             .unwrap();
         let before = Mesh { revision: Revision(1), state, bodies: bodies.clone() };
         let changes = [
-            Change::DeclareService { name: web, spec: ServiceSpec { exchanges_max: 5, ..spec } },
+            Change::DeclareService { name: web, spec: ServiceSpec { exchanges_max: 5, contract: Some(after), ..spec } },
             Change::SetPolicy { id: "all".into(), file: "policies/all.cedar".into(), body: new },
             Change::RemoveRole { name: "staff".into() },
             Change::SetRole {
@@ -72,12 +83,17 @@ mod tests {
         ];
         expect![[r#"
             ~ service web
-              @@ -2,4 +2,4 @@
+              @@ -2,7 +2,7 @@
                port = 80
                max_staleness_seconds = 300
                recorded = "best_effort"
               -exchanges_max = 10000
+              -contract = "83a3f81351c9ac440a0727a5da1c28b23d05c3618b082515ad6d6c19b6f2a708"
+              -operation "buy" = POST /orders
               +exchanges_max = 5
+              +contract = "0fd651de2eee3b3c3f2490528a00112af5ef6bf8412d2d698bc3480671a74e0f"
+               operation "login" = POST /login
+              +operation "pay" = POST /orders/{id}/payment
             ~ policy all policies/all.cedar
               @@ -1 +1 @@
               -permit (principal, action, resource);

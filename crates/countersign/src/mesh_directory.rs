@@ -6,16 +6,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use countersign_core::{
     change::{Bodies, Revision},
-    directory::{self, Directory, FILE_BYTES_MAX, Files, Mistake},
+    contract::DOCUMENT_BYTES_MAX,
+    directory::{self, Directory, FILE_BYTES_MAX, Files, MESH_FILE, Mistake},
     state::MeshState,
 };
 
 use crate::{error::Failure, mistake};
 
 /// The folders below a mesh directory that hold files of it.
-pub const FOLDERS: [&str; 3] = ["policies", "gate", "tests"];
+pub const FOLDERS: [&str; 4] = ["policies", "gate", "tests", "contracts"];
 /// Files of one mesh directory at most.
 const FILES_MAX: usize = 10_000;
 
@@ -64,19 +66,53 @@ pub fn read(dir: &Path) -> Result<(Files, Vec<Mistake>), Failure> {
             Ok(text) => {
                 files.insert(name.to_owned(), text);
             }
-            Err((what, help)) => mistakes.push(Mistake {
-                file: name.into(),
-                text: "".into(),
-                span: 0..0,
-                what: format!("`{name}` {what}"),
-                help: Some(help.to_owned()),
-            }),
+            Err(no_text) => mistakes.push(unreadable(name, no_text)),
+        }
+    }
+    let contracts = files.get(MESH_FILE).map(|text| directory::contract_files(text)).unwrap_or_default();
+    for name in contracts {
+        let path = dir.join(&name);
+        match contract(&path, directory::is_descriptor_set(&name)) {
+            Ok(read) => {
+                mistakes.extend(read.no_text.map(|no_text| unreadable(&name, no_text)));
+                files.insert(name, read.text);
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {} // told where it is named
+            Err(e) => return Err(could_not(&path, &e)),
         }
     }
     Ok((files, mistakes))
 }
 
+fn unreadable(name: &str, (what, help): NoText) -> Mistake {
+    let what = format!("`{name}` {what}");
+    Mistake { file: name.into(), text: "".into(), span: 0..0, what, help: Some(help.to_owned()) }
+}
+
+/// A contract as the law takes it, and why it is no text although it should be.
+struct Contract {
+    text: String,
+    no_text: Option<NoText>,
+}
+
+/// Reads a byte more than a contract may have: the law says that it is too long.
+fn contract(path: &Path, is_descriptor_set: bool) -> io::Result<Contract> {
+    let mut bytes = Vec::new();
+    fs::File::open(path)?.take(DOCUMENT_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
+    if is_descriptor_set {
+        return Ok(Contract { text: BASE64_STANDARD.encode(bytes), no_text: None });
+    }
+    Ok(match String::from_utf8(bytes) {
+        Ok(text) => Contract { text, no_text: None },
+        Err(error) => Contract {
+            text: String::from_utf8_lossy(error.as_bytes()).into_owned(),
+            no_text: (error.as_bytes().len() <= DOCUMENT_BYTES_MAX).then_some(NOT_UTF8),
+        },
+    })
+}
+
 type NoText = (&'static str, &'static str);
+const NOT_UTF8: NoText = ("is not UTF-8 text", "save it as UTF-8");
 
 fn text(path: &Path) -> io::Result<Result<String, NoText>> {
     let mut bytes = Vec::new();
@@ -84,7 +120,7 @@ fn text(path: &Path) -> io::Result<Result<String, NoText>> {
     if bytes.len() > FILE_BYTES_MAX {
         return Ok(Err(("is too long to be read", "split it")));
     }
-    Ok(String::from_utf8(bytes).map_err(|_| ("is not UTF-8 text", "save it as UTF-8")))
+    Ok(String::from_utf8(bytes).map_err(|_| NOT_UTF8))
 }
 
 /// The mesh that the directory describes, as if it were applied to an empty one.
@@ -126,6 +162,31 @@ mod tests {
         }
         let json: serde_json::Value = serde_json::from_str(&failure.render(Output::Json, Paint::plain())).unwrap();
         assert!(json["mistakes"].as_array().unwrap().len() >= 3, "{json}");
+    }
+
+    #[test]
+    fn the_contracts_that_services_name_are_read_and_no_other_file() {
+        let mesh = b"trust_domain = \"shop.example\"\n[services]\n\
+            a = { port = 1, contract = \"a.yaml\" }\n\
+            b = { port = 2, protocol = \"grpc\", contract = \"api/b.binpb\" }\n\
+            c = { port = 3, contract = \"c.json\" }\n";
+        let openapi = b"openapi: 3.0.0\npaths: { /a: { get: {} } }\n";
+        let set = b"\x0a\x0d\x32\x0b\x0a\x01S\x12\x06\x0a\x01M\x12\x01A";
+        let root =
+            written(&[("mesh.toml", mesh), ("a.yaml", openapi), ("api/b.binpb", set), ("c.json", b"{\"a\":\"\xff\"}")]);
+        fs::write(root.path().join("other.yaml"), b"nonsense: [").unwrap();
+        let (files, mistakes) = read(root.path()).unwrap();
+        assert_eq!(files.keys().collect::<Vec<_>>(), ["a.yaml", "api/b.binpb", "c.json", "mesh.toml"]);
+        assert_eq!(mistakes.iter().map(|mistake| &*mistake.what).collect::<Vec<_>>(), ["`c.json` is not UTF-8 text"]);
+        fs::write(root.path().join("c.json"), br#"{"openapi":"3.1.0","paths":{"/c":{"put":{}}}}"#).unwrap();
+        let directory = load(root.path()).unwrap();
+        let operations = directory.services.values().filter_map(|service| service.contract.as_ref());
+        let names: Vec<_> = operations.map(|contract| contract.operations()[0].name.to_string()).collect();
+        assert_eq!(names, ["GET /a", "S/M", "PUT /c"]);
+        let long = vec![b' '; DOCUMENT_BYTES_MAX + 10];
+        fs::write(root.path().join("c.json"), long).unwrap();
+        let failure = load(root.path()).unwrap_err().render(Output::Text, Paint::plain());
+        assert!(failure.contains("the document has more than 1048576 bytes"), "{failure}");
     }
 
     #[test]

@@ -275,13 +275,12 @@ fn inputs(arguments: &Explain, state: &MeshState) -> Result<Inputs, Failure> {
     })
 }
 
-/// The texts of the request gate of `state`, parsed. Those of the change gate lie in `bodies` too.
+/// The policies and contracts of `state`, parsed.
 pub fn library(state: &MeshState, bodies: &Bodies) -> Result<Library, Failure> {
     let mut library = Library::default();
-    for policy in state.policies.values() {
-        let Some(text) = bodies.get(&policy.body) else { continue };
-        library.insert(policy.body, text).map_err(|e| Failure::new("a policy of the mesh cannot be read").cause(e))?;
-    }
+    library
+        .take_up(state, |digest| bodies.get(digest))
+        .map_err(|e| Failure::new("a policy or contract of the mesh cannot be read").cause(e))?;
     Ok(library)
 }
 

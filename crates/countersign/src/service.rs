@@ -43,6 +43,7 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
             ("upstreams", status::join(&service.upstreams)),
             ("policies", status::join(&service.policies)),
             ("may run", may_run(service)),
+            ("contract", contract(service)),
         ] {
             let _ = writeln!(text, "{} {}", paint.dim(&format!("{label:<10}")), render::tame(&value));
         }
@@ -77,6 +78,13 @@ fn may_run(service: &ServiceView) -> String {
         return "any executable; `countersign service deploy` names those that may".to_owned();
     }
     status::join(&service.deployments.iter().collect::<Vec<_>>())
+}
+
+fn contract(service: &ServiceView) -> String {
+    match &service.contract {
+        Some(contract) => format!("{} operations, {}", contract.operations, contract.digest.short()),
+        None => "none: every operation is a matter of policies alone".to_owned(),
+    }
 }
 
 /// What waits to be admitted; nothing where nothing does.

@@ -99,6 +99,7 @@ fn view(revision: u64, policies: &[&str]) -> View {
         trust_domain: TrustDomain::parse("shop.example").unwrap(),
         service: ServiceName::parse("catalog").unwrap(),
         spec: Some(ServiceSpec::new(Protocol::Http)),
+        contract: None,
         policies: policies.iter().map(policy).collect(),
         roles: BTreeMap::new(),
         services: BTreeMap::new(),

@@ -55,6 +55,7 @@ fn view(of: &str, revision: u64, policies: &[&str]) -> View {
         trust_domain: domain(),
         service: service(of),
         spec: Some(ServiceSpec::new(Protocol::Http)),
+        contract: None,
         policies: policies.iter().map(policy).collect(),
         roles: BTreeMap::new(),
         services: [(service("web"), visible(1)), (service("catalog"), visible(2))].into(),

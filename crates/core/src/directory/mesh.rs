@@ -8,11 +8,14 @@ use std::{
 use toml::{Spanned, de::DeValue};
 
 use super::{
-    Defaults, INSTANCES_MAX, Isolate, LocalService, WORKERS_MAX, pipelines,
+    Defaults, INSTANCES_MAX, Isolate, LocalService, WORKERS_MAX,
+    contracts::Contracts,
+    pipelines,
     read::{At, Help, PLAIN_NAME, Source, Table, as_string, as_table, is_plain_name, shortened, suggest},
     reference,
 };
 use crate::{
+    contract::Contract,
     identity::{ServiceName, TrustDomain},
     operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
@@ -43,7 +46,7 @@ struct Reference<'t> {
     service: At<&'t str>,
 }
 
-pub(super) fn read(source: &Source) -> Mesh {
+pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
     let mut mesh = Mesh {
         trust_domain: None,
         defaults: Defaults::default(),
@@ -71,7 +74,7 @@ pub(super) fn read(source: &Source) -> Mesh {
     for (name, value) in top.members("services").unwrap_or_default() {
         let Some(table) = as_table(source, name.value, value) else { continue };
         let table = Table::new(source, table, name.at.clone(), reference::SERVICE);
-        let service = read_service(&table, name.value, &mesh.defaults, &mut upstreams);
+        let service = read_service(&table, name.value, &mesh.defaults, contracts, &mut upstreams);
         if let Some(port) = service.port {
             if let Some(first) = ports.get(&port) {
                 let at = table.get("port").map_or(name.at.clone(), Spanned::span);
@@ -153,6 +156,7 @@ fn read_service<'t>(
     table: &Table<'t>,
     name: &str,
     defaults: &Defaults,
+    contracts: &Contracts<'_>,
     upstreams: &mut Vec<Reference<'t>>,
 ) -> LocalService {
     let protocol = table.word("protocol", &PROTOCOL).unwrap_or_default();
@@ -198,6 +202,7 @@ fn read_service<'t>(
             Err(_) => upstreams.push(Reference { service: upstream }),
         }
     }
+    let contract = contracts.of(table, protocol);
     let usual_port = if protocol == Protocol::Tcp { port.unwrap_or(80) } else { 80 };
     let spec = ServiceSpec {
         protocol,
@@ -208,8 +213,9 @@ fn read_service<'t>(
         namespace: group(table, "namespace"),
         sensitivity: group(table, "sensitivity"),
         exchanges_max: table.whole("exchanges_max", EXCHANGES).map_or(defaults.exchanges_max, |found| found as u32),
+        contract: contract.as_ref().map(Contract::digest),
     };
-    LocalService { run, port, env, instances, spec }
+    LocalService { run, port, env, instances, spec, contract }
 }
 
 fn read_run(table: &Table<'_>) -> Option<Vec<String>> {

@@ -15,7 +15,7 @@ use crate::{
 pub struct Plan {
     /// The changes, in an order in which they fold: what is referred to comes before what refers to it.
     pub change_set: ChangeSet,
-    /// The policy texts that they bring.
+    /// The policy texts and contracts that they bring.
     pub bodies: Bodies,
     /// How many operators can sign, when they are too few for the seal that the directory asks for: it is not planned yet.
     pub too_few_signers: Option<usize>,
@@ -41,8 +41,12 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             return Err(TrustDomainMoved { held: held.clone(), given: directory.trust_domain.clone() });
         }
     }
+    let mut bodies = Bodies::default();
     for (name, service) in &directory.services {
         if state.services.get(name).is_none_or(|held| held.spec != service.spec) {
+            if let Some(contract) = &service.contract {
+                bodies.insert(contract.to_body());
+            }
             changes.push(Change::DeclareService { name: name.clone(), spec: service.spec.clone() });
         }
     }
@@ -51,7 +55,6 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             changes.push(Change::SetRole { name: name.clone(), members: members.clone() });
         }
     }
-    let mut bodies = Bodies::default();
     for (id, policy) in &directory.policies {
         let body = Digest::of(policy.text.as_bytes());
         if state.policies.get(id) != Some(&PolicyRef { file: policy.file.clone(), body }) {

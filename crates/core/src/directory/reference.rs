@@ -175,6 +175,13 @@ pub(super) const SERVICE: &[Key] = &[
         "empty",
         "The services it calls. Each gets a loopback listener, told as `COUNTERSIGN_UPSTREAM_<SERVICE>=127.0.0.1:port`. It grants nothing: policies do.",
     ),
+    key(
+        "contract",
+        "path",
+        "none",
+        "The file below the mesh directory that says which operations it has: an OpenAPI document (`.yaml`, `.yml`, `.json`), for `grpc` \
+         a descriptor set (`.binpb`, `.pb`, `.desc`). A request that is none of them is denied: [contracts.md](contracts.md).",
+    ),
     key("namespace", "name", "none", "Groups services for policies: `resource in Namespace::\"…\"`."),
     key(
         "sensitivity",

@@ -30,6 +30,7 @@ pub(super) fn view(policies: &str) -> View {
         trust_domain: TrustDomain::parse("shop.example").unwrap(),
         service: service("catalog"),
         spec: Some(spec),
+        contract: None,
         policies: policies
             .into_iter()
             .map(|policy| ViewPolicy { id: policy.id, file: "policies/test.cedar".into(), text: policy.text })

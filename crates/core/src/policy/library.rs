@@ -1,6 +1,9 @@
 //! One policy text, parsed and strictly validated once: its scope, its obligation, and what its conditions read.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::Arc,
+};
 
 use cedar_policy_core::ast::{
     self, ActionConstraint, AnyId, Effect, EntityReference, EntityUID, Expr, PrincipalOrResourceConstraint,
@@ -11,12 +14,16 @@ use super::{
     reads::{self, Hierarchy},
     schema::ACTIONS,
 };
-use crate::{canonical::Digest, change::PolicyId, identity::ServiceName, service::ServiceSpec};
+use crate::{
+    canonical::Digest, change::PolicyId, contract::Contract, identity::ServiceName, service::ServiceSpec,
+    state::MeshState,
+};
 
-/// Parsed policy texts by digest, kept across revisions so that a change costs what changed.
+/// Parsed policy texts and contracts by digest, kept across revisions so that a change costs what changed.
 #[derive(Default)]
 pub struct Library {
     by_digest: HashMap<Digest, Arc<ParsedPolicy>>,
+    contracts: HashMap<Digest, Contract>,
 }
 
 /// One policy text, parsed once. INVARIANT (validated-before-evaluated): only [`ParsedPolicy::parse`] makes one, and
@@ -76,9 +83,43 @@ impl Library {
         self.by_digest.get(digest)
     }
 
+    /// Reads the contract `text` unless its digest is known, and returns it.
+    pub fn insert_contract(&mut self, digest: Digest, text: &str) -> Result<&Contract, String> {
+        match self.contracts.entry(digest) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(Contract::of_body(text)?)),
+        }
+    }
+
+    /// The contract of `digest`.
+    pub fn contract(&self, digest: &Digest) -> Option<&Contract> {
+        self.contracts.get(digest)
+    }
+
+    /// Takes up every policy of the request gate and every contract of `state` whose text `text_of` has. Those of the change
+    /// gate are no policies of requests.
+    pub fn take_up<'b>(
+        &mut self,
+        state: &MeshState,
+        text_of: impl Fn(&Digest) -> Option<&'b Arc<str>>,
+    ) -> Result<(), String> {
+        for policy in state.policies.values() {
+            if let Some(text) = text_of(&policy.body) {
+                self.insert(policy.body, text)?;
+            }
+        }
+        for (name, service) in &state.services {
+            if let Some((digest, text)) = service.spec.contract.and_then(|digest| Some((digest, text_of(&digest)?))) {
+                self.insert_contract(digest, text).map_err(|what| format!("service `{name}`: {what}"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Forgets all but those that `keep` says are in force.
     pub fn retain(&mut self, keep: impl Fn(&Digest) -> bool) {
         self.by_digest.retain(|digest, _| keep(digest));
+        self.contracts.retain(|digest, _| keep(digest));
     }
 }
 

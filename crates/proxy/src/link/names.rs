@@ -115,6 +115,7 @@ mod tests {
             trust_domain: TrustDomain::parse("shop.example").unwrap(),
             service: ServiceName::parse("web").unwrap(),
             spec: None,
+            contract: None,
             policies: Vec::new(),
             roles: BTreeMap::new(),
             services: services.iter().map(visible).collect(),

@@ -186,6 +186,7 @@ impl Plan {
             trust_domain: trust_domain(),
             service: name(service),
             spec,
+            contract: None,
             policies: vec![ViewPolicy { id: "only".into(), file: "policies/only.cedar".into(), text }],
             roles: BTreeMap::new(),
             services: self
