@@ -1,6 +1,6 @@
 """Measures Countersign beside its peers, interleaved in one run, and writes bench/results/.
 
-    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,gate,fanout,append,verify,failover]
+    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,contract,gate,fanout,append,verify,failover]
 
 The pair: load generator -> sidecar -> HTTP/2 over mutual TLS -> sidecar -> nginx with a 1 KB answer. Both proxies of a pair
 share core 0; load generator and backend share core 1. Everything listens on loopback and every load ends by itself.
@@ -545,6 +545,10 @@ def bench_decide(*_):
     return cargo_bench("decide")
 
 
+def bench_contract(*_):
+    return cargo_bench("contract")
+
+
 def bench_gate(*_):
     return cargo_bench("gate")
 
@@ -572,6 +576,7 @@ PARTS = {
     "connections": bench_connections,
     "start": bench_start,
     "decide": bench_decide,
+    "contract": bench_contract,
     "gate": bench_gate,
     "fanout": bench_fanout,
     "append": bench_append,
