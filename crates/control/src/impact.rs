@@ -187,6 +187,7 @@ permit (principal == Workload::"web", action in [Action::"http:GET", Action::"ht
                 origin: "127.0.0.1".parse().unwrap(),
                 now: 1_790_000_000,
                 first_contact: false,
+                operation: None,
             },
             judged: Judged::AtStart,
             ended: None,

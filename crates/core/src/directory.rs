@@ -235,8 +235,14 @@ fn read_policies(
     let services: BTreeSet<ServiceName> = mesh.services.keys().cloned().collect();
     // What a file that is no TOML would have declared is not looked up; the rest is.
     let is_known = mesh.is_readable && sources.contains_key(MESH_FILE);
-    let known =
-        policy::Known { trust_domain: mesh.trust_domain.as_ref(), services: is_known.then_some(&services), roles };
+    let contract = |(name, service): (&ServiceName, &LocalService)| Some((name.clone(), service.contract.clone()?));
+    let contracts = mesh.services.iter().filter_map(contract).collect();
+    let known = policy::Known {
+        trust_domain: mesh.trust_domain.as_ref(),
+        services: is_known.then_some(&services),
+        roles,
+        contracts: &contracts,
+    };
     for source in sources.values().filter(|source| is_policy_file(&source.file)) {
         let (parsed, mistakes) = policy::read_file(&source.file, &source.text);
         mistakes.into_iter().for_each(|mistake| source.take(mistake));
@@ -531,9 +537,9 @@ l = { port = 12, contract = 7 }
             mesh.toml:4:28 `../secret.yaml` is not a file of the mesh directory (give its path below the directory of mesh.toml: "contracts/payments.yaml")
             mesh.toml:5:28 `/etc/a.yaml` is not a file of the mesh directory (give its path below the directory of mesh.toml: "contracts/payments.yaml")
             mesh.toml:6:28 `.countersign/a.yaml` is not a file of the mesh directory (give its path below the directory of mesh.toml: "contracts/payments.yaml")
-            mesh.toml:7:28 `a.txt` cannot be the contract of a http service (the contract of an http service is an OpenAPI document: .yaml, .yml or .json)
-            mesh.toml:8:28 `a.binpb` cannot be the contract of a http service (the contract of an http service is an OpenAPI document: .yaml, .yml or .json)
-            mesh.toml:9:47 `bad.yaml` cannot be the contract of a grpc service (the contract of a grpc service is a descriptor set: .binpb, .pb or .desc)
+            mesh.toml:7:28 `a.txt` cannot be the contract of a service that speaks http (the contract of an http service is an OpenAPI document: .yaml, .yml or .json)
+            mesh.toml:8:28 `a.binpb` cannot be the contract of a service that speaks http (the contract of an http service is an OpenAPI document: .yaml, .yml or .json)
+            mesh.toml:9:47 `bad.yaml` cannot be the contract of a service that speaks grpc (the contract of a grpc service is a descriptor set: .binpb, .pb or .desc)
             mesh.toml:10:46 a tcp service has no operations (leave `contract` out)
             mesh.toml:14:29 `contract` must be a string, not a number (put it in quotes: "7")
         "#]].assert_eq(&told(&files(&[

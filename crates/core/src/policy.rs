@@ -58,7 +58,8 @@ pub struct Query<'a> {
     /// The service it asks for.
     pub service: &'a ServiceName,
     /// The normalized path (without query), with its leading slash; `/` for tcp. The resource is
-    /// `Operation::"<service><path>" in Service::"<service>"`.
+    /// `Operation::"<service><path>" in Service::"<service>"`, or, when the service has a contract,
+    /// `Operation::"<service>/<operation>"`: the law finds which one it is.
     pub path: &'a str,
     /// Everything else policies can read.
     pub context: Context<'a>,
@@ -118,6 +119,8 @@ pub struct Decision {
     pub reads: Reads,
     /// Whether it came from memory.
     pub remembered: bool,
+    /// The operation of the service's contract that was asked for.
+    pub operation: Option<Arc<str>>,
 }
 
 /// What a caller must show to pass annotated forbids: the strictest of all that stand in the way.
@@ -204,6 +207,7 @@ impl<'a> Query<'a> {
             origin: self.context.origin,
             now: self.context.now,
             first_contact: self.context.first_contact,
+            operation: None,
         }
     }
 }

@@ -67,6 +67,9 @@ pub struct Inputs {
     pub now: i64,
     /// Whether this edge (caller, service, operation) had not been seen by this proxy before.
     pub first_contact: bool,
+    /// The operation of the service's contract that it was; absent without a contract, and when the contract has none such.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<Arc<str>>,
 }
 
 /// The answer of the law.
@@ -99,6 +102,8 @@ pub enum Reason {
     NotDeclared,
     /// The peer is not a workload.
     NotAWorkload,
+    /// The service has a contract, and this is no operation of it.
+    NotInContract,
 }
 
 /// Which judgement of the exchange this was.
@@ -164,11 +169,12 @@ impl Reason {
             Self::PolicyFault => "a policy could not be evaluated, which denies",
             Self::NotDeclared => "the service is not declared any more",
             Self::NotAWorkload => "the peer is not a workload of a service",
+            Self::NotInContract => "the contract of the service has no such operation",
         }
     }
 
     /// Every reason. Kept records refer to places in this list: only append.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Permitted,
         Self::NoPolicyPermits,
         Self::Forbidden,
@@ -176,6 +182,7 @@ impl Reason {
         Self::PolicyFault,
         Self::NotDeclared,
         Self::NotAWorkload,
+        Self::NotInContract,
     ];
 
     /// The place of this reason in [`Self::ALL`].
@@ -188,9 +195,12 @@ impl Reason {
         match self {
             Self::Permitted => Outcome::Permit,
             Self::AssuranceNeeded => Outcome::StepUp,
-            Self::NoPolicyPermits | Self::Forbidden | Self::PolicyFault | Self::NotDeclared | Self::NotAWorkload => {
-                Outcome::Deny
-            }
+            Self::NoPolicyPermits
+            | Self::Forbidden
+            | Self::PolicyFault
+            | Self::NotDeclared
+            | Self::NotAWorkload
+            | Self::NotInContract => Outcome::Deny,
         }
     }
 
@@ -204,6 +214,7 @@ impl Reason {
             Self::PolicyFault => "policy_fault",
             Self::NotDeclared => "not_declared",
             Self::NotAWorkload => "not_a_workload",
+            Self::NotInContract => "not_in_contract",
         }
     }
 }
@@ -228,6 +239,6 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             assert_eq!(reason.place(), place);
         }
-        assert_eq!(Reason::NotAWorkload.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
+        assert_eq!(Reason::NotInContract.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
     }
 }

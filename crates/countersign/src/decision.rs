@@ -179,6 +179,9 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     say("revision", record.revision.to_string());
     say("judged", format!("{} by the proxy of {}, in {} ns", judged(record), record.instance, record.judge_ns));
     say("principal", inputs.principal.to_string());
+    if let Some(operation) = &inputs.operation {
+        say("operation", operation.to_string());
+    }
     say("host", inputs.host.to_string());
     say("method", format!("{} over {}", inputs.method, inputs.protocol));
     say("size", inputs.size.map_or_else(|| "not declared".to_owned(), |size| format!("{size} bytes")));
@@ -197,7 +200,9 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
             ),
         );
     }
-    if record.policies.is_empty() {
+    if record.reason == Reason::NotInContract {
+        text.push_str("\nno policy was asked: what is no operation of the contract is denied\n");
+    } else if record.policies.is_empty() {
         text.push_str("\nno policy decided: what no policy permits is denied\n");
     }
     for id in record.policies.iter() {

@@ -272,6 +272,7 @@ fn inputs(arguments: &Explain, state: &MeshState) -> Result<Inputs, Failure> {
         origin: arguments.origin,
         now: i64::try_from(render::now_ms() / 1000).unwrap_or(i64::MAX),
         first_contact: arguments.first_contact,
+        operation: None,
     })
 }
 
@@ -310,6 +311,9 @@ fn text(explanation: &Explanation, inputs: &Inputs, mesh: &Mesh, paint: Paint) -
         paint.dim(&at),
         explanation.reason.in_words(),
     );
+    if let Some(operation) = &explanation.operation {
+        let _ = writeln!(text, "{} {}\n", paint.dim("operation"), render::tame(operation));
+    }
     if explanation.policies.is_empty() {
         text.push_str("no policy is about this service: what no policy permits is denied\n");
         return text;

@@ -27,6 +27,7 @@ pub(crate) const REASON: HeaderName = HeaderName::from_static("countersign-reaso
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
     Denied(DecisionId),
+    NotInContract(DecisionId),
     Malformed(&'static str),
     HeadTooLarge,
     UnknownService,
@@ -51,7 +52,7 @@ pub(crate) enum Refusal {
 }
 
 /// One of each kind, in the order in which they are counted.
-pub(crate) const ALL: [Refusal; 22] = [
+pub(crate) const ALL: [Refusal; 23] = [
     Refusal::Denied(DecisionId(0)),
     Refusal::Malformed("framing"),
     Refusal::HeadTooLarge,
@@ -74,6 +75,7 @@ pub(crate) const ALL: [Refusal; 22] = [
     Refusal::TimedOut,
     Refusal::Unproven,
     Refusal::CertificateRefused,
+    Refusal::NotInContract(DecisionId(0)),
 ];
 
 /// How long a worker says nothing more of a refusal that it has just logged: an outage is not as loud as its traffic.
@@ -108,6 +110,14 @@ impl Refusal {
         use Refusal::*;
         let (status, grpc_status, reason, level, unprocessed, what_to_do) = match self {
             Denied(_) => (403, 7, "denied", Info, false, "`countersign decision show ID` says which policies decided"),
+            NotInContract(_) => (
+                403,
+                7,
+                "not-in-contract",
+                Info,
+                false,
+                "the service has a contract without such an operation: correct the request or the contract",
+            ),
             Malformed(_) => (400, 13, "malformed", Info, false, "the body names the defect; send it otherwise"),
             HeadTooLarge => (431, 8, "head-too-large", Info, false, "send fewer or shorter headers"),
             UnknownService => (404, 12, "unknown-service", Info, false, "no such service is declared in mesh.toml"),
@@ -220,7 +230,9 @@ impl Refusal {
 
     fn body(self) -> String {
         match self {
-            Self::Denied(id) => format!(r#"{{"error":"denied","decision":"{id}"}}"#),
+            Self::Denied(id) | Self::NotInContract(id) => {
+                format!(r#"{{"error":"{}","decision":"{id}"}}"#, self.row().reason)
+            }
             Self::Malformed(defect) => format!(r#"{{"error":"malformed","defect":"{defect}"}}"#),
             other => format!(r#"{{"error":"{}"}}"#, other.row().reason),
         }
@@ -242,7 +254,7 @@ fn response(refusal: Refusal, kind: Kind) -> Response<Watched> {
     let response = Response::builder().header(REASON, HeaderValue::from_static(row.reason));
     let built = if kind == Kind::Grpc {
         let message = match refusal {
-            Refusal::Denied(id) => format!("denied; decision {id}"),
+            Refusal::Denied(id) | Refusal::NotInContract(id) => format!("{}; decision {id}", row.reason),
             Refusal::Malformed(defect) => format!("malformed: {defect}"),
             _ => row.reason.to_owned(),
         };

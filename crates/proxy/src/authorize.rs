@@ -4,7 +4,7 @@
 use std::{rc::Rc, sync::Arc};
 
 use countersign_core::{
-    record::{Judged, Outcome},
+    record::{Judged, Reason},
     service::Recorded,
 };
 use http::HeaderValue;
@@ -26,9 +26,11 @@ pub(crate) async fn authorize(
     exchange: &Rc<Exchange>,
     view: &Arc<Compiled>,
 ) -> Result<Permit, Refusal> {
-    let (outcome, id) = exchange.judge(view, Judged::AtStart);
-    if outcome != Outcome::Permit {
-        return Err(Refusal::Denied(id)); // no caller can step up before tokens carry assurance
+    let (reason, id) = exchange.judge(view, Judged::AtStart);
+    match reason {
+        Reason::Permitted => {}
+        Reason::NotInContract => return Err(Refusal::NotInContract(id)),
+        _ => return Err(Refusal::Denied(id)), // no caller can step up before tokens carry assurance
     }
     let always = view.view.spec.as_ref().is_some_and(|spec| spec.recorded == Recorded::Always);
     if always {

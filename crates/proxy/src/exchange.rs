@@ -207,15 +207,9 @@ fn route_inbound(
         Protocol::Grpc => Kind::Grpc,
         Protocol::Tcp => Kind::Tcp,
     };
-    let asked = Asked {
-        kind,
-        method: method.clone(),
-        path,
-        host: own_host,
-        size,
-        first_contact: worker.is_first_contact(peer.id(), &method),
-        trace,
-    };
+    let operation = view.law.operation(method.as_str(), &path);
+    let first_contact = worker.is_first_contact(peer.id(), operation.map_or(method.as_str(), |name| name));
+    let asked = Asked { kind, method: method.clone(), path, host: own_host, size, first_contact, trace };
     let routed = Routed { intent, protocol, method, path_and_query, headers, body };
     Ok((view, routed, asked))
 }

@@ -19,7 +19,7 @@ use countersign_core::{
     change::Revision,
     identity::SpiffeId,
     policy::{self, Action, Decision, Query},
-    record::{End, Ended, Judged, Outcome},
+    record::{End, Ended, Judged, Outcome, Reason},
     service::Protocol,
 };
 use http::Method;
@@ -201,9 +201,9 @@ impl Live {
 
 impl Exchange {
     /// Judges this exchange by `view`. The answer is kept with it.
-    pub(crate) fn judge(&self, view: &Arc<Compiled>, which: Judged) -> (Outcome, DecisionId) {
+    pub(crate) fn judge(&self, view: &Arc<Compiled>, which: Judged) -> (Reason, DecisionId) {
         if cfg!(countersign_bench_lawless) {
-            return (Outcome::Permit, DecisionId(0)); // what judging and recording cost is measured against this
+            return (Reason::Permitted, DecisionId(0)); // what judging and recording cost is measured against this
         }
         let at_ms = self.worker.now_ms();
         let now = (at_ms / 1000) as i64;
@@ -211,13 +211,13 @@ impl Exchange {
         let decision = self.worker.decide(view, &self.query(view, now));
         let judge_ns = began.elapsed().as_nanos() as u64;
         let id = DecisionId::new(at_ms);
-        let outcome = decision.outcome;
+        let reason = decision.reason;
         self.worker.counts.judged(which, decision.reason, judge_ns);
         self.recorded.set(false);
         let revision = view.revision();
         let judgement = Judgement { id, at_ms, now, revision, decision, which, judge_ns, view: view.clone() };
         *self.judged.borrow_mut() = Some(judgement);
-        (outcome, id)
+        (reason, id)
     }
 
     fn rejudge(&self, view: &Arc<Compiled>) {
@@ -228,8 +228,8 @@ impl Exchange {
         }
         let before = self.judged.borrow().clone();
         let recorded = self.recorded.get();
-        let (outcome, id) = self.judge(view, Judged::WhileOpen);
-        match outcome {
+        let (reason, id) = self.judge(view, Judged::WhileOpen);
+        match reason.outcome() {
             Outcome::Permit => {
                 // The same answer again is not a new decision: the record keeps the first and its ids.
                 if let (Some(before), Some(now)) = (before, self.judged.borrow_mut().as_mut()) {
@@ -338,6 +338,7 @@ impl Exchange {
             revision: judged.revision.0,
             policies: judged.decision.policies.iter().map(ToString::to_string).collect(),
             caller: self.peer.id().to_string(),
+            operation: judged.decision.operation.as_deref().unwrap_or_default().into(),
         });
         let end = match how {
             End::Completed => "completed",

@@ -347,7 +347,15 @@ mod tests {
 
     fn answer(outcome: Outcome, reason: Reason, policies: &[&str]) -> Decision {
         let policies = policies.iter().map(|id| (*id).into()).collect();
-        Decision { outcome, reason, policies, obligation: None, reads: Reads::NOTHING, remembered: false }
+        Decision {
+            outcome,
+            reason,
+            policies,
+            obligation: None,
+            reads: Reads::NOTHING,
+            remembered: false,
+            operation: None,
+        }
     }
 
     fn ended(how: End) -> Ended {

@@ -17,7 +17,7 @@ use countersign_core::{
     policy::{Decision, Judge, Query},
     service::Protocol,
 };
-use http::{Method, Request};
+use http::Request;
 use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::{
@@ -185,10 +185,10 @@ impl Worker {
         self.shared.uptime().as_nanos() as u64
     }
 
-    /// Whether nobody with this id has called in this way since the proxy began. Until contracts name operations, the way
-    /// is the method.
-    pub(crate) fn is_first_contact(&self, peer: &SpiffeId, method: &Method) -> bool {
-        let edge = FxBuildHasher.hash_one((peer, method));
+    /// Whether nobody with this id has called in this way since the proxy began: this operation, or, without a contract, this
+    /// method.
+    pub(crate) fn is_first_contact(&self, peer: &SpiffeId, way: &str) -> bool {
+        let edge = FxBuildHasher.hash_one((peer, way));
         if self.edges.borrow().contains(&edge) {
             return false;
         }

@@ -63,6 +63,11 @@ impl Matcher {
         self.below(*root, path.strip_prefix('/')?)
     }
 
+    /// The methods of the contract.
+    pub fn methods(&self) -> impl Iterator<Item = &str> {
+        self.roots.iter().map(|(method, _)| &**method)
+    }
+
     /// As deep as the deepest template at most.
     fn below(&self, node: usize, rest: &str) -> Option<usize> {
         let node = &self.nodes[node];

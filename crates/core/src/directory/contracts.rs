@@ -74,7 +74,10 @@ impl<'f> Contracts<'f> {
             (Protocol::Grpc, _) => Some("the contract of a grpc service is a descriptor set: .binpb, .pb or .desc"),
         };
         if let Some(help) = wanted {
-            return refuse(format!("`{}` cannot be the contract of a {protocol} service", shortened(path)), help);
+            return refuse(
+                format!("`{}` cannot be the contract of a service that speaks {protocol}", shortened(path)),
+                help,
+            );
         }
         let Some(text) = self.files.get(path) else {
             return refuse(

@@ -286,6 +286,7 @@ impl Reader<'_> {
             origin: origin.unwrap_or(IpAddr::from([127, 0, 0, 1])),
             now: now.unwrap_or(NOW_DEFAULT),
             first_contact: first_contact.unwrap_or(false),
+            operation: None,
             action: action.into(),
         })
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     Law, Obligation, Query,
     law::Verdict,
-    library::{PrincipalScope, ResourceScope, path_of},
+    library::{PrincipalScope, ResourceScope},
     schema::number,
 };
 use crate::{
@@ -22,6 +22,9 @@ pub struct Explanation {
     pub outcome: Outcome,
     /// Why.
     pub reason: Reason,
+    /// The operation of the service's contract that it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operation: Option<Arc<str>>,
     /// The policies that decided.
     pub by: Vec<PolicyId>,
     /// What would lift the forbids.
@@ -71,8 +74,8 @@ impl Law {
     /// Judges `query` as [`Law::decide`] does, and says what every policy came to.
     pub fn explain(&self, query: &Query<'_>) -> Explanation {
         let decision = self.decide(query);
-        let verdict = match self.place(query) {
-            Ok(place) => self.evaluate(&self.candidates(place), place, query),
+        let verdict = match self.stand(query) {
+            Ok(standing) => self.evaluate(&self.candidates(standing.place), standing, query),
             Err(_) => Verdict::default(),
         };
         let mut policies: Vec<Considered> = (0u32..)
@@ -102,6 +105,7 @@ impl Law {
         Explanation {
             outcome: decision.outcome,
             reason: decision.reason,
+            operation: decision.operation,
             by: decision.policies.to_vec(),
             obligation: decision.obligation,
             policies,
@@ -121,7 +125,7 @@ impl Law {
         let resource = policy.concerns
             && *query.service == *self.service()
             && match &policy.parsed.resource {
-                ResourceScope::Operation(operation) => path_of(operation, query.service.as_str()) == Some(query.path),
+                ResourceScope::Operation(operation) => self.is_resource(operation, query),
                 _ => true,
             };
         if principal && action && resource {

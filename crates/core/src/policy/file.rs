@@ -18,10 +18,11 @@ use miette::Diagnostic;
 use super::{Factor, JudgedBy, Library, Mistake, ParsedPolicy, PolicyError, library::annotation};
 use crate::{
     change::{Member, PolicyId, RoleName},
+    contract::{Contract, Matcher},
     identity::{ServiceName, SpiffeId, TrustDomain},
     operator::QUORUM_MAX,
     path::NormalPath,
-    state::MeshState,
+    state::{MeshState, Service},
 };
 
 /// Longest `@id`, in bytes.
@@ -49,6 +50,8 @@ pub struct Known<'a> {
     pub services: Option<&'a BTreeSet<ServiceName>>,
     /// Every role.
     pub roles: Option<&'a BTreeMap<RoleName, BTreeSet<Member>>>,
+    /// The contracts, of services that have one.
+    pub contracts: &'a BTreeMap<ServiceName, Contract>,
 }
 
 /// As [`read_file`]; the policies only when there is no mistake.
@@ -106,7 +109,15 @@ pub fn validate(policy: &FilePolicy, known: &Known<'_>) -> Result<Arc<ParsedPoli
 pub fn mistakes_of_state(state: &MeshState, library: &Library) -> Vec<PolicyError> {
     let Some(trust_domain) = &state.trust_domain else { return Vec::new() };
     let services = state.services.keys().cloned().collect();
-    let known = Known { trust_domain: Some(trust_domain), services: Some(&services), roles: Some(&state.roles) };
+    let contract = |service: &Service| library.contract(&service.spec.contract?).cloned();
+    let contracts =
+        state.services.iter().filter_map(|(name, service)| Some((name.clone(), contract(service)?))).collect();
+    let known = Known {
+        trust_domain: Some(trust_domain),
+        services: Some(&services),
+        roles: Some(&state.roles),
+        contracts: &contracts,
+    };
     let mut errors = Vec::new();
     for (id, reference) in &state.policies {
         let mut refuse = |what: String| errors.push(PolicyError { id: id.clone(), file: reference.file.clone(), what });
@@ -239,7 +250,11 @@ fn unknown_names(parsed: &ParsedPolicy, known: &Known<'_>) -> Vec<Mistake> {
             "Service" => unknown_service(eid, eid, known, "Service"),
             "Operation" => {
                 let (service, path) = eid.find('/').map_or((eid, None), |at| (&eid[..at], Some(&eid[at..])));
+                let contract = known.contracts.iter().find(|(name, _)| name.as_str() == service);
                 match path {
+                    Some(path) if let Some((_, contract)) = contract => {
+                        unknown_operation(service, &path[1..], contract)
+                    }
                     None => Some((
                         format!("`{eid}` is not an operation"),
                         format!("an operation is a service and a path: Operation::\"{eid}/\""),
@@ -275,6 +290,28 @@ fn unknown_service(service: &str, eid: &str, known: &Known<'_>, kind: &str) -> O
         None => "services are declared in mesh.toml".to_owned(),
     };
     Some((format!("the service `{service}` does not exist"), help))
+}
+
+/// An operation that the contract of the service does not have: with a contract, its operations are the only ones.
+fn unknown_operation(service: &str, name: &str, contract: &Contract) -> Option<(String, String)> {
+    if contract.named(name).is_some() {
+        return None;
+    }
+    let path = format!("/{name}");
+    let matcher = Matcher::new(contract);
+    let at_path =
+        matcher.methods().filter_map(|method| matcher.find(method, &path)).map(|at| &contract.operations()[at]);
+    let of_path: Vec<String> =
+        at_path.take(3).map(|operation| format!("Operation::\"{service}/{}\"", operation.name)).collect();
+    let help = if !of_path.is_empty() {
+        format!("the path is of {}; a path alone is context.request.path == \"{path}\"", of_path.join(", "))
+    } else {
+        match nearest(name, contract.operations().iter().map(|operation| &*operation.name)) {
+            Some(meant) => format!("did you mean Operation::\"{service}/{meant}\"?"),
+            None => format!("its contract has {} operations, by their names", contract.operations().len()),
+        }
+    };
+    Some((format!("the contract of `{service}` has no operation `{name}`"), help))
 }
 
 /// A path that no request has, because requests are judged by the normal form of theirs.
@@ -605,7 +642,12 @@ permit (principal == Workload::"web", action, resource);
         let trust_domain = TrustDomain::parse("shop.example").unwrap();
         let services = ["web", "catalog"].into_iter().map(|name| ServiceName::parse(name).unwrap()).collect();
         let roles = BTreeMap::from([("reader".into(), BTreeSet::new())]);
-        let known = Known { trust_domain: Some(&trust_domain), services: Some(&services), roles: Some(&roles) };
+        let known = Known {
+            trust_domain: Some(&trust_domain),
+            services: Some(&services),
+            roles: Some(&roles),
+            contracts: &BTreeMap::new(),
+        };
         let mut found = String::new();
         for policy in parse_file("policies/a.cedar", text).unwrap() {
             found += &told(text, &validate(&policy, &known).err().unwrap_or_default());
@@ -641,6 +683,38 @@ permit (principal == Workload::"web", action, resource);
                help: write its normal form: Operation::"catalog/A"
             10: `Operation::"catalog/%41"`: no request has the path `/%41`
                help: write its normal form: Operation::"catalog/A"
+        "#]].assert_eq(&found);
+    }
+
+    #[test]
+    fn with_a_contract_only_its_operations_can_be_named() {
+        let text = r#"@id("a") permit (principal, action, resource == Operation::"catalog/getItem");
+@id("b") permit (principal, action, resource == Operation::"catalog/getIten");
+@id("c") permit (principal, action, resource == Operation::"catalog/items/4");
+@id("d") permit (principal, action, resource) when { resource in Operation::"catalog/zzzzzzzzzz" };
+@id("e") permit (principal, action, resource == Operation::"web/items/4");
+@id("f") permit (principal, action, resource == Operation::"catalog/PUT /items/{id}");
+"#;
+        let contracts = BTreeMap::from([(
+            ServiceName::parse("catalog").unwrap(),
+            super::super::fixture::contract(&[
+                ("getItem", "GET", "/items/{id}"),
+                ("PUT /items/{id}", "PUT", "/items/{id}"),
+            ]),
+        )]);
+        let services = ["web", "catalog"].into_iter().map(|name| ServiceName::parse(name).unwrap()).collect();
+        let known = Known { trust_domain: None, services: Some(&services), roles: None, contracts: &contracts };
+        let mut found = String::new();
+        for policy in parse_file("policies/a.cedar", text).unwrap() {
+            found += &told(text, &validate(&policy, &known).err().unwrap_or_default());
+        }
+        expect![[r#"
+            2: `Operation::"catalog/getIten"`: the contract of `catalog` has no operation `getIten`
+               help: did you mean Operation::"catalog/getItem"?
+            3: `Operation::"catalog/items/4"`: the contract of `catalog` has no operation `items/4`
+               help: the path is of Operation::"catalog/PUT /items/{id}", Operation::"catalog/getItem"; a path alone is context.request.path == "/items/4"
+            4: `Operation::"catalog/zzzzzzzzzz"`: the contract of `catalog` has no operation `zzzzzzzzzz`
+               help: its contract has 2 operations, by their names
         "#]].assert_eq(&found);
     }
 

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{Action, Context, Law, Query, parse_file};
 use crate::{
     change::{Member, Revision},
+    contract::{Contract, Operation},
     identity::{ServiceName, SpiffeId, TrustDomain},
     service::{Protocol, ServiceSpec},
     view::{View, ViewPolicy},
@@ -46,7 +47,29 @@ pub(super) fn view(policies: &str) -> View {
 }
 
 pub(super) fn law(policies: &str) -> Arc<Law> {
-    Arc::new(Law::compile(&view(policies)).unwrap_or_else(|errors| panic!("{errors:#?}")))
+    law_of(&view(policies))
+}
+
+/// The law of a catalog that has these operations: name, method, path.
+pub(super) fn law_with(operations: &[(&str, &str, &str)], policies: &str) -> Arc<Law> {
+    let mut view = view(policies);
+    let contract = contract(operations);
+    view.spec.as_mut().unwrap().contract = Some(contract.digest());
+    view.contract = Some(contract);
+    law_of(&view)
+}
+
+pub(super) fn contract(operations: &[(&str, &str, &str)]) -> Contract {
+    let operation = |(name, method, path): &(&str, &str, &str)| Operation {
+        name: (*name).into(),
+        method: (*method).into(),
+        path: (*path).into(),
+    };
+    Contract::new(operations.iter().map(operation).collect()).unwrap()
+}
+
+fn law_of(view: &View) -> Arc<Law> {
+    Arc::new(Law::compile(view).unwrap_or_else(|errors| panic!("{errors:#?}")))
 }
 
 /// What a query is made from.

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     canonical::Digest,
+    contract::{Contract, Matcher},
     identity::{RESERVED_SEGMENT, ServiceName, SpiffeId, TrustDomain},
     record::{Outcome, Reason},
     view::View,
@@ -43,6 +44,16 @@ pub struct Law {
     classes_by_workload: HashMap<Box<str>, u32, FxBuildHasher>,
     classes: Vec<Class>,
     entities: EntitiesOfLaw,
+    contract: Option<Enforced>,
+}
+
+/// The contract of the service, made ready for deciding. All of it is found by the place of an operation.
+struct Enforced {
+    matcher: Matcher,
+    names: Vec<Arc<str>>,
+    entities: Vec<Arc<EntityUID>>,
+    /// The number of the operation, when some scope names it.
+    keys: Vec<PathKey>,
 }
 
 /// A policy of the law. Their order is that of their ids.
@@ -55,7 +66,7 @@ pub(super) struct Compiled {
 
 /// 0: any principal. Otherwise the number of a workload or a role that some scope names.
 type PrincipalKey = u32;
-/// 0: any path. Otherwise the number of a path that some scope names.
+/// 0: any path. Otherwise the number of a path, or of an operation of the contract, that some scope names.
 type PathKey = u32;
 const ANY: u32 = 0;
 const STRANGER: u32 = 0;
@@ -72,6 +83,14 @@ pub(super) struct Place {
     class: u32,
     path: PathKey,
     action: u8,
+}
+
+/// What is known of a query before any policy is evaluated.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Standing {
+    pub(super) place: Place,
+    /// The place of the operation that it is, in the contract.
+    operation: Option<usize>,
 }
 
 /// The policies whose scope holds at one place, and what their conditions read together.
@@ -140,6 +159,12 @@ impl Law {
         if !twice.is_empty() {
             return Err(twice);
         }
+        // The ledger says which contract; a view that brings another one, or none, was not made from it.
+        let declared = view.spec.as_ref().and_then(|spec| spec.contract);
+        if declared != view.contract.as_ref().map(Contract::digest) {
+            let what = "the view does not have the contract that the service declares".to_owned();
+            return Err(vec![PolicyError { id: view.service.as_str().into(), file: "mesh.toml".into(), what }]);
+        }
         Ok(Self::index(view, policies))
     }
 
@@ -171,7 +196,9 @@ impl Law {
         }
         let (classes_by_workload, classes) = classes(view, &numbers);
         let entities = EntitiesOfLaw::of(view);
+        let contract = view.contract.as_ref().map(|contract| Enforced::of(contract, &view.service, &paths));
         Self {
+            contract,
             trust_domain: view.trust_domain.clone(),
             service: view.service.clone(),
             declared: view.spec.is_some(),
@@ -197,29 +224,84 @@ impl Law {
     /// Judges one query, remembering nothing. Never fails: what cannot be evaluated is denied with
     /// [`Reason::PolicyFault`].
     pub fn decide(&self, query: &Query<'_>) -> Decision {
-        match self.place(query) {
+        match self.stand(query) {
             Err(refusal) => refusal,
-            Ok(place) => {
-                let candidates = self.candidates(place);
-                self.judge(&self.evaluate(&candidates, place, query), candidates.reads)
+            Ok(standing) => {
+                let candidates = self.candidates(standing.place);
+                let decision = self.judge(&self.evaluate(&candidates, standing, query), candidates.reads);
+                self.of_operation(standing, decision)
             }
         }
     }
 
+    /// The operation of the contract that a request with this method and normal path is; `None` also without a contract.
+    pub fn operation(&self, method: &str, path: &str) -> Option<&Arc<str>> {
+        let contract = self.contract.as_ref()?;
+        contract.names.get(contract.matcher.find(method, path)?)
+    }
+
     /// Where `query` stands in the index; or the denial that needs no policy.
-    pub(super) fn place(&self, query: &Query<'_>) -> Result<Place, Decision> {
+    ///
+    /// INVARIANT (contract-first): where there is a contract, no policy is asked about what is no operation of it.
+    pub(super) fn stand(&self, query: &Query<'_>) -> Result<Standing, Decision> {
         let refused = |reason| Err(Decision::denial(reason, Reads::NOTHING));
         if !self.declared || *query.service != self.service {
             return refused(Reason::NotDeclared);
         }
         let Some(workload) = self.workload(query.principal) else { return refused(Reason::NotAWorkload) };
+        let operation = match &self.contract {
+            None => None,
+            Some(contract) => {
+                let method = match query.action {
+                    Action::Http(method) => method,
+                    Action::GrpcCall | Action::TcpConnect => query.context.method,
+                };
+                let Some(found) = contract.matcher.find(method, query.path) else {
+                    return refused(Reason::NotInContract);
+                };
+                Some(found)
+            }
+        };
         // A method that the schema does not have cannot be named by a policy, so none permits it.
-        let Some(action) = number(query.action) else { return refused(Reason::NoPolicyPermits) };
-        Ok(Place {
-            class: self.classes_by_workload.get(workload).copied().unwrap_or(STRANGER),
-            path: if self.paths.is_empty() { ANY } else { self.paths.get(query.path).copied().unwrap_or(ANY) },
-            action,
-        })
+        let Some(action) = number(query.action) else {
+            let denial = Decision::denial(Reason::NoPolicyPermits, Reads::NOTHING);
+            return Err(Decision { operation: self.name_of(operation), ..denial });
+        };
+        let path = match (&self.contract, operation) {
+            (Some(contract), Some(operation)) => contract.keys[operation],
+            _ if self.paths.is_empty() => ANY,
+            _ => self.paths.get(query.path).copied().unwrap_or(ANY),
+        };
+        let class = self.classes_by_workload.get(workload).copied().unwrap_or(STRANGER);
+        Ok(Standing { place: Place { class, path, action }, operation })
+    }
+
+    fn name_of(&self, operation: Option<usize>) -> Option<Arc<str>> {
+        Some(self.contract.as_ref()?.names[operation?].clone())
+    }
+
+    /// `decision`, which any operation at its place shares, as one of this operation.
+    pub(super) fn of_operation(&self, standing: Standing, decision: Decision) -> Decision {
+        Decision { operation: self.name_of(standing.operation), ..decision }
+    }
+
+    /// What policies read as the resource and as `context.request.operation`: the operation's name, or else the path.
+    pub(super) fn resource_name<'a>(&'a self, standing: Standing, query: &Query<'a>) -> &'a str {
+        match (&self.contract, standing.operation) {
+            (Some(contract), Some(operation)) => &contract.names[operation],
+            _ => query.path,
+        }
+    }
+
+    /// Whether the operation entity of this id is the resource of `query`.
+    pub(super) fn is_resource(&self, id: &str, query: &Query<'_>) -> bool {
+        let named = path_of(id, query.service.as_str());
+        match &self.contract {
+            None => named == Some(query.path),
+            Some(_) => self.stand(query).is_ok_and(|standing| {
+                named.and_then(|named| named.strip_prefix('/')) == Some(self.resource_name(standing, query))
+            }),
+        }
     }
 
     /// How policies name this principal; `None` when it is no workload: a trust domain's own id, or one of the mesh's
@@ -269,7 +351,7 @@ impl Law {
     }
 
     /// Evaluates every candidate: all satisfied ones are named in the record, and a fault anywhere denies.
-    pub(super) fn evaluate(&self, candidates: &Candidates, place: Place, query: &Query<'_>) -> Verdict {
+    pub(super) fn evaluate(&self, candidates: &Candidates, standing: Standing, query: &Query<'_>) -> Verdict {
         let mut verdict = Verdict::default();
         let asks = candidates.policies.iter().any(|at| self.policies[*at as usize].parsed.condition().is_some());
         if !asks {
@@ -278,9 +360,9 @@ impl Law {
             }
             return verdict;
         }
-        let entities = self.entities(candidates.hierarchy, place, query);
+        let entities = self.entities(candidates.hierarchy, standing, query);
         let evaluator =
-            Evaluator::new(self.request(candidates.reads, place, query), &entities, Extensions::all_available());
+            Evaluator::new(self.request(candidates.reads, standing, query), &entities, Extensions::all_available());
         let slots = SlotEnv::new();
         for at in &candidates.policies {
             let parsed = &self.policies[*at as usize].parsed;
@@ -311,6 +393,7 @@ impl Law {
             obligation,
             reads,
             remembered: false,
+            operation: None,
         };
         let faults = &mut verdict.faults.iter().map(|(at, _)| *at);
         let forbids = &mut verdict.forbids.iter().copied();
@@ -342,29 +425,40 @@ impl Law {
             .flatten()
     }
 
-    fn request(&self, reads: Reads, place: Place, query: &Query<'_>) -> Request {
+    fn request(&self, reads: Reads, standing: Standing, query: &Query<'_>) -> Request {
         let workload = self.workload(query.principal).unwrap_or(query.principal.as_str());
         let known = |uid: Arc<EntityUID>| EntityUIDEntry::Known { euid: uid, loc: None };
         Request::new_unchecked(
             known(Arc::new(uid(&TYPES.workload, workload))),
-            known(ACTION_UIDS[usize::from(place.action)].clone()),
-            known(Arc::new(self.operation(query))),
-            Some(context(reads, query)),
+            known(ACTION_UIDS[usize::from(standing.place.action)].clone()),
+            known(self.resource(standing, query)),
+            Some(context(reads, self.operation_read(standing, query), query)),
         )
     }
 
-    fn operation(&self, query: &Query<'_>) -> EntityUID {
-        uid(&TYPES.operation, &[self.service.as_str(), query.path].concat())
+    fn resource(&self, standing: Standing, query: &Query<'_>) -> Arc<EntityUID> {
+        match (&self.contract, standing.operation) {
+            (Some(contract), Some(operation)) => contract.entities[operation].clone(),
+            _ => Arc::new(uid(&TYPES.operation, &[self.service.as_str(), query.path].concat())),
+        }
     }
 
-    fn entities(&self, hierarchy: Hierarchy, place: Place, query: &Query<'_>) -> Entities {
+    /// `context.request.operation`: of a contract, or the full method name of a gRPC call.
+    fn operation_read<'a>(&'a self, standing: Standing, query: &Query<'a>) -> Option<&'a str> {
+        match (standing.operation, query.action) {
+            (None, Action::Http(_) | Action::TcpConnect) => None,
+            _ => Some(self.resource_name(standing, query).trim_start_matches('/')),
+        }
+    }
+
+    fn entities(&self, hierarchy: Hierarchy, standing: Standing, query: &Query<'_>) -> Entities {
         if hierarchy == Hierarchy::None {
             return Entities::new();
         }
         let workload = self.workload(query.principal).unwrap_or(query.principal.as_str());
         let own = [
-            entity(uid(&TYPES.workload, workload), &self.classes[place.class as usize].roles),
-            entity(self.operation(query), &self.entities.operation_ancestors),
+            entity(uid(&TYPES.workload, workload), &self.classes[standing.place.class as usize].roles),
+            entity((*self.resource(standing, query)).clone(), &self.entities.operation_ancestors),
         ];
         let base = match hierarchy {
             Hierarchy::Whole => self.entities.whole.clone(),
@@ -372,7 +466,7 @@ impl Law {
         };
         let rest = match hierarchy {
             Hierarchy::Whole => None,
-            Hierarchy::Own | Hierarchy::None => Some(self.entities.actions[usize::from(place.action)].clone()),
+            Hierarchy::Own | Hierarchy::None => Some(self.entities.actions[usize::from(standing.place.action)].clone()),
         };
         base.upsert_entities(
             own.into_iter().chain(rest).map(Arc::new),
@@ -386,14 +480,22 @@ impl Law {
     /// Everything that Cedar's authorizer would need to judge `query` by itself.
     #[cfg(test)]
     pub(super) fn whole_question(&self, query: &Query<'_>) -> Option<(Request, Entities)> {
-        let place = self.place(query).ok()?;
-        Some((self.request(Reads::ALL, place, query), self.entities(Hierarchy::Whole, place, query)))
+        let standing = self.stand(query).ok()?;
+        Some((self.request(Reads::ALL, standing, query), self.entities(Hierarchy::Whole, standing, query)))
     }
 }
 
 impl Decision {
     pub(super) fn denial(reason: Reason, reads: Reads) -> Self {
-        Self { outcome: Outcome::Deny, reason, policies: Arc::default(), obligation: None, reads, remembered: false }
+        Self {
+            outcome: Outcome::Deny,
+            reason,
+            policies: Arc::default(),
+            obligation: None,
+            reads,
+            remembered: false,
+            operation: None,
+        }
     }
 }
 
@@ -406,6 +508,18 @@ impl Verdict {
 impl Candidates {
     pub(super) fn len(&self) -> usize {
         self.policies.len()
+    }
+}
+
+impl Enforced {
+    fn of(contract: &Contract, service: &ServiceName, paths: &HashMap<Box<str>, PathKey, FxBuildHasher>) -> Self {
+        let ids = || contract.operations().iter().map(|operation| format!("/{}", operation.name));
+        Self {
+            matcher: Matcher::new(contract),
+            names: contract.operations().iter().map(|operation| operation.name.clone()).collect(),
+            entities: ids().map(|id| Arc::new(uid(&TYPES.operation, &[service.as_str(), &id].concat()))).collect(),
+            keys: ids().map(|id| paths.get(&*id).copied().unwrap_or(ANY)).collect(),
+        }
     }
 }
 
@@ -501,7 +615,7 @@ fn entity(uid: EntityUID, ancestors: &HashSet<EntityUID>) -> Entity {
 
 /// The context, as far as it is read. A member that no candidate reads is left out: they were validated against a
 /// schema in which it exists, and nobody looks.
-fn context(reads: Reads, query: &Query<'_>) -> CedarContext {
+fn context(reads: Reads, operation: Option<&str>, query: &Query<'_>) -> CedarContext {
     let asked = &query.context;
     let mut members: Vec<(&str, Value)> = Vec::with_capacity(4);
     if reads.any_of(Reads::REQUEST) {
@@ -512,8 +626,8 @@ fn context(reads: Reads, query: &Query<'_>) -> CedarContext {
         if reads.any_of(Reads::REQUEST_PATH) {
             request.push(("path", query.path.into()));
         }
-        if reads.any_of(Reads::OPERATION) && query.action == Action::GrpcCall {
-            request.push(("operation", query.path.trim_start_matches('/').into()));
+        if let Some(operation) = operation.filter(|_| reads.any_of(Reads::OPERATION)) {
+            request.push(("operation", operation.into()));
         }
         if reads.any_of(Reads::PROTOCOL) {
             request.push(("protocol", asked.protocol.to_string().as_str().into()));
@@ -584,7 +698,7 @@ mod tests {
     use super::{
         super::{
             CameTo, Factor, Judge,
-            fixture::{Asked, NOW, law, service, view},
+            fixture::{Asked, NOW, contract, law, law_with, service, view},
         },
         *,
     };
@@ -600,7 +714,10 @@ mod tests {
     }
 
     fn check(policies: &str, rows: &[(Asked, &str)]) {
-        let law = law(policies);
+        check_by(&law(policies), policies, rows);
+    }
+
+    fn check_by(law: &Arc<Law>, policies: &str, rows: &[(Asked, &str)]) {
         let mut judge = Judge::new(law.clone());
         for (asked, expected) in rows {
             assert_eq!(told(&law.decide(&asked.query())), *expected, "{asked:?}\n{policies}");
@@ -620,6 +737,124 @@ mod tests {
             r#"@id("other") permit (principal == Workload::"cron", action == Action::"http:PUT", resource in Service::"payments");"#,
             &[(asked("cron", "http:PUT", "/"), "deny no_policy_permits")],
         );
+    }
+
+    const OPERATIONS: &[(&str, &str, &str)] = &[
+        ("listItems", "GET", "/items"),
+        ("getItem", "GET", "/items/{id}"),
+        ("search", "GET", "/items/search"),
+        ("replaceItem", "PUT", "/items/{id}"),
+        ("items", "POST", "/search"),
+        ("trace", "TRACE", "/items"),
+        ("shop.Orders/Place", "POST", "/shop.Orders/Place"),
+    ];
+
+    /// PROVES (contract-first).
+    #[test]
+    fn what_is_no_operation_of_the_contract_is_denied_whatever_policies_say() {
+        let all = r#"@id("all") permit (principal, action, resource);"#;
+        let faulty = r#"@id("fault") permit (principal, action, resource) when { 9223372036854775807 + 1 > 0 };"#;
+        for policies in [all, faulty] {
+            let permitted = if policies == all { "permit permitted by all" } else { "deny policy_fault by fault" };
+            check_by(
+                &law_with(OPERATIONS, policies),
+                policies,
+                &[
+                    (asked("web", "http:GET", "/"), "deny not_in_contract"),
+                    (asked("web", "http:GET", "/items/"), "deny not_in_contract"),
+                    (asked("web", "http:GET", "/items/4/5"), "deny not_in_contract"),
+                    (asked("web", "http:DELETE", "/items/4"), "deny not_in_contract"),
+                    (asked("web", "http:HEAD", "/items"), "deny not_in_contract"),
+                    (asked("web", "http:OPTIONS", "/items"), "deny not_in_contract"),
+                    (asked("web", "http:get", "/items"), "deny not_in_contract"),
+                    (asked("web", "http:POST", "/items/search"), "deny not_in_contract"),
+                    (asked("web", "http:GET", "/listItems"), "deny not_in_contract"),
+                    (asked("web", "grpc:call", "/shop.Orders/Cancel"), "deny not_in_contract"),
+                    (asked("countersign/control", "http:GET", "/nothing"), "deny not_a_workload"),
+                    (asked("web", "http:TRACE", "/items"), "deny no_policy_permits"),
+                    (asked("web", "http:GET", "/items"), permitted),
+                    (asked("web", "http:GET", "/items/4"), permitted),
+                    (asked("web", "grpc:call", "/shop.Orders/Place"), permitted),
+                ],
+            );
+        }
+        let of = |action, path| law_with(OPERATIONS, all).decide(&asked("web", action, path).query()).operation;
+        assert_eq!(of("http:GET", "/items/search").as_deref(), Some("search"));
+        assert_eq!(of("http:GET", "/items/4").as_deref(), Some("getItem"));
+        assert_eq!(of("http:TRACE", "/items").as_deref(), Some("trace"));
+        assert_eq!(of("http:GET", "/other"), None);
+        assert_eq!(law(all).decide(&asked("web", "http:GET", "/items").query()).operation, None);
+    }
+
+    #[test]
+    fn with_a_contract_the_resource_is_the_operation_in_scopes_and_in_conditions() {
+        let get = || asked("web", "http:GET", "/items/4");
+        let other = || asked("web", "http:GET", "/items");
+        let denied = "deny no_policy_permits";
+        for (scope, condition) in [
+            (r#"resource == Operation::"catalog/getItem""#, ""),
+            (r#"resource in Operation::"catalog/getItem""#, ""),
+            ("resource", r#"when { resource == Operation::"catalog/getItem" }"#),
+            ("resource", r#"when { resource in Operation::"catalog/getItem" }"#),
+            ("resource", r#"when { [Operation::"catalog/getItem"].contains(resource) }"#),
+            ("resource", r#"when { context.request has operation && context.request.operation == "getItem" }"#),
+            (r#"resource in Service::"catalog""#, r#"unless { resource == Operation::"catalog/listItems" }"#),
+        ] {
+            let policies = format!("@id(\"a\") permit (principal, action, {scope}) {condition};");
+            check_by(
+                &law_with(OPERATIONS, &policies),
+                &policies,
+                &[
+                    (other(), denied),
+                    (get(), "permit permitted by a"),
+                    (asked("web", "http:GET", "/items/5"), "permit permitted by a"),
+                    (other(), denied),
+                ],
+            );
+        }
+        // A path is not the operation that is called like it, nor an entity of its own.
+        for name in ["items", "items/4", "search"] {
+            let policies = format!("@id(\"a\") permit (principal, action, resource == Operation::\"catalog/{name}\");");
+            let is_search = |expected| if name == "search" { "permit permitted by a" } else { expected };
+            let is_items = |expected| if name == "items" { "permit permitted by a" } else { expected };
+            check_by(
+                &law_with(OPERATIONS, &policies),
+                &policies,
+                &[
+                    (get(), denied),
+                    (other(), denied),
+                    (asked("web", "http:GET", "/items/search"), is_search(denied)),
+                    (asked("web", "http:POST", "/search"), is_items(denied)),
+                ],
+            );
+        }
+        let policies = r#"@id("a") permit (principal, action, resource == Operation::"catalog/shop.Orders/Place")
+            when { context.request has operation && context.request.operation == "shop.Orders/Place" && context.request.path == "/shop.Orders/Place" };"#;
+        check_by(
+            &law_with(OPERATIONS, policies),
+            policies,
+            &[
+                (asked("web", "grpc:call", "/shop.Orders/Place"), "permit permitted by a"),
+                (asked("web", "http:GET", "/items"), denied),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_view_without_the_contract_that_the_service_declares_does_not_compile() {
+        let mut view = view(r#"@id("a") permit (principal, action, resource);"#);
+        let (contract, other) = (contract(OPERATIONS), contract(&OPERATIONS[1..]));
+        view.spec.as_mut().unwrap().contract = Some(contract.digest());
+        for given in [None, Some(other)] {
+            view.contract = given;
+            assert!(
+                Law::compile(&view).err().unwrap()[0].to_string().contains("the contract that the service declares")
+            );
+        }
+        view.contract = Some(contract);
+        assert!(Law::compile(&view).is_ok());
+        view.spec.as_mut().unwrap().contract = None;
+        assert!(Law::compile(&view).is_err());
     }
 
     #[test]
@@ -1002,10 +1237,13 @@ mod tests {
         fn the_index_and_the_memory_answer_as_cedar_does_over_the_whole_set(
             texts in prop::collection::vec(policy_text(), 0..24),
             all_asked in prop::collection::vec(any_asked(), 1..24),
+            has_contract in any::<bool>(),
         ) {
             let text: String =
                 texts.iter().enumerate().map(|(at, text)| format!("@id(\"p{at:02}\") {text}\n")).collect();
-            let law = law(&text);
+            // Operations that are called like paths of others.
+            let operations = [("one", "GET", "/two"), ("two", "GET", "/{x}"), ("three", "PUT", "/one"), ("rpc", "POST", "/{x}")];
+            let law = if has_contract { law_with(&operations, &text) } else { law(&text) };
             let set = PolicySet::from_policies(law.policies.iter().map(|policy| policy.parsed.policy.clone().into())).unwrap();
             let mut judge = Judge::new(law.clone());
             for asked in &all_asked {

@@ -15,7 +15,7 @@ use rustc_hash::FxHashMap;
 
 use super::{
     Decision, Law, Query, Reads,
-    law::{Candidates, Place},
+    law::{Candidates, Place, Standing},
 };
 use crate::{identity::SpiffeId, service::Protocol};
 
@@ -81,10 +81,17 @@ impl Judge {
 
     /// Judges one query, from memory when the answer cannot have changed. Same answers as [`Law::decide`].
     pub fn decide(&mut self, query: &Query<'_>) -> Decision {
-        let place = match self.law.place(query) {
-            Ok(place) => place,
+        let standing = match self.law.stand(query) {
+            Ok(standing) => standing,
             Err(refusal) => return refusal,
         };
+        // Those of one place share a decision, whichever operation they are.
+        let decision = self.decide_at(standing, query);
+        self.law.of_operation(standing, decision)
+    }
+
+    fn decide_at(&mut self, standing: Standing, query: &Query<'_>) -> Decision {
+        let place = standing.place;
         if !self.places.contains_key(&place) {
             self.keep(place);
         }
@@ -94,14 +101,14 @@ impl Judge {
         }
         let reads = kept.candidates.reads;
         if reads == Reads::NOTHING {
-            let verdict = self.law.evaluate(&kept.candidates, place, query);
+            let verdict = self.law.evaluate(&kept.candidates, standing, query);
             let decision = self.law.judge(&verdict, reads);
             kept.decision = Some(decision.clone());
             return decision;
         }
-        let key = Self::key(reads, query);
+        let key = Self::key(reads, self.law.resource_name(standing, query), query);
         let Some(key) = key else {
-            return self.law.judge(&self.law.evaluate(&kept.candidates, place, query), reads);
+            return self.law.judge(&self.law.evaluate(&kept.candidates, standing, query), reads);
         };
         let hash = self.hash(place, &key);
         let same = |known: &Remembered| known.place == place && known.read.is(&key);
@@ -109,7 +116,7 @@ impl Judge {
             return Decision { remembered: true, ..known.decision.clone() };
         }
         let kept = &self.places[&place];
-        let decision = self.law.judge(&self.law.evaluate(&kept.candidates, place, query), reads);
+        let decision = self.law.judge(&self.law.evaluate(&kept.candidates, standing, query), reads);
         if self.decisions.len() >= MEMORY_ENTRIES_MAX {
             self.decisions.clear();
         }
@@ -129,8 +136,8 @@ impl Judge {
         self.places.insert(place, Kept { candidates, decision: None });
     }
 
-    /// The key of `query` for candidates that read `reads`; `None` when it must not be remembered.
-    fn key<'a>(reads: Reads, query: &Query<'a>) -> Option<Read<&'a str>> {
+    /// The key of `query`, whose resource has this name, for candidates that read `reads`; `None` when it must not be remembered.
+    fn key<'a>(reads: Reads, resource: &'a str, query: &Query<'a>) -> Option<Read<&'a str>> {
         if reads.any_of(Reads::NOW.and(Reads::SIZE)) {
             return None;
         }
@@ -138,7 +145,12 @@ impl Judge {
         let context = &query.context;
         let key = Read {
             principal: reads.any_of(Reads::PRINCIPAL.and(Reads::TRUST_DOMAIN)).then(|| query.principal.clone()),
-            path: text(Reads::PATH.and(Reads::REQUEST_PATH).and(Reads::OPERATION), query.path),
+            // Which operation it is follows from the path and, in the place, the action; not the other way round.
+            path: if reads.any_of(Reads::REQUEST_PATH) {
+                query.path
+            } else {
+                text(Reads::PATH.and(Reads::OPERATION), resource)
+            },
             method: text(Reads::METHOD, context.method),
             host: text(Reads::HOST, context.host),
             protocol: reads.any_of(Reads::PROTOCOL).then_some(context.protocol),

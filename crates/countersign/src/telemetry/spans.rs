@@ -80,6 +80,9 @@ pub fn of_exchange(told: Told) -> Span {
             number("countersign.revision", decision.revision),
             text("countersign.caller", decision.caller),
         ]);
+        if !decision.operation.is_empty() {
+            attributes.push(text("countersign.operation", decision.operation));
+        }
     }
     let parent = told.parent_id != 0;
     let remote = SpanFlags::ContextHasIsRemoteMask as u32 | SpanFlags::ContextIsRemoteMask as u32;
@@ -182,6 +185,7 @@ mod tests {
             revision: 3,
             policies: vec!["p".into()],
             caller: "spiffe://shop.example/web".into(),
+            operation: "removeItem".into(),
         };
         let denied = Told { inbound: true, status: 403, refusal: "denied".into(), decision: Some(decision), ..told() };
         let server = of_exchange(denied);
@@ -196,6 +200,7 @@ mod tests {
             ("countersign.decision.reason", "forbidden"),
             ("countersign.revision", "3"),
             ("countersign.caller", "spiffe://shop.example/web"),
+            ("countersign.operation", "removeItem"),
             ("countersign.refusal", "denied"),
         ] {
             assert_eq!(of_server[key], value, "{key}");

@@ -4,7 +4,7 @@
 //! ```text
 //! entry    = length u32 · CRC-32 of the payload u32 · payload            (numbers little-endian)
 //! payload  = 0 · instance                                                 the first of a segment: whose it is
-//!          | 1 · head · edge · rest · end                                 a decision
+//!          | 1 · head · edge · rest · end · operation                     a decision
 //!          | 2 · id [16] · end                                            what became of one written earlier
 //! head     = outcome u8 · reason u8 · judged u8 · protocol u8 · first contact u8 · id [16] · at_ms u64 · revision u64
 //! edge     = length u16 · principal · service · action                    (a string: length, then UTF-8)
@@ -110,6 +110,7 @@ pub(super) fn encode_decision(to: &mut Vec<u8>, decided: &Decided<'_>) {
         text(to, policy);
     }
     ended(to, decided.ended.as_ref());
+    text(to, decided.decision.operation.as_deref().unwrap_or_default());
     frame(&mut to[begin..]);
 }
 
@@ -242,6 +243,9 @@ impl<'a> DecisionView<'a> {
         let size = rest.number()?.checked_sub(1);
         let count = usize::try_from(rest.number()?).ok()?;
         let policies = (0..count).map(|_| rest.text().map(Into::into)).collect::<Option<Vec<_>>>()?;
+        let ended = rest.ended()?;
+        // A record of a version without contracts ends before it.
+        let operation = rest.text().filter(|name| !name.is_empty()).map(Into::into);
         Some(DecisionRecord {
             id: self.id.to_string().into(),
             at_ms: self.at_ms,
@@ -263,9 +267,10 @@ impl<'a> DecisionView<'a> {
                 origin,
                 now,
                 first_contact: self.first_contact,
+                operation,
             },
             judged: self.judged,
-            ended: rest.ended()?,
+            ended,
             trace_id: trace_id.map(|id| id.to_string().into()),
             judge_ns,
         })

@@ -1,5 +1,6 @@
 //! Pairs of sidecars in one process, real sockets between them: what a request may expect on its way.
 
+mod contract;
 mod hostile;
 mod limits;
 mod mesh;

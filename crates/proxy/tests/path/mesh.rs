@@ -14,8 +14,9 @@ use std::{
 use countersign_api::svid::{Bundle, TlsIdentity, X509Svid};
 use countersign_core::{
     change::Revision,
+    contract::Contract,
     identity::{InstanceId, ServiceName, TrustDomain},
-    record::{Ended, Judged, Outcome},
+    record::{Ended, Judged, Outcome, Reason},
     route::Route,
     service::{Protocol, Recorded as WhenRecorded, ServiceSpec},
     view::{View, ViewPolicy, ViewRoute, VisibleService},
@@ -103,6 +104,8 @@ pub struct Recorded {
     pub judged: Judged,
     pub path: String,
     pub ended: Option<Ended>,
+    pub reason: Reason,
+    pub operation: Option<String>,
 }
 
 struct Keep {
@@ -122,6 +125,8 @@ impl Recorder for Keep {
             judged: decided.judged,
             path: decided.query.path.to_owned(),
             ended: decided.ended.clone(),
+            reason: decided.decision.reason,
+            operation: decided.decision.operation.as_deref().map(str::to_owned),
         });
         Ok(())
     }
@@ -150,6 +155,8 @@ pub struct Plan {
     pub max_staleness_seconds: u32,
     pub exchanges_max: u32,
     pub recorded: WhenRecorded,
+    /// Of every service but `web`.
+    pub contract: Option<Contract>,
 }
 
 impl Plan {
@@ -161,6 +168,7 @@ impl Plan {
             max_staleness_seconds: 300,
             exchanges_max: 10_000,
             recorded: WhenRecorded::default(),
+            contract: None,
         }
     }
 
@@ -169,10 +177,12 @@ impl Plan {
     }
 
     pub fn view(&self, service: &str, revision: u64) -> View {
+        let contract = self.contract.clone().filter(|_| service != "web");
         let spec = self.services.iter().find(|(n, _)| *n == service).map(|(_, protocol)| ServiceSpec {
             max_staleness_seconds: self.max_staleness_seconds,
             exchanges_max: self.exchanges_max,
             recorded: self.recorded,
+            contract: contract.as_ref().map(Contract::digest),
             ..ServiceSpec::new(*protocol)
         });
         let mut routes: BTreeMap<ServiceName, Vec<ViewRoute>> = BTreeMap::new();
@@ -186,7 +196,7 @@ impl Plan {
             trust_domain: trust_domain(),
             service: name(service),
             spec,
-            contract: None,
+            contract,
             policies: vec![ViewPolicy { id: "only".into(), file: "policies/only.cedar".into(), text }],
             roles: BTreeMap::new(),
             services: self
