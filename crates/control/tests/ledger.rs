@@ -302,6 +302,60 @@ async fn what_the_law_does_not_allow_is_refused_with_every_mistake_and_changes_n
 }
 
 #[tokio::test]
+async fn a_contract_is_in_its_one_form_or_refused_and_policies_name_only_its_operations() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let declared = |text: &str| {
+        let mut bodies = Bodies::default();
+        let contract = Some(bodies.insert(text.to_owned()));
+        let spec = ServiceSpec { contract, ..ServiceSpec::new(Protocol::Http) };
+        (vec![Change::DeclareService { name: name("catalog"), spec }], bodies)
+    };
+    let operations = |names: &[&str]| {
+        let operation = |name: &&str| format!(r#"{{"method":"GET","name":"{name}","path":"/{name}"}}"#);
+        format!(r#"{{"operations":[{}]}}"#, names.iter().map(operation).collect::<Vec<_>>().join(","))
+    };
+    let good = operations(&["listItems", "search"]);
+    for (text, expected) in [
+        ("openapi: 3.1.0", "service `catalog`: not a contract"),
+        (&*operations(&["b", "a"]), "service `catalog`: the contract is not in its canonical form"),
+        (&*good.replace("\"/search\"", "\"/listItems\""), "two operations have the method and path"),
+    ] {
+        let (changes, bodies) = declared(text);
+        let problem = plane.apply_with(1, changes, bodies).await.unwrap_err();
+        assert_eq!(problem.status, 422, "{problem:?}");
+        assert!(problem.detail.as_ref().is_some_and(|detail| detail.contains(expected)), "{problem:?}");
+    }
+    let (changes, _) = declared(&good);
+    assert_eq!(plane.apply(1, changes).await.unwrap_err().status, 422, "its text did not come with it");
+
+    let (changes, bodies) = declared(&good);
+    plane.apply_with(1, changes, bodies).await.unwrap();
+    let services = plane.status().await.services;
+    let contract = services.iter().find(|service| service.name == name("catalog")).unwrap().contract.clone().unwrap();
+    assert_eq!((contract.operations, contract.digest), (2, Digest::of(good.as_bytes())));
+
+    let policy = |operation: &str| {
+        let mut bodies = Bodies::default();
+        let scope = format!("principal, action, resource == Operation::\"catalog/{operation}\"");
+        let body = bodies.insert(format!("@id(\"p\") permit ({scope});"));
+        (vec![Change::SetPolicy { id: "p".into(), file: "policies/p.cedar".into(), body }], bodies)
+    };
+    let (changes, bodies) = policy("listItem");
+    let problem = plane.apply_with(2, changes, bodies).await.unwrap_err();
+    assert!(
+        problem.detail.as_ref().is_some_and(|detail| detail.contains("has no operation `listItem`")),
+        "{problem:?}"
+    );
+    let (changes, bodies) = policy("listItems");
+    plane.apply_with(2, changes, bodies).await.unwrap();
+    let (changes, bodies) = declared(&operations(&["search"]));
+    let problem = plane.apply_with(3, changes, bodies).await.unwrap_err();
+    assert_eq!(problem.status, 422, "a policy still names what would go: {problem:?}");
+    assert_eq!(plane.status().await.revision, Revision(3));
+}
+
+#[tokio::test]
 async fn two_control_planes_on_one_directory_another_mesh_or_a_lost_key_do_not_start() {
     let plane = Plane::start().await;
     plane.create(&[]).await;

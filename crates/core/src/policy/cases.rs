@@ -6,6 +6,7 @@
 //! given = { principal = "web", action = "http:GET", service = "catalog", path = "/items/4" }
 //! expect = "permit"                    # permit | deny | step_up
 //! by = ["web-reads-catalog"]           # exactly these policies decide; leave it out where any may
+//! operation = "getItem"                # the operation of the contract that it is; leave it out where any may be
 //! ```
 //!
 //! Of `given`, `principal`, `action` and `service` are needed. The others say what else the request is like: `path`
@@ -44,6 +45,8 @@ pub struct Case {
     pub expect: Outcome,
     /// The policies that must have decided, sorted; `None` where any may.
     pub by: Option<Vec<PolicyId>>,
+    /// The operation of the contract that it must be; `None` where it may be any, or none.
+    pub operation: Option<String>,
     /// The bytes of the file that it takes.
     pub span: Range<usize>,
 }
@@ -125,6 +128,10 @@ fn failure(case: &Case, decision: &Decision) -> Option<String> {
     if decision.outcome != case.expect {
         return Some(format!("expected {}, got {got} by {}", case.expect.as_str(), by()));
     }
+    if let Some(expected) = case.operation.as_deref().filter(|name| decision.operation.as_deref() != Some(name)) {
+        let got = decision.operation.as_ref().map_or("none of the contract".to_owned(), |name| format!("`{name}`"));
+        return Some(format!("expected the operation `{expected}`, it is {got}"));
+    }
     let expected = case.by.as_ref()?;
     let mut decided = decision.policies.to_vec();
     decided.sort();
@@ -204,14 +211,16 @@ impl Reader<'_> {
     }
 
     fn case(&mut self, test: &Value<'_>) -> Option<Case> {
-        let members = self.members(test, &["name", "given", "expect", "by"])?;
+        let members = self.members(test, &["name", "given", "expect", "by", "operation"])?;
         let mistakes_before = self.mistakes.len();
         let name = self.needed(&members, "name", test.span()).and_then(|value| self.text(value).map(str::to_owned));
         let given = self.needed(&members, "given", test.span()).and_then(|value| self.given(value));
         let expect = self.needed(&members, "expect", test.span()).and_then(|value| self.outcome(value));
         let by = members.get("by").and_then(|value| self.by(value));
+        let operation = members.get("operation").and_then(|value| self.text(value)).map(str::to_owned);
         let (name, given, expect) = (name?, given?, expect?);
-        (self.mistakes.len() == mistakes_before).then(|| Case { name, given, expect, by, span: test.span() })
+        let span = test.span();
+        (self.mistakes.len() == mistakes_before).then_some(Case { name, given, expect, by, operation, span })
     }
 
     fn outcome(&mut self, value: &Value<'_>) -> Option<Outcome> {
@@ -499,6 +508,40 @@ unknown = 1
         "#]]
         .assert_eq(&told);
         assert!(parse_cases("[[test]\nname =", &state).is_err());
+    }
+
+    #[test]
+    fn a_test_can_say_which_operation_of_the_contract_it_is_about() {
+        let (mut state, mut library) = mesh();
+        let contract =
+            super::super::fixture::contract(&[("getItem", "GET", "/items/{id}"), ("search", "GET", "/items/search")]);
+        let catalog = ServiceName::parse("catalog").unwrap();
+        state.services.get_mut(&catalog).unwrap().spec.contract = Some(contract.digest());
+        library.insert_contract(contract.digest(), &contract.to_body()).unwrap();
+        let case = |path: &str, expect: &str, operation: &str| {
+            format!(
+                "[[test]]\nname = \"{path}\"\nexpect = \"{expect}\"\noperation = \"{operation}\"\n\
+                 given = {{ principal = \"web\", action = \"http:GET\", service = \"catalog\", path = \"{path}\" }}\n"
+            )
+        };
+        let text = [
+            case("/items/4", "permit", "getItem"),
+            case("/items/search", "permit", "getItem"),
+            case("/other", "deny", "getItem"),
+            case("/other/4", "permit", "getItem"),
+        ];
+        let cases = parse_cases(&text.concat(), &state).unwrap();
+        let results = run_cases(&cases, &state, &library).unwrap();
+        let failures: Vec<_> = results.iter().map(|result| result.failure.as_deref().unwrap_or("holds")).collect();
+        assert_eq!(
+            failures,
+            [
+                "holds",
+                "expected the operation `getItem`, it is `search`",
+                "expected the operation `getItem`, it is none of the contract",
+                "expected permit, got deny (not_in_contract) by no policy",
+            ]
+        );
     }
 
     #[test]

@@ -308,7 +308,13 @@ fn unknown_operation(service: &str, name: &str, contract: &Contract) -> Option<(
     } else {
         match nearest(name, contract.operations().iter().map(|operation| &*operation.name)) {
             Some(meant) => format!("did you mean Operation::\"{service}/{meant}\"?"),
-            None => format!("its contract has {} operations, by their names", contract.operations().len()),
+            None => {
+                let all = contract.operations();
+                let few: Vec<&str> = all.iter().take(8).map(|operation| &*operation.name).collect();
+                let more =
+                    if all.len() > few.len() { format!(" and {} more", all.len() - few.len()) } else { String::new() };
+                format!("it has `{}`{more}", few.join("`, `"))
+            }
         }
     };
     Some((format!("the contract of `{service}` has no operation `{name}`"), help))
@@ -714,7 +720,7 @@ permit (principal == Workload::"web", action, resource);
             3: `Operation::"catalog/items/4"`: the contract of `catalog` has no operation `items/4`
                help: the path is of Operation::"catalog/PUT /items/{id}", Operation::"catalog/getItem"; a path alone is context.request.path == "/items/4"
             4: `Operation::"catalog/zzzzzzzzzz"`: the contract of `catalog` has no operation `zzzzzzzzzz`
-               help: its contract has 2 operations, by their names
+               help: it has `PUT /items/{id}`, `getItem`
         "#]].assert_eq(&found);
     }
 
