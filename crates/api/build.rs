@@ -1,8 +1,9 @@
 //! Generates the gRPC code without a protoc on the machine.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/countersign/v1/mesh.proto", "proto/countersign/v1/sidecar.proto"];
-    let descriptors = protox::compile(files, ["proto"])?;
+    let ours = ["proto/countersign/v1/mesh.proto", "proto/countersign/v1/sidecar.proto"];
+    let standard = ["proto/spiffe/workload.proto"];
+    let descriptors = protox::compile(ours.iter().chain(&standard), ["proto"])?;
     tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=proto");
     Ok(())

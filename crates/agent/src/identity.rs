@@ -1,13 +1,17 @@
 //! Keeps identities fresh: the agent's own, and one for each instance on this host. Every renewal makes a new key, asks
 //! control to sign it, and checks what came back before anyone uses it. Keys are erased when replaced and never
-//! written to a log; an instance's key goes to its proxy and nowhere else.
+//! written to a log; the key of an instance's proxy goes to that proxy and nowhere else.
 
 use std::{
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use countersign_api::mesh::{IssueX509SvidRequest, IssueX509SvidResponse, RenewAgentRequest, mesh_client::MeshClient};
+use bytes::Bytes;
+use countersign_api::mesh::{
+    IssueJwtSvidRequest, IssueJwtSvidResponse, IssueX509SvidRequest, RenewAgentRequest, mesh_client::MeshClient,
+};
+use countersign_core::identity::InstanceId;
 use rustls_pki_types::UnixTime;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -28,35 +32,57 @@ const RENEW_APART: Duration = Duration::from_millis(500);
 
 /// Why there is no new identity this time.
 #[derive(Debug, thiserror::Error)]
-enum RenewError {
+pub(crate) enum IssueError {
+    /// A key could not be made.
     #[error("could not make a key")]
     Key(#[from] rcgen::Error),
+    /// Control says that this is not to be.
+    #[error("control does not issue it: {0}")]
+    Refused(String),
+    /// Control did not answer, or could not.
     #[error("control did not sign it: {0}")]
     Control(String),
+    /// What came is not what was asked for.
     #[error("control signed something that cannot be used")]
     Issued(#[from] IssuedError),
 }
 
-/// Keeps the identity of an instance fresh until dropped. The first one arrives as soon as control can be reached.
+/// Keeps the identity of an instance's proxy fresh until dropped. The first one arrives as soon as control can be reached.
 pub(crate) async fn keep_instance_fresh(host: Arc<Host>, of: Arc<Instance>, out: watch::Sender<Option<Arc<Issued>>>) {
-    let instance = &of.id;
+    let (listener, instance) = (host.clone(), of.clone());
+    let told = move |issued: Result<Issued, &IssueError>| match issued {
+        Ok(issued) => {
+            listener.tell(AgentEvent::IdentityIssued { instance: instance.id.clone() });
+            out.send_replace(Some(Arc::new(issued)));
+        }
+        Err(_) => instance.is_not_identified(),
+    };
+    keep_fresh(host, of.id.clone(), move || of.artifact(), told).await;
+}
+
+/// Keeps an X.509-SVID of `instance` fresh until dropped, and tells each one, or why there is none this time.
+pub(crate) async fn keep_fresh(
+    host: Arc<Host>,
+    instance: InstanceId,
+    artifact: impl Fn() -> Bytes,
+    told: impl Fn(Result<Issued, &IssueError>),
+) {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
     loop {
-        match issue(&host, &of).await {
+        match issue(&host, &instance, artifact()).await {
             Ok(issued) => {
                 backoff.reset();
                 let renew_in = renew_in(&issued);
                 tracing::debug!(%instance, svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), ?renew_in, "an identity was issued");
-                host.tell(AgentEvent::IdentityIssued { instance: instance.clone() });
                 // Control's bundle beside an identity is as good as one on the stream.
                 let _ = host.trust(&issued.bundle.to_message());
-                out.send_replace(Some(Arc::new(issued)));
+                told(Ok(issued));
                 tokio::time::sleep(renew_in).await;
             }
             Err(error) => {
                 let retry_in = backoff.next_delay();
                 tracing::warn!(%instance, error = chain(&error), ?retry_in, "an identity could not be issued");
-                of.is_not_identified();
+                told(Err(&error));
                 tokio::time::sleep(retry_in).await;
             }
         }
@@ -88,16 +114,28 @@ pub(crate) async fn keep_agent_fresh(host: Arc<Host>) {
     }
 }
 
-async fn issue(host: &Host, of: &Instance) -> Result<Issued, RenewError> {
+async fn issue(host: &Host, instance: &InstanceId, artifact: Bytes) -> Result<Issued, IssueError> {
     let request = SigningRequest::new()?;
-    let (instance, artifact) = (of.id.to_string(), of.artifact());
-    let ask = IssueX509SvidRequest { instance, csr_der: request.csr_der.clone(), artifact };
+    let ask = IssueX509SvidRequest { instance: instance.to_string(), csr_der: request.csr_der.clone(), artifact };
     let mut client = MeshClient::new(channel(host).await);
     let answer = within(client.issue_x509_svid(ask)).await?;
-    Ok(request.accept(&answer, |_| host.trust_domain.workload(&of.spec.service), now())?)
+    Ok(request.accept(&answer, |_| host.trust_domain.workload(&instance.service()), now())?)
 }
 
-async fn renew(host: &Host) -> Result<Issued, RenewError> {
+/// Has a JWT-SVID of `instance` signed for `audience`. Unlike an X.509-SVID it is not waited for while control is away.
+pub(crate) async fn issue_jwt(
+    host: &Host,
+    instance: &InstanceId,
+    audience: Vec<String>,
+    artifact: Bytes,
+) -> Result<IssueJwtSvidResponse, IssueError> {
+    let open = host.channel.borrow().clone();
+    let channel = open.ok_or_else(|| IssueError::Control("it cannot be reached".into()))?;
+    let ask = IssueJwtSvidRequest { instance: instance.to_string(), audience, artifact };
+    within(MeshClient::new(channel).issue_jwt_svid(ask)).await
+}
+
+async fn renew(host: &Host) -> Result<Issued, IssueError> {
     let request = SigningRequest::new()?;
     let ask = RenewAgentRequest { csr_der: request.csr_der.clone() };
     let mut client = MeshClient::new(channel(host).await);
@@ -118,13 +156,16 @@ async fn channel(host: &Host) -> Channel {
     }
 }
 
-async fn within(
-    answer: impl Future<Output = Result<tonic::Response<IssueX509SvidResponse>, tonic::Status>>,
-) -> Result<IssueX509SvidResponse, RenewError> {
+async fn within<T>(
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, IssueError> {
     match tokio::time::timeout(ISSUE_WITHIN, answer).await {
         Ok(Ok(answer)) => Ok(answer.into_inner()),
-        Ok(Err(status)) => Err(RenewError::Control(format!("{} ({})", status.message(), status.code()))),
-        Err(_) => Err(RenewError::Control(format!("no answer within {ISSUE_WITHIN:?}"))),
+        Ok(Err(status)) if status.code() == tonic::Code::PermissionDenied => {
+            Err(IssueError::Refused(status.message().to_owned()))
+        }
+        Ok(Err(status)) => Err(IssueError::Control(format!("{} ({})", status.message(), status.code()))),
+        Err(_) => Err(IssueError::Control(format!("no answer within {ISSUE_WITHIN:?}"))),
     }
 }
 

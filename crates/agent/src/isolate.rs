@@ -26,7 +26,7 @@ use crate::launch::{
 };
 
 pub use crate::launch::{
-    namespace::{DNS_ADDRESS, NamespaceError},
+    namespace::{DNS_ADDRESS, NamespaceError, WORKLOAD_SOCKET},
     order::{Exit, Stop},
 };
 
@@ -117,6 +117,10 @@ pub enum LaunchError {
 /// in them is killed.
 #[derive(Debug)]
 pub struct Launcher {
+    /// Its process, as this host numbers it. Every process of the workload descends from it.
+    pub pid: u32,
+    /// The number of the mount namespace that its workload lives in; absent when it is not isolated.
+    pub mounts: Option<u64>,
     /// What could not be had, in words.
     pub note: Option<String>,
     /// What the workload writes, whenever it runs.
@@ -125,6 +129,8 @@ pub struct Launcher {
     pub stderr: Option<ChildStderr>,
     /// The sidecar's end of the broker, to be passed as descriptor 4; a sidecar that replaces another gets a duplicate.
     pub broker: Option<OwnedFd>,
+    /// Listens where the workload asks for identities; absent when it is not isolated.
+    pub workload_api: Option<OwnedFd>,
     control: UnixDatagram,
     _process: Child,
 }
@@ -165,9 +171,10 @@ pub async fn prepare(spec: LaunchSpec) -> Result<Launcher, LaunchError> {
     drop(command); // and with it our copies of the launcher's descriptors: its death must be seen as a closed socket
     let control = nonblocking(control)?;
     match soon(&control).await? {
-        Some((LauncherMessage::Prepared { note }, _)) => {
+        Some((LauncherMessage::Prepared { note, mounts }, workload_api)) => {
             let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
-            Ok(Launcher { note, stdout, stderr, broker: sidecars_end, control, _process: process })
+            let pid = process.id().ok_or_else(|| io::Error::other("the launcher has ended"))?;
+            Ok(Launcher { pid, mounts, note, stdout, stderr, broker: sidecars_end, workload_api, control, _process: process })
         }
         Some((LauncherMessage::Failed(reason), _)) => Err(LaunchError::Refused(reason)),
         Some(_) => Err(LaunchError::Refused("the launcher spoke out of turn".to_owned())),

@@ -14,7 +14,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use countersign_api::{
     mesh::{IssueX509SvidResponse, JoinRequest, enrolment_client::EnrolmentClient},
-    svid::{Bundle, PeerRefused, PeerSide, SvidError, X509Svid, newcomer_config, verify_peer},
+    svid::{Bundle, JwtAuthority, PeerRefused, PeerSide, SvidError, X509Svid, newcomer_config, verify_peer},
 };
 use countersign_core::{
     canonical::Digest,
@@ -228,6 +228,14 @@ struct Kept {
     trust_domain: TrustDomain,
     bundle_sequence: u64,
     bundle: Vec<String>, // DER, base64url
+    #[serde(default)]
+    jwt_authorities: Vec<KeptJwtAuthority>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptJwtAuthority {
+    key_id: String,
+    point: String, // base64url
 }
 
 impl Drop for Kept {
@@ -257,6 +265,11 @@ pub(crate) fn keep_identity(dir: &Path, svid: &X509Svid, key_pkcs8_der: &[u8], b
         trust_domain: bundle.trust_domain().clone(),
         bundle_sequence: bundle.sequence(),
         bundle: bundle.authorities().iter().map(text).collect(),
+        jwt_authorities: bundle
+            .jwt_authorities()
+            .iter()
+            .map(|key| KeptJwtAuthority { key_id: key.key_id.clone(), point: URL_SAFE_NO_PAD.encode(&key.point) })
+            .collect(),
     };
     keep::write(&dir.join(FILE), &Zeroizing::new(serde_json::to_vec(&kept)?))
 }
@@ -278,6 +291,11 @@ impl Issued {
         let key_pkcs8_der = Zeroizing::new(URL_SAFE_NO_PAD.decode(&kept.key).map_err(|e| damaged(&e))?);
         let svid = X509Svid::parse(chain, key_pkcs8_der.to_vec()).map_err(|e| damaged(&e))?;
         let bundle = Bundle::new(kept.trust_domain.clone(), kept.bundle_sequence, roots).map_err(|e| damaged(&e))?;
+        let jwt = kept.jwt_authorities.iter().map(|key| {
+            let point = URL_SAFE_NO_PAD.decode(&key.point).map_err(|e| damaged(&e))?;
+            Ok::<_, KeptError>(JwtAuthority { key_id: key.key_id.clone(), point })
+        });
+        let bundle = bundle.with_jwt_authorities(jwt.collect::<Result<_, _>>()?);
         Ok(Some(Self { svid, key_pkcs8_der, bundle }))
     }
 

@@ -86,7 +86,9 @@ fn launch() -> Result<(), String> {
         Err(reason) => return broker::send(&agent, &LauncherMessage::Failed(reason), None).map_err(said),
     };
     let note = (!prepared.notes.is_empty()).then(|| prepared.notes.join("; "));
-    broker::send(&agent, &LauncherMessage::Prepared { note }, None).map_err(said)?;
+    let workload_api = prepared.workload_api.as_ref().map(AsFd::as_fd);
+    let mounts = prepared.mounts;
+    broker::send(&agent, &LauncherMessage::Prepared { note, mounts }, workload_api).map_err(said)?;
     let served = serve_agent(&agent, &prepared).map_err(|e| format!("could not serve the agent: {e}"));
     let init = prepared.init.as_ref().map(|(_, pidfd)| pidfd);
     tree::kill_all(init).map_err(|e| format!("could not end what the workload started: {e}"))?;
@@ -98,6 +100,8 @@ struct Prepared {
     order: LaunchOrder,
     init: Option<(Pid, OwnedFd)>,
     broker: Option<OwnedFd>,
+    mounts: Option<u64>,
+    workload_api: Option<OwnedFd>,
     signals: SignalFd,
     notes: Vec<String>,
 }
@@ -127,8 +131,10 @@ fn prepare(agent: &OwnedFd) -> Result<Prepared, String> {
         // The broker binds the ports that callers use, such as 80.
         harden::keep_capabilities(CapabilitySet::NET_BIND_SERVICE).map_err(plain("drop capabilities"))?;
     }
-    let (init, notes) = namespace.map_or((None, Vec::new()), |made| (made.init, made.notes));
-    Ok(Prepared { order, init, broker, signals, notes })
+    let mounts = namespace.as_ref().map(|made| made.mounts);
+    let (init, workload_api, notes) =
+        namespace.map_or((None, None, Vec::new()), |made| (made.init, made.workload_api, made.notes));
+    Ok(Prepared { order, init, broker, mounts, workload_api, signals, notes })
 }
 
 /// Starts the workload and says so, or why not; its process when it runs.

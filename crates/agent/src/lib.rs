@@ -13,6 +13,7 @@
 //! | `views` | the view of each service that runs here |
 //! | `discovery` | where every service runs right now |
 //! | `identity` | keys and certificates, renewed at half life |
+//! | `workload_api` | the SPIFFE Workload API, on a socket for each instance |
 //! | `workloads` | instances: a launcher, a workload and a sidecar each, supervised |
 //! | `ack` | what control must know of this host's instances |
 //! | `report` | decision records on their way to control |
@@ -62,6 +63,7 @@ mod local_api;
 mod report;
 mod telemetry;
 mod views;
+mod workload_api;
 mod workloads;
 
 pub use join::{IssuedError, JoinError, JoinTokenError, KeptError};

@@ -10,12 +10,13 @@ use aws_lc_rs::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
-use countersign_core::canonical::Digest;
+use countersign_core::{
+    canonical::Digest,
+    jws::{PROOF_TYP, coordinates, thumbprint},
+};
 
 /// The header of a proof.
 pub const DPOP_HEADER: &str = "dpop";
-/// The `typ` of a proof.
-pub const PROOF_TYP: &str = "dpop+jwt";
 
 /// A key of P-256 that never leaves whoever made it, and its file.
 pub struct ProofKey {
@@ -78,17 +79,6 @@ impl ProofKey {
 /// The `ath` of a token: "the base64url-encoded SHA-256 hash of the ASCII encoding of the associated access token's value".
 pub fn token_hash(token: &str) -> String {
     encode(Digest::of(token.as_bytes()).0)
-}
-
-/// The thumbprint of a key of P-256 with these coordinates, as a JWK writes them (RFC 7638).
-pub fn thumbprint((x, y): &(String, String)) -> String {
-    let canonical = json!({ "crv": "P-256", "kty": "EC", "x": x, "y": y });
-    encode(Digest::of_canonical(&canonical).0)
-}
-
-/// The coordinates of an uncompressed point.
-fn coordinates(point: &[u8]) -> (String, String) {
-    (encode(&point[1..33]), encode(&point[33..65]))
 }
 
 fn encode(bytes: impl AsRef<[u8]>) -> String {

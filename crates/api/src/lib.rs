@@ -11,6 +11,7 @@
 //! | [`dpop`] | the same, for every request: proof that the command still holds its key |
 //! | [`https`] | somebody outside the mesh, one question at a time: HTTPS |
 //! | [`run_file`] | `run.json`: where everything of a running mesh listens |
+//! | [`workload`] | workloads and the agent of their host: the SPIFFE Workload API |
 //! | [`svid`] | SVIDs as TLS identities: parse, verify a peer, hot-swap |
 
 pub mod broker;
@@ -22,3 +23,4 @@ pub mod mesh;
 pub mod run_file;
 pub mod sidecar;
 pub mod svid;
+pub mod workload;

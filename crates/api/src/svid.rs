@@ -28,7 +28,9 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 use countersign_core::{
     canonical::Digest,
     identity::{SpiffeId, TrustDomain},
+    jws,
 };
+use serde_json::{Value, json};
 
 use crate::mesh;
 
@@ -81,6 +83,16 @@ pub struct Bundle {
     trust_domain: TrustDomain,
     sequence: u64,
     authorities: Vec<CertificateDer<'static>>,
+    jwt_authorities: Vec<JwtAuthority>,
+}
+
+/// A key that verifies JWT-SVIDs: ECDSA P-256.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JwtAuthority {
+    /// Its name, as the `kid` of a token says it.
+    pub key_id: String,
+    /// The uncompressed point.
+    pub point: Vec<u8>,
 }
 
 /// The other end of a connection, verified. Made only from a chain that verified against a bundle.
@@ -204,13 +216,22 @@ impl Bundle {
         for authority in &authorities {
             webpki::anchor_from_trusted_cert(authority).map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
         }
-        Ok(Self { trust_domain, sequence, authorities })
+        Ok(Self { trust_domain, sequence, authorities, jwt_authorities: Vec::new() })
+    }
+
+    /// The same, with keys that verify JWT-SVIDs. What is no point of P-256 verifies nothing and is left out.
+    pub fn with_jwt_authorities(mut self, authorities: Vec<JwtAuthority>) -> Self {
+        self.jwt_authorities = authorities.into_iter().filter(|authority| authority.key().is_some()).collect();
+        self
     }
 
     /// Reads the bundle of a message.
     pub fn from_message(message: &mesh::Bundle) -> Result<Self, SvidError> {
         let authorities = message.x509_authorities_der.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
-        Self::new(TrustDomain::parse(&message.trust_domain)?, message.sequence, authorities)
+        let jwt = message.jwt_authorities.iter();
+        let jwt = jwt.map(|key| JwtAuthority { key_id: key.key_id.clone(), point: key.point.to_vec() }).collect();
+        let bundle = Self::new(TrustDomain::parse(&message.trust_domain)?, message.sequence, authorities)?;
+        Ok(bundle.with_jwt_authorities(jwt))
     }
 
     /// The message that carries it.
@@ -219,6 +240,11 @@ impl Bundle {
             trust_domain: self.trust_domain.to_string(),
             sequence: self.sequence,
             x509_authorities_der: self.authorities.iter().map(|der| der.to_vec().into()).collect(),
+            jwt_authorities: self
+                .jwt_authorities
+                .iter()
+                .map(|key| mesh::JwtAuthority { key_id: key.key_id.clone(), point: key.point.clone().into() })
+                .collect(),
         }
     }
 
@@ -235,6 +261,33 @@ impl Bundle {
     /// The root certificates.
     pub fn authorities(&self) -> &[CertificateDer<'static>] {
         &self.authorities
+    }
+
+    /// The keys that verify JWT-SVIDs.
+    pub fn jwt_authorities(&self) -> &[JwtAuthority] {
+        &self.jwt_authorities
+    }
+
+    /// The same, ready to verify with.
+    pub fn jwt_keys(&self) -> Vec<jws::Key> {
+        self.jwt_authorities.iter().filter_map(JwtAuthority::key).collect()
+    }
+
+    /// The keys that verify JWT-SVIDs as a JWK set, and no others: what the Workload API hands out.
+    pub fn jwt_jwks(&self) -> Value {
+        json!({ "keys": self.jwt_authorities.iter().map(JwtAuthority::jwk).collect::<Vec<_>>() })
+    }
+}
+
+impl JwtAuthority {
+    fn key(&self) -> Option<jws::Key> {
+        jws::Key::p256(&self.key_id, &self.point)
+    }
+
+    /// SPIFFE Trust Domain and Bundle, 4.2: `use` is `jwt-svid`, and there is a `kid`.
+    fn jwk(&self) -> Value {
+        let (x, y) = jws::coordinates(&self.point);
+        json!({ "use": "jwt-svid", "kty": "EC", "crv": "P-256", "alg": "ES256", "kid": self.key_id, "x": x, "y": y })
     }
 }
 

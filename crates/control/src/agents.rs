@@ -35,11 +35,12 @@ use countersign_api::{
 use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
+    jwt_svid::{AUDIENCE_BYTES_MAX, AUDIENCES_MAX},
 };
 
 use crate::{
     Plane,
-    authority::{AuthorityError, SigningRequest},
+    authority::{AuthorityError, SigningRequest, jwt_key::SignedJwtSvid},
     enrol::Enrolment,
     ledger::{Ledger, PAGE_ENTRIES},
     publish::Joined,
@@ -194,6 +195,39 @@ impl Agents {
             self.0.metrics.refused("peer");
             Status::permission_denied(format!("`{}` is not an agent", peer.id()))
         })
+    }
+
+    fn refuse(&self, status: Status) -> Status {
+        self.0.metrics.refused("issue");
+        status
+    }
+
+    /// The instance called `instance`, if `host` may have identities of it issued: its service is declared, what it runs is
+    /// admitted, and it is this host's.
+    fn entitled(&self, host: &ServiceName, instance: &str, artifact: &[u8]) -> Result<InstanceId, Status> {
+        let plane = &self.0;
+        let instance = InstanceId::parse(instance).map_err(|e| self.refuse(Status::invalid_argument(e.to_string())))?;
+        let service = instance.service();
+        let head = plane.ledger.head();
+        let state = head.follower.state();
+        if !state.services.contains_key(&service) {
+            let what = format!("service `{service}` is not declared in this mesh; declare it in mesh.toml and apply");
+            return Err(self.refuse(Status::permission_denied(what)));
+        }
+        let artifact =
+            registry::artifact(artifact).map_err(|e| self.refuse(Status::invalid_argument(e.to_string())))?;
+        if !registry::is_admitted(&state.deployments, &instance, artifact) {
+            let what = match artifact {
+                Some(artifact) => format!("artifact {artifact} is no deployment of service `{service}`"),
+                None => format!("service `{service}` has deployments, and the agent did not say what it runs"),
+            };
+            return Err(self.refuse(Status::permission_denied(what)));
+        }
+        plane
+            .publisher
+            .registry(|registry| registry.issuing(host, &instance))
+            .map_err(|e| self.refuse(Status::permission_denied(e.to_string())))?;
+        Ok(instance)
     }
 
     async fn follow(&self, request: Request<Streaming<mesh::FollowRequest>>) -> Result<Response<EventStream>, Status> {
@@ -396,39 +430,35 @@ impl mesh::mesh_server::Mesh for Agents {
         let host = self.host_of(&request)?;
         let asked = request.into_inner();
         let plane = &self.0;
-        let refuse = |status: Status| {
-            plane.metrics.refused("issue");
-            status
-        };
-        let instance =
-            InstanceId::parse(&asked.instance).map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
-        let service = instance.service();
-        let head = plane.ledger.head();
-        let state = head.follower.state();
-        if !state.services.contains_key(&service) {
-            let what = format!("service `{service}` is not declared in this mesh; declare it in mesh.toml and apply");
-            return Err(refuse(Status::permission_denied(what)));
-        }
-        let artifact =
-            registry::artifact(&asked.artifact).map_err(|e| refuse(Status::invalid_argument(e.to_string())))?;
-        if !registry::is_admitted(&state.deployments, &instance, artifact) {
-            let what = match artifact {
-                Some(artifact) => format!("artifact {artifact} is no deployment of service `{service}`"),
-                None => format!("service `{service}` has deployments, and the agent did not say what it runs"),
-            };
-            return Err(refuse(Status::permission_denied(what)));
-        }
-        plane
-            .publisher
-            .registry(|registry| registry.issuing(&host, &instance))
-            .map_err(|e| refuse(Status::permission_denied(e.to_string())))?;
-        let signing_request = SigningRequest::parse(&asked.csr_der).map_err(|e| refuse(refused(&e)))?;
+        let instance = self.entitled(&host, &asked.instance, &asked.artifact)?;
+        let signing_request = SigningRequest::parse(&asked.csr_der).map_err(|e| self.refuse(refused(&e)))?;
         let authority = plane.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
         let issued = authority.issue_workload(&instance, &signing_request).await.map_err(|e| refused(&e))?;
         plane.publisher.registry(|registry| registry.issued(&host, &instance, issued.expires_at_ms));
         plane.metrics.issued("workload");
         tracing::info!(instance = %instance, host = %host, expires_at_ms = issued.expires_at_ms, "svid issued");
         Ok(Response::new(authority.to_message(issued)))
+    }
+
+    async fn issue_jwt_svid(
+        &self,
+        request: Request<mesh::IssueJwtSvidRequest>,
+    ) -> Result<Response<mesh::IssueJwtSvidResponse>, Status> {
+        let host = self.host_of(&request)?;
+        let asked = request.into_inner();
+        let instance = self.entitled(&host, &asked.instance, &asked.artifact)?;
+        let is_audience = |audience: &String| (1..=AUDIENCE_BYTES_MAX).contains(&audience.len());
+        if !(1..=AUDIENCES_MAX).contains(&asked.audience.len()) || !asked.audience.iter().all(is_audience) {
+            let what = "a JWT-SVID is for 1 to 8 audiences of at most 512 bytes";
+            return Err(self.refuse(Status::invalid_argument(what)));
+        }
+        let authority = self.0.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
+        let signed = authority.issue_jwt(&instance, &asked.audience);
+        self.0.metrics.issued("jwt");
+        let audience = asked.audience.join(" ");
+        tracing::info!(instance = %instance, host = %host, audience, expires_at_ms = signed.expires_at_ms, "jwt-svid issued");
+        let SignedJwtSvid { token, issued_at_ms, expires_at_ms } = signed;
+        Ok(Response::new(mesh::IssueJwtSvidResponse { token, issued_at_ms, expires_at_ms }))
     }
 
     async fn renew_agent(

@@ -35,10 +35,12 @@ use crate::{
     store::{IssuedSerial, Storage, Store, StoreError},
 };
 
+pub mod jwt_key;
 pub mod log_key;
 pub mod note_key;
 pub mod seal;
 
+use jwt_key::{JWT_KEYS, JwtKeys, SignedJwtSvid};
 use log_key::{LOG_KEY, LOG_SIGNED, LogKey};
 use seal::{Sealer, Unopened};
 
@@ -63,6 +65,7 @@ pub struct Authority {
     trust_domain: TrustDomain,
     root: CertificateDer<'static>,
     issuing: RwLock<Arc<Issuing>>,
+    jwt: JwtKeys,
     log: LogKey,
     sealer: Arc<Sealer>,
     storage: Storage,
@@ -153,7 +156,8 @@ impl Authority {
             Some(log) => log,
             None => LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?,
         };
-        let authority = Self { trust_domain, root, issuing: RwLock::new(issuing), log, sealer, storage, clock };
+        let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
+        let authority = Self { trust_domain, root, issuing: RwLock::new(issuing), jwt, log, sealer, storage, clock };
         authority.rotate().await?;
         Ok(Some(authority))
     }
@@ -188,11 +192,16 @@ impl Authority {
                     (ROOT_KEY, &seals.seal(ROOT_KEY, &root_key)?),
                     (ISSUING_CERTIFICATE, &issuing_der),
                     (ISSUING_KEY, &seals.seal(ISSUING_KEY, &issuing_key)?),
+                    (JWT_KEYS, &jwt_key::first(&seals, now_ms)?),
                 ])
             })
             .await?;
+        if !made {
+            return Ok(None);
+        }
         let issuing = RwLock::new(Arc::new(issuing));
-        Ok(made.then_some(Self { trust_domain, root, issuing, log, sealer, storage, clock }))
+        let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
+        Ok(Some(Self { trust_domain, root, issuing, jwt, log, sealer, storage, clock }))
     }
 
     /// The trust domain it speaks for.
@@ -212,12 +221,19 @@ impl Authority {
 
     /// The keys that verify this trust domain's SVIDs.
     pub fn bundle(&self) -> Bundle {
-        Bundle::new(self.trust_domain.clone(), 1, vec![self.root.clone()])
+        Bundle::new(self.trust_domain.clone(), self.jwt.sequence(), vec![self.root.clone()])
             .expect("INVARIANT: the root was read as a signing certificate when the authority opened")
+            .with_jwt_authorities(self.jwt.authorities())
     }
 
-    /// Replaces the intermediate when it nears its end. What the old one signed stays valid until it expires.
+    /// Replaces what nears its end: the intermediate, and the key that signs JWT-SVIDs. What the old ones signed stays valid until it
+    /// expires. Whether anything was replaced.
     pub async fn rotate(&self) -> Result<bool, AuthorityError> {
+        let (issuing, jwt) = (self.rotate_issuing().await?, self.jwt.rotate().await?);
+        Ok(issuing || jwt)
+    }
+
+    async fn rotate_issuing(&self) -> Result<bool, AuthorityError> {
         let now_ms = self.clock.now_ms();
         if self.issuing.read().not_after_ms > now_ms + ISSUING_OVERLAP.as_millis() as u64 {
             return Ok(false);
@@ -272,6 +288,11 @@ impl Authority {
         request: &SigningRequest,
     ) -> Result<Issued, AuthorityError> {
         self.issue(&self.trust_domain.workload(&instance.service()), Some(instance.clone()), &request.0).await
+    }
+
+    /// Signs a JWT-SVID of one instance of a service.
+    pub fn issue_jwt(&self, instance: &InstanceId, audience: &[String]) -> SignedJwtSvid {
+        self.jwt.sign(&self.trust_domain.workload(&instance.service()), audience)
     }
 
     /// Makes a new key and SVID for the control plane itself.

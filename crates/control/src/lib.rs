@@ -801,7 +801,12 @@ async fn renew(plane: Arc<Plane>) {
             continue;
         }
         let renewed = match authority.rotate().await {
-            Ok(_) => authority.issue_control().await,
+            Ok(rotated) => {
+                if rotated {
+                    plane.publisher.trust(authority.bundle().to_message());
+                }
+                authority.issue_control().await
+            }
             Err(error) => Err(error),
         };
         match renewed {

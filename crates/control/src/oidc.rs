@@ -6,22 +6,20 @@
 //!
 //! | furniture | does |
 //! |---|---|
-//! | [`jws`] | takes a token apart: strict JSON, one signature, an algorithm that fits the key |
 //! | [`keys`] | the issuers' keys: discovery, key sets, how long they are good and how often they are asked for |
 
 use serde_json::{Map, Value};
 
-use countersign_core::{canonical::Digest, pipeline::Issuer};
+use countersign_core::{
+    canonical::Digest,
+    jws::{Presented, TokenMalformed},
+    pipeline::Issuer,
+};
 
-pub mod jws;
 pub mod keys;
 
-use jws::Presented;
-pub use jws::TokenMalformed;
 pub use keys::{KeysUnavailable, Providers};
 
-/// Longest token that is looked at, in bytes.
-pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
 /// How far clocks may be apart.
 pub const LEEWAY_SECONDS: i64 = 60;
 /// Longest life of a token, from its issue to its end: a job of a pipeline lasts no longer.

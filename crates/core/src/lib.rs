@@ -17,6 +17,8 @@
 //! | [`difference`] | what a change replaces and what it brings, as texts for people |
 //! | [`directory`] | a mesh directory (`mesh.toml`, policies, roles, routes) parsed, with every mistake at once |
 //! | [`operator`] | operators as the ledger knows them: roles, factors, public keys, the seal |
+//! | [`jws`] | signed tokens taken apart, and the keys that verify them |
+//! | [`jwt_svid`] | whom a JWT-SVID speaks for, and to whom |
 //! | [`pipeline`] | whose tokens are believed, and which automations may propose changes |
 //! | [`gate`] | the change gate: who may change what, and what they have to show for it |
 //! | [`policy`] | the request gate: the schema, the compiled law, the decision and its explanation, lint and tests |
@@ -34,6 +36,8 @@ pub mod difference;
 pub mod directory;
 pub mod gate;
 pub mod identity;
+pub mod jws;
+pub mod jwt_svid;
 pub mod keyring;
 pub mod ledger;
 pub mod operator;

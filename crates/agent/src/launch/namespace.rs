@@ -5,7 +5,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixListener,
+    },
     path::{Path, PathBuf},
 };
 
@@ -25,10 +28,13 @@ use rustix::{
     thread::CapabilitySet,
 };
 
-use crate::harden;
+use crate::{harden, workload_api::peer::mounts_of};
 
 /// Where a sidecar answers names inside the namespace, port 53.
 pub const DNS_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(127, 81, 0, 53);
+
+/// The socket in the place of the data directory on which a workload asks for its identities.
+pub const WORKLOAD_SOCKET: &str = "workload.sock";
 
 /// One try, one second: the sidecar answers at once or is being replaced.
 const RESOLV_CONF: &str = "nameserver 127.81.0.53\noptions timeout:1 attempts:3\n";
@@ -47,6 +53,10 @@ pub struct NamespaceError {
 pub(crate) struct Namespace {
     /// The first process of the process namespace and its pidfd: when it ends, the kernel ends all others.
     pub init: Option<(Pid, OwnedFd)>,
+    /// The number of its mount namespace.
+    pub mounts: u64,
+    /// Listens as [`WORKLOAD_SOCKET`] where the workload finds the data directory.
+    pub workload_api: Option<OwnedFd>,
     /// What could not be had, in words.
     pub notes: Vec<String>,
 }
@@ -61,12 +71,14 @@ fn step<T, E: Into<io::Error>>(tried: &'static str, result: Result<T, E>) -> Res
 pub(crate) fn create(data_dir: &Path) -> Result<Namespace, NamespaceError> {
     let processes = rehearse_processes();
     separate(processes.is_ok())?;
+    // Before another /proc is mounted, in which this process is not.
+    let mounts = step("read the mount namespace", mounts_of("self"))?;
     let mut notes = Vec::new();
     step("bring up the loopback interface", raise_loopback())?;
     // Ports below 1024 of a private loopback protect nothing. Where /proc/sys is read-only the workload just keeps
     // the usual limit; the broker has the capability.
     let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
-    arrange_mounts(data_dir, &mut notes)?;
+    let workload_api = arrange_mounts(data_dir, &mut notes)?;
     let init = match processes {
         Ok(()) => Some(start_init()?),
         Err(reason) => {
@@ -74,7 +86,7 @@ pub(crate) fn create(data_dir: &Path) -> Result<Namespace, NamespaceError> {
             None
         }
     };
-    Ok(Namespace { init, notes })
+    Ok(Namespace { init, mounts, workload_api, notes })
 }
 
 /// `unshare`, and this user mapped to itself: no other user exists inside.
@@ -208,8 +220,8 @@ fn raise_loopback() -> io::Result<()> {
 }
 
 /// A private copy of the host's mounts, in which a small file system lies over the data directory. The files that lie
-/// over `/etc/resolv.conf` and `/etc/nsswitch.conf` are made in it and unlinked.
-fn arrange_mounts(data_dir: &Path, notes: &mut Vec<String>) -> Result<(), NamespaceError> {
+/// over `/etc/resolv.conf` and `/etc/nsswitch.conf` are made in it and unlinked; what stays is a socket to ask for identities.
+fn arrange_mounts(data_dir: &Path, notes: &mut Vec<String>) -> Result<Option<OwnedFd>, NamespaceError> {
     step(
         "make the mounts private",
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>),
@@ -229,12 +241,19 @@ fn arrange_mounts(data_dir: &Path, notes: &mut Vec<String>) -> Result<(), Namesp
             notes.push(format!("`*.mesh` may not resolve by name: could not replace `{path}`: {e}"));
         }
     }
+    let workload_api = match UnixListener::bind(data_dir.join(WORKLOAD_SOCKET)) {
+        Ok(listener) => Some(listener.into()),
+        Err(e) => {
+            notes.push(format!("the workload cannot ask for identities: no socket in `{}`: {e}", data_dir.display()));
+            None
+        }
+    };
     seal(&data_dir)?;
     // A name-service cache of the host would answer before our DNS is asked.
     if let Ok(cache) = PathBuf::from("/var/run/nscd").canonicalize() {
         hide(&cache, true)?;
     }
-    Ok(())
+    Ok(workload_api)
 }
 
 /// Where else `dir`, or a part of it, is mounted.

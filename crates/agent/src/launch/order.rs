@@ -48,10 +48,13 @@ pub enum Stop {
 /// Launcher to agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum LauncherMessage {
-    /// Its namespaces are there, the broker answers, and nothing runs in them.
+    /// Its namespaces are there, the broker answers, and nothing runs in them. Beside this packet is a socket that listens in its mount
+    /// namespace for those who ask for identities, where there could be one.
     Prepared {
         /// What could not be had, in words.
         note: Option<String>,
+        /// The number of its mount namespace, where it has one of its own.
+        mounts: Option<u64>,
     },
     /// The workload runs; its pidfd is beside this packet.
     Started {

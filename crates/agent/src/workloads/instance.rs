@@ -18,6 +18,7 @@ use countersign_api::{
     local::WorkloadView,
     mesh::InstanceUp,
     sidecar::{Configure, Listening},
+    workload::ENDPOINT_VARIABLE,
 };
 use countersign_core::{
     canonical::Digest,
@@ -27,6 +28,7 @@ use countersign_core::{
 use parking_lot::Mutex;
 use tokio::{sync::watch, task::AbortHandle};
 
+use self::door::LaunchedBy;
 use super::{
     event::Event,
     output::Output,
@@ -45,6 +47,7 @@ use crate::{
 };
 
 mod admission;
+mod door;
 
 /// How long open exchanges may take to end when what runs is no longer admitted.
 const CUT_WITHIN: Duration = Duration::ZERO;
@@ -335,7 +338,7 @@ impl Instance {
 
     /// Keeps the workload running until its sidecar is drained.
     async fn keep_workload(
-        &self,
+        self: &Arc<Self>,
         host: &Arc<Host>,
         broker: &watch::Sender<Broker>,
         mut drained: watch::Receiver<bool>,
@@ -348,7 +351,7 @@ impl Instance {
         };
         let ways = if self.isolated { Some(self.isolated_ways()) } else { self.ways(&mut drained).await };
         let Some(ways) = ways else { return };
-        let env = self.env(&ways);
+        let env = self.env(host, &ways);
         self.status.send_modify(|status| status.env = env.clone());
         let (id, listener) = (self.id.clone(), host.clone());
         let output = Output::new(move |line| {
@@ -364,13 +367,13 @@ impl Instance {
             data_dir: host.data_dir.clone(),
         };
         let mut backoff = Backoff::new(RESTART_FIRST, RESTART_LONGEST);
-        let mut launcher = None;
+        let (mut launcher, mut identities) = (None, None);
         loop {
             output.forget();
             let life = tokio::select! {
                 biased;
                 () = said(&mut drained, |drained| *drained) => break,
-                life = self.one_life(host, &spec, &mut launcher, broker, &output) => life,
+                life = self.one_life(host, &spec, (&mut launcher, &mut identities), broker, &output) => life,
             };
             let (exit, why, lived) = match life {
                 Ok((exit, lived)) => (exit, exit.to_string(), lived),
@@ -378,7 +381,7 @@ impl Instance {
             };
             self.status.send_modify(|status| status.exit = Some(exit));
             if exit == Exit::Lost {
-                launcher = None;
+                (launcher, identities) = (None, None);
             }
             if lived > HEALTHY_AFTER {
                 backoff.reset();
@@ -403,10 +406,10 @@ impl Instance {
 
     /// One life of the workload: begun when its sidecar serves it, ended by itself. How it ended and how long it was.
     async fn one_life(
-        &self,
-        host: &Host,
+        self: &Arc<Self>,
+        host: &Arc<Host>,
         spec: &LaunchSpec,
-        launcher: &mut Option<Launcher>,
+        (launcher, identities): (&mut Option<Launcher>, &mut Option<Aborted>),
         broker: &watch::Sender<Broker>,
         output: &Output,
     ) -> Result<(Exit, Duration), LaunchError> {
@@ -422,6 +425,9 @@ impl Instance {
                 if let Some(socket) = prepared.broker.take() {
                     broker.send_replace(Some(Arc::new(socket)));
                 }
+                *identities = LaunchedBy::take(&mut prepared).map(|launched| {
+                    Aborted(tokio::spawn(self.clone().serve_identities(host.clone(), launched)).abort_handle())
+                });
                 launcher.insert(prepared)
             }
         };
@@ -487,7 +493,11 @@ impl Instance {
     }
 
     /// What the workload finds in its environment: what its owner wrote, and how to reach the mesh.
-    fn env(&self, (outbound, upstreams): &(SocketAddr, BTreeMap<ServiceName, SocketAddr>)) -> BTreeMap<String, String> {
+    fn env(
+        &self,
+        host: &Host,
+        (outbound, upstreams): &(SocketAddr, BTreeMap<ServiceName, SocketAddr>),
+    ) -> BTreeMap<String, String> {
         let proxy = format!("http://{outbound}");
         // Addresses of this machine are not for the proxy: upstream listeners and the workload's own port are there.
         let direct = "localhost,127.0.0.1,::1";
@@ -501,6 +511,10 @@ impl Instance {
             ("COUNTERSIGN_INSTANCE", self.id.as_str()),
         ] {
             env.insert(name.into(), value.into());
+        }
+        if let Some(socket) = self.workload_socket(host) {
+            // Its owner may have another one for it.
+            env.entry(ENDPOINT_VARIABLE.into()).or_insert_with(|| format!("unix://{}", socket.display()));
         }
         env.extend(self.port.map(|port| ("PORT".to_owned(), port.to_string())));
         env.extend(upstreams.iter().map(|(service, at)| (service.upstream_variable(), at.to_string())));

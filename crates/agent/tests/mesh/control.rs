@@ -8,18 +8,22 @@ use std::{
     sync::{Arc, atomic::AtomicBool, atomic::AtomicI64, atomic::AtomicU64, atomic::Ordering},
 };
 
+use aws_lc_rs::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
+};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use countersign_api::{
     mesh::{
-        self, FollowEvent, FollowRequest, IssueX509SvidRequest, IssueX509SvidResponse, JoinRequest, JoinResponse,
-        RenewAgentRequest,
+        self, FollowEvent, FollowRequest, IssueJwtSvidRequest, IssueJwtSvidResponse, IssueX509SvidRequest,
+        IssueX509SvidResponse, JoinRequest, JoinResponse, RenewAgentRequest,
         enrolment_server::{Enrolment, EnrolmentServer},
         follow_event::Event,
         follow_request::Message,
         mesh_server::{Mesh, MeshServer},
     },
-    svid::{Bundle, ClientCertificate, TlsIdentity, X509Svid},
+    svid::{Bundle, ClientCertificate, JwtAuthority, TlsIdentity, X509Svid},
 };
 use countersign_core::{
     canonical::Digest,
@@ -46,6 +50,9 @@ use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+/// The name of the key that signs JWT-SVIDs.
+const JWT_KEY_ID: &str = "jwt-1";
+
 type Authority = CertifiedIssuer<'static, KeyPair>;
 /// What one agent is told.
 type Told = mpsc::Sender<Result<FollowEvent, Status>>;
@@ -55,6 +62,7 @@ pub struct Control {
     pub trust_domain: TrustDomain,
     root: Authority,
     issuing: Authority,
+    jwt: EcdsaKeyPair,
     ledger: Mutex<Ledger>,
     /// What some hosts are shown in place of the ledger.
     shown_to: Mutex<BTreeMap<String, Ledger>>,
@@ -152,6 +160,7 @@ impl Control {
             trust_domain: trust_domain.clone(),
             root,
             issuing,
+            jwt: EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap(),
             ledger: Mutex::default(),
             shown_to: Mutex::default(),
             streams: Mutex::default(),
@@ -184,7 +193,9 @@ impl Control {
     }
 
     fn bundle(&self) -> Bundle {
-        Bundle::new(self.trust_domain.clone(), 1, vec![self.root.der().clone()]).unwrap()
+        let jwt = JwtAuthority { key_id: JWT_KEY_ID.into(), point: self.jwt.public_key().as_ref().to_vec() };
+        let roots = vec![self.root.der().clone()];
+        Bundle::new(self.trust_domain.clone(), 1, roots).unwrap().with_jwt_authorities(vec![jwt])
     }
 
     /// Appends an entry and tells every agent. Returns the revision.
@@ -494,6 +505,24 @@ impl Mesh for Service {
         self.0.issued.lock().push(request.instance);
         let id = self.0.trust_domain.workload(&instance.service());
         Ok(Response::new(self.0.sign(&request.csr_der, &id, self.0.svid_seconds.load(Ordering::Relaxed))))
+    }
+
+    async fn issue_jwt_svid(
+        &self,
+        request: Request<IssueJwtSvidRequest>,
+    ) -> Result<Response<IssueJwtSvidResponse>, Status> {
+        let IssueJwtSvidRequest { instance, audience, .. } = request.into_inner();
+        let id = self.0.trust_domain.workload(&InstanceId::parse(&instance).unwrap().service());
+        let now = at(0).unix_timestamp();
+        let claims = serde_json::json!({ "sub": id, "aud": audience, "iat": now, "exp": now + 300 });
+        let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let header = serde_json::json!({ "alg": "ES256", "kid": JWT_KEY_ID, "typ": "JWT" });
+        let input = format!("{}.{}", part(&header), part(&claims));
+        let signature = self.0.jwt.sign(&SystemRandom::new(), input.as_bytes()).unwrap();
+        let token = format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()));
+        let ms = |seconds: i64| seconds.unsigned_abs() * 1000;
+        self.0.issued.lock().push(format!("{instance} for {}", audience.join(" ")));
+        Ok(Response::new(IssueJwtSvidResponse { token, issued_at_ms: ms(now), expires_at_ms: ms(now + 300) }))
     }
 
     async fn renew_agent(&self, _: Request<RenewAgentRequest>) -> Result<Response<IssueX509SvidResponse>, Status> {

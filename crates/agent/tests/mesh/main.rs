@@ -1,5 +1,6 @@
 //! A whole agent against a control plane that can be stopped and told to lie, with sidecars that write down what they are
-//! told. This program is its own launcher (`launch`), sidecar (`sidecar`) and, for the tests that kill one, agent (`agent`).
+//! told. This program is its own launcher (`launch`), sidecar (`sidecar`), for the tests that kill one agent (`agent`), and a workload that
+//! asks for its identities (`asks`).
 
 use std::{
     collections::BTreeMap,
@@ -39,10 +40,15 @@ use crate::{
         two_hosts_that_are_shown_two_histories_part_at_the_next_signature,
     },
     control::{Control, Served, declare, name},
+    identities::{
+        a_process_that_the_agent_did_not_launch_has_no_identity,
+        a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh,
+    },
 };
 
 mod compromised;
 mod control;
+mod identities;
 mod sidecar;
 
 const WITHIN: Duration = Duration::from_secs(20);
@@ -54,6 +60,7 @@ fn main() -> ExitCode {
         Some(SUBCOMMAND) => launch_main(args.into_iter().skip(2)),
         Some("sidecar") => sidecar::main(),
         Some("agent") => agent(),
+        Some("asks") => identities::main(),
         _ => tests(&Arguments::from_args()),
     }
 }
@@ -101,6 +108,8 @@ fn tests(arguments: &Arguments) -> ExitCode {
         two_hosts_that_are_shown_two_histories_part_at_the_next_signature
         a_cold_host_is_given_no_operators_but_the_pinned_ones
         a_host_that_joined_before_the_anchor_pins_it_and_keeps_it
+        a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh
+        a_process_that_the_agent_did_not_launch_has_no_identity
     };
     libtest_mimic::run(arguments, trials).exit_code()
 }

@@ -11,8 +11,7 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 
 use countersign_api::https::{Bounds, Https, HttpsError, is_loopback};
-
-use super::jws::{self, Key};
+use countersign_core::jws::{self, Key};
 
 /// How long keys are used before they are asked for again.
 pub const FRESH_MS: u64 = 15 * 60 * 1000;

@@ -7,11 +7,13 @@ use serde_json::{Map, Value};
 use webauthn_rs::prelude::Url;
 
 use countersign_api::dpop::{DPOP_HEADER, token_hash};
-use countersign_core::canonical::Digest;
+use countersign_core::{
+    canonical::Digest,
+    jws::{Presented, Typ},
+};
 
 use crate::{
     Plane,
-    oidc::jws::{Presented, Typ},
     site::guard::text,
     store::{Document, StoreError},
 };

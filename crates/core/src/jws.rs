@@ -13,11 +13,12 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use countersign_api::dpop::{PROOF_TYP, thumbprint};
-use countersign_core::canonical::Digest;
+use crate::canonical::Digest;
 
-use super::TOKEN_BYTES_MAX;
-
+/// Longest token that is looked at, in bytes.
+pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// The `typ` of a proof of a key.
+pub const PROOF_TYP: &str = "dpop+jwt";
 /// Longest name of a key, in bytes.
 const KEY_ID_BYTES_MAX: usize = 512;
 /// Smallest and largest modulus of an RSA key, in bytes.
@@ -43,6 +44,8 @@ pub enum Typ {
     Token,
     /// A proof of a key (RFC 9449), which brings that key.
     Proof,
+    /// A JWT-SVID: `JWT`, `JOSE`, or nothing; and nothing else in its header than that, `alg` and `kid` (JWT-SVID, 2).
+    Svid,
 }
 
 /// Why something is no token.
@@ -141,9 +144,16 @@ impl<'t> Presented<'t> {
             (Typ::Token, None) => true,
             (Typ::Token, Some(said)) => said.as_str().is_some_and(|said| said.eq_ignore_ascii_case("JWT")),
             (Typ::Proof, said) => said.and_then(Value::as_str) == Some(PROOF_TYP),
+            (Typ::Svid, None) => true,
+            (Typ::Svid, Some(said)) => matches!(said.as_str(), Some("JWT" | "JOSE")),
         };
         if !is_meant {
             return no("its `typ` is of another kind of token".to_owned());
+        }
+        if typ == Typ::Svid
+            && let Some(other) = header.keys().find(|name| !matches!(name.as_str(), "alg" | "kid" | "typ"))
+        {
+            return no(format!("a JWT-SVID has no `{}` there", other.chars().take(40).collect::<String>()));
         }
         let key_id = match header.get("kid") {
             None => None,
@@ -168,6 +178,11 @@ impl<'t> Presented<'t> {
         self.claims.get("iss").and_then(Value::as_str).ok_or(TokenMalformed::NoIssuer)
     }
 
+    /// Whom it is said to be about.
+    pub fn subject(&self) -> Option<&str> {
+        self.claims.get("sub").and_then(Value::as_str)
+    }
+
     /// Which key is said to have signed it.
     pub fn key_id(&self) -> Option<&str> {
         self.key_id.as_deref()
@@ -175,13 +190,22 @@ impl<'t> Presented<'t> {
 
     /// The claims, and what tells the token from others. To be asked for once a key has verified it. An ECDSA signature has a
     /// twin that is as good, so the signature is no part of it.
-    pub(crate) fn into_signed(self) -> (Map<String, Value>, Digest) {
+    pub fn into_signed(self) -> (Map<String, Value>, Digest) {
         let id = Digest::of(self.signing_input.as_bytes());
         (self.claims, id)
     }
 }
 
 impl Key {
+    /// The key of P-256 with this uncompressed point, which verifies ES256.
+    pub fn p256(id: &str, point: &[u8]) -> Option<Self> {
+        (point.len() == 65 && point[0] == 4).then(|| Self {
+            id: Some(id.to_owned()),
+            algorithm: Some(Algorithm::Es256),
+            material: Material::P256(point.to_vec()),
+        })
+    }
+
     /// Reads the keys of a JWK set (RFC 7517); those that are for something else, or of another kind, are passed over.
     pub fn of_set(bytes: &[u8], keys_max: usize) -> Result<Vec<Self>, String> {
         let set = object("key set", bytes).map_err(|error| error.to_string())?;
@@ -249,6 +273,17 @@ impl Key {
             _ => false,
         }
     }
+}
+
+/// The thumbprint of a key of P-256 with these coordinates, as a JWK writes them (RFC 7638).
+pub fn thumbprint((x, y): &(String, String)) -> String {
+    let canonical = serde_json::json!({ "crv": "P-256", "kty": "EC", "x": x, "y": y });
+    URL_SAFE_NO_PAD.encode(Digest::of_canonical(&canonical).0)
+}
+
+/// The coordinates of an uncompressed point of P-256, as a JWK writes them.
+pub fn coordinates(point: &[u8]) -> (String, String) {
+    (URL_SAFE_NO_PAD.encode(&point[1..33]), URL_SAFE_NO_PAD.encode(&point[33..65]))
 }
 
 /// A JSON object that says nothing twice, at any depth.

@@ -1,0 +1,356 @@
+//! The SPIFFE Workload API: workloads of this host ask for their identities, and for what verifies those of others, on a unix socket.
+//! Software written for SPIFFE works unchanged.
+//!
+//! Standards: SPIFFE Workload Endpoint (sections 3 to 6) and SPIFFE Workload API (sections 4 and 5). Who asks is told by the kernel and
+//! decided at the [`Door`] of each socket, for every request and again while a stream is open: an identity ends with what earned it.
+//!
+//! | furniture | holds |
+//! |---|---|
+//! | [`authority`] | what clients on a unix socket call the other end |
+//! | [`peer`] | the process at the other end of a connection |
+//! | [`material`] | the identities of one instance, fetched when somebody asks |
+
+use std::{convert::Infallible, io, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use countersign_api::{
+    svid::Bundle,
+    workload::{
+        Jwtsvid, JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, SECURITY_HEADER,
+        ValidateJwtsvidRequest, ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid,
+        X509svidRequest, X509svidResponse,
+        spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
+    },
+};
+use countersign_core::jwt_svid::{self, AUDIENCE_BYTES_MAX, AUDIENCES_MAX};
+use futures_util::{Stream, StreamExt};
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    net::UnixListener,
+    sync::{Semaphore, mpsc},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, metadata::MetadataMap, transport::server::Connected};
+
+use crate::{
+    host::Host,
+    identity,
+    workload_api::{
+        authority::WithAuthority,
+        material::{Material, X509},
+        peer::Peer,
+    },
+};
+
+mod authority;
+pub(crate) mod material;
+pub(crate) mod peer;
+
+/// Connections to one socket at the same time at most: a local user that opens more waits.
+const CONNECTIONS_MAX: usize = 256;
+/// Requests of one connection at the same time at most.
+const STREAMS_MAX: u32 = 32;
+/// Longest request, in bytes.
+const MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// How long the first identity of an instance may take before whoever asks is told to come again.
+const FIRST_WITHIN: Duration = Duration::from_secs(10);
+/// How often who holds a stream open is looked at again.
+const ATTEST_EVERY: Duration = Duration::from_secs(1);
+
+/// Who may come through one socket.
+pub(crate) trait Door: Send + Sync + 'static {
+    /// What `peer` may have now; `PERMISSION_DENIED` when it has no identity.
+    fn admit(&self, peer: &Peer) -> Result<Arc<Material>, Status>;
+}
+
+/// Answers on `listener` until dropped.
+pub(crate) async fn serve(listener: OwnedFd, host: Arc<Host>, door: Arc<dyn Door>) {
+    let listener = std::os::unix::net::UnixListener::from(listener);
+    let listener = match listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener)) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "the socket for workloads cannot be used"),
+    };
+    let (accepted, incoming) = mpsc::channel(1);
+    let accepting = accept(listener, accepted);
+    let api = SpiffeWorkloadApiServer::new(Api { host, door })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let serving = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_max_header_list_size(16 * 1024)
+        .http2_max_pending_accept_reset_streams(Some(20))
+        .max_concurrent_streams(STREAMS_MAX)
+        .add_service(api)
+        .serve_with_incoming(ReceiverStream::new(incoming).map(Ok::<_, Infallible>));
+    tokio::select! {
+        () = accepting => {}
+        served = serving => if let Err(error) = served {
+            tracing::error!(%error, "the Workload API ended");
+        },
+    }
+}
+
+async fn accept(listener: UnixListener, accepted: mpsc::Sender<Connection>) {
+    let open = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = open.clone().acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a workload's connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        match Peer::of(&stream) {
+            Ok(peer) => {
+                let connection = Connection { stream: WithAuthority::new(stream), peer: Arc::new(peer), _open: permit };
+                if accepted.send(connection).await.is_err() {
+                    return;
+                }
+            }
+            // It has ended already, or the kernel does not say who it is.
+            Err(error) => tracing::info!(%error, "who opened a connection cannot be told; it is closed"),
+        }
+    }
+}
+
+/// A connection with the process that opened it.
+struct Connection {
+    stream: WithAuthority<tokio::net::UnixStream>,
+    peer: Arc<Peer>,
+    _open: tokio::sync::OwnedSemaphorePermit,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Arc<Peer>;
+    fn connect_info(&self) -> Arc<Peer> {
+        self.peer.clone()
+    }
+}
+
+impl tokio::io::AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buf: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl tokio::io::AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buf: &[u8],
+    ) -> std::task::Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// What is served on one socket.
+struct Api {
+    host: Arc<Host>,
+    door: Arc<dyn Door>,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Api {
+    /// Who asks, and what they may have.
+    ///
+    /// INVARIANT (asked-by-a-workload): every request passes here: without the header of the standard it came from somebody who was
+    /// made to send it, and without attestation from nobody.
+    fn admit<T>(&self, request: &Request<T>) -> Result<(Arc<Peer>, Arc<Material>), Status> {
+        has_security_header(request.metadata())?;
+        let peer = request.extensions().get::<Arc<Peer>>().cloned();
+        let peer = peer.ok_or_else(|| Status::internal("the connection has no peer"))?;
+        let material = self.door.admit(&peer)?;
+        Ok((peer, material))
+    }
+
+    /// Answers with what `make` makes, at once and whenever that changes, until the peer is not admitted any more.
+    fn stream<T: Clone + PartialEq + Send + 'static>(
+        &self,
+        peer: Arc<Peer>,
+        material: Arc<Material>,
+        needs_svid: bool,
+        make: impl Fn(&X509, &Bundle) -> Result<T, Status> + Send + 'static,
+    ) -> Response<Answers<T>> {
+        let (tell, answers) = mpsc::channel(1);
+        let (host, door) = (self.host.clone(), self.door.clone());
+        tokio::spawn(async move {
+            let told = tell_on(&host, &*door, &peer, material, needs_svid, make, &tell).await;
+            if let Err(status) = told {
+                let _ = tell.send(Err(status)).await;
+            }
+        });
+        Response::new(Box::pin(ReceiverStream::new(answers)))
+    }
+}
+
+/// Returns when nobody listens any more, or with why there is no more to tell.
+async fn tell_on<T: Clone + PartialEq>(
+    host: &Arc<Host>,
+    door: &dyn Door,
+    peer: &Peer,
+    material: Arc<Material>,
+    needs_svid: bool,
+    make: impl Fn(&X509, &Bundle) -> Result<T, Status>,
+    tell: &mpsc::Sender<Result<T, Status>>,
+) -> Result<(), Status> {
+    let (mut bundles, mut revisions) = (host.bundle.subscribe(), host.held.revisions());
+    let mut svids = if needs_svid { material.x509() } else { material.no_x509() };
+    if needs_svid {
+        let known = svids.wait_for(|svid| !matches!(svid, X509::Sought));
+        if tokio::time::timeout(FIRST_WITHIN, known).await.is_err() {
+            return Err(Status::unavailable("the control plane has not issued an identity yet; ask again"));
+        }
+    }
+    let mut last = None;
+    loop {
+        if !Arc::ptr_eq(&door.admit(peer)?, &material) {
+            return Err(Status::permission_denied("this process is another workload than the one that asked"));
+        }
+        let bundle = host.tls.bundle();
+        let now = make(&svids.borrow_and_update(), &bundle)?;
+        if last.as_ref() != Some(&now) {
+            if tell.send(Ok(now.clone())).await.is_err() {
+                return Ok(());
+            }
+            last = Some(now);
+        }
+        tokio::select! {
+            () = tell.closed() => return Ok(()),
+            _ = bundles.changed() => {}
+            _ = revisions.changed() => {}
+            Ok(()) = svids.changed() => {}
+            () = tokio::time::sleep(ATTEST_EVERY) => {}
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl SpiffeWorkloadApi for Api {
+    type FetchX509SVIDStream = Answers<X509svidResponse>;
+    type FetchX509BundlesStream = Answers<X509BundlesResponse>;
+    type FetchJWTBundlesStream = Answers<JwtBundlesResponse>;
+
+    async fn fetch_x509svid(
+        &self,
+        request: Request<X509svidRequest>,
+    ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
+        let (peer, material) = self.admit(&request)?;
+        Ok(self.stream(peer, material, true, |svid, bundle| {
+            let issued = match svid {
+                X509::Held(issued) => issued,
+                X509::Refused(why) => return Err(Status::permission_denied(why.clone())),
+                X509::Sought => return Err(Status::unavailable("there is no identity yet; ask again")),
+            };
+            if issued.svid.not_after() <= identity::now().as_secs().cast_signed() {
+                return Err(Status::unavailable("the identity has expired, and the control plane cannot be reached"));
+            }
+            let svid = X509svid {
+                spiffe_id: issued.svid.id().to_string(),
+                x509_svid: concatenated(issued.svid.chain()),
+                x509_svid_key: Bytes::copy_from_slice(&issued.key_pkcs8_der),
+                bundle: concatenated(bundle.authorities()),
+                hint: String::new(),
+            };
+            Ok(X509svidResponse { svids: vec![svid], ..X509svidResponse::default() })
+        }))
+    }
+
+    async fn fetch_x509_bundles(
+        &self,
+        request: Request<X509BundlesRequest>,
+    ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
+        let (peer, material) = self.admit(&request)?;
+        Ok(self.stream(peer, material, false, |_, bundle| {
+            let own = (bundle.trust_domain().id().to_string(), concatenated(bundle.authorities()));
+            Ok(X509BundlesResponse { bundles: [own].into(), ..X509BundlesResponse::default() })
+        }))
+    }
+
+    async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
+        let (_, material) = self.admit(&request)?;
+        let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
+        let is_audience = |audience: &String| (1..=AUDIENCE_BYTES_MAX).contains(&audience.len());
+        if !(1..=AUDIENCES_MAX).contains(&audience.len()) || !audience.iter().all(is_audience) {
+            return Err(Status::invalid_argument("name 1 to 8 audiences of 1 to 512 bytes"));
+        }
+        let own = material.id().to_string();
+        if !spiffe_id.is_empty() && spiffe_id != own {
+            return Err(Status::permission_denied(format!("this workload is `{own}`, not `{spiffe_id}`")));
+        }
+        let svid = material.jwt(audience).await?;
+        Ok(Response::new(JwtsvidResponse { svids: vec![Jwtsvid { spiffe_id: own, svid, hint: String::new() }] }))
+    }
+
+    async fn fetch_jwt_bundles(
+        &self,
+        request: Request<JwtBundlesRequest>,
+    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
+        let (peer, material) = self.admit(&request)?;
+        Ok(self.stream(peer, material, false, |_, bundle| {
+            let own = (bundle.trust_domain().id().to_string(), bundle.jwt_jwks().to_string().into());
+            Ok(JwtBundlesResponse { bundles: [own].into() })
+        }))
+    }
+
+    async fn validate_jwtsvid(
+        &self,
+        request: Request<ValidateJwtsvidRequest>,
+    ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
+        self.admit(&request)?;
+        let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
+        if audience.is_empty() || svid.is_empty() {
+            return Err(Status::invalid_argument("give an audience and a JWT-SVID"));
+        }
+        let (bundle, now) = (self.host.tls.bundle(), identity::now().as_secs().cast_signed());
+        let verified = jwt_svid::verify(&svid, bundle.trust_domain(), &bundle.jwt_keys(), &audience, now)
+            .map_err(|refused| Status::invalid_argument(refused.to_string()))?;
+        let claims = verified.claims().iter().map(|(name, value)| (name.clone(), protobuf(value))).collect();
+        let claims = Some(prost_types::Struct { fields: claims });
+        Ok(Response::new(ValidateJwtsvidResponse { spiffe_id: verified.id().to_string(), claims }))
+    }
+}
+
+/// "the metadata key `workload.spiffe.io`, and a value of `true` (case sensitive)" (SPIFFE Workload Endpoint, 3): so that a workload
+/// that can be made to send requests of its attacker's choice does not send this one.
+fn has_security_header(metadata: &MetadataMap) -> Result<(), Status> {
+    let mut given = metadata.get_all(SECURITY_HEADER).iter();
+    match (given.next(), given.next()) {
+        (Some(value), None) if value == "true" => Ok(()),
+        _ => Err(Status::invalid_argument("the metadata `workload.spiffe.io: true` is missing")),
+    }
+}
+
+fn concatenated(certificates: &[CertificateDer<'_>]) -> Bytes {
+    certificates.iter().flat_map(|der| der.iter().copied()).collect()
+}
+
+/// JSON as protobuf has it (`google.protobuf.Value`).
+fn protobuf(value: &serde_json::Value) -> prost_types::Value {
+    use prost_types::value::Kind;
+    use serde_json::Value;
+    let kind = match value {
+        Value::Null => Kind::NullValue(0),
+        Value::Bool(given) => Kind::BoolValue(*given),
+        Value::Number(given) => Kind::NumberValue(given.as_f64().unwrap_or(f64::NAN)),
+        Value::String(given) => Kind::StringValue(given.clone()),
+        Value::Array(given) => {
+            Kind::ListValue(prost_types::ListValue { values: given.iter().map(protobuf).collect() })
+        }
+        Value::Object(given) => Kind::StructValue(prost_types::Struct {
+            fields: given.iter().map(|(name, value)| (name.clone(), protobuf(value))).collect(),
+        }),
+    };
+    prost_types::Value { kind: Some(kind) }
+}

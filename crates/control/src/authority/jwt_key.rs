@@ -1,0 +1,270 @@
+//! The keys that sign JWT-SVIDs: one that signs, one that will sign next and is published long before, and those that signed until
+//! lately. So whoever verifies knows every key before it meets the first token of it.
+
+use std::{sync::Arc, time::Duration};
+
+use aws_lc_rs::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _},
+};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use parking_lot::RwLock;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use zeroize::{Zeroize, Zeroizing};
+
+use countersign_api::svid::JwtAuthority;
+use countersign_core::{
+    identity::SpiffeId,
+    jws::{coordinates, thumbprint},
+};
+
+use super::{AuthorityError, seal::Sealer};
+use crate::{
+    clock::Clock,
+    store::{Storage, Store, StoreError},
+};
+
+pub(super) const JWT_KEYS: &str = "authority/jwt/keys";
+
+/// How long a JWT-SVID lives (SPIFFE recommends minutes: whoever reads one can use it).
+pub const JWT_SVID_LIFETIME: Duration = Duration::from_secs(5 * 60);
+/// How long one key signs. The next one is published for as long before.
+const SIGNS_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// How long a key that signs no more is still published: longer than anything it signed, and than clocks are apart.
+const RETIRED_FOR: Duration = Duration::from_secs(60 * 60);
+
+/// The keys of one trust domain.
+pub struct JwtKeys {
+    held: RwLock<Arc<Held>>,
+    sealer: Arc<Sealer>,
+    storage: Storage,
+    clock: Clock,
+}
+
+struct Held {
+    generation: Generation,
+    pair: EcdsaKeyPair,
+}
+
+/// All of them at one time, as they lie sealed in the store.
+#[derive(Serialize, Deserialize)]
+struct Generation {
+    /// Rises with each change of what is published.
+    sequence: u64,
+    signing: Stored,
+    signs_until_ms: u64,
+    next: Stored,
+    retired: Vec<Retired>,
+}
+
+#[derive(Serialize, Deserialize, Clone)]
+struct Stored {
+    id: String,
+    point: String, // uncompressed, base64url
+    pkcs8: String, // base64url; erased on drop
+}
+
+#[derive(Serialize, Deserialize, Clone)]
+struct Retired {
+    id: String,
+    point: String,
+    until_ms: u64,
+}
+
+/// A signed JWT-SVID.
+#[derive(Debug, Clone)]
+pub struct SignedJwtSvid {
+    /// Compact JWS.
+    pub token: String,
+    /// When it was issued, in milliseconds since 1970.
+    pub issued_at_ms: u64,
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+}
+
+impl Drop for Stored {
+    fn drop(&mut self) {
+        self.pkcs8.zeroize();
+    }
+}
+
+impl Stored {
+    fn generate() -> Self {
+        let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING)
+            .expect("INVARIANT: the system's random source does not fail");
+        let pkcs8 = pair.to_pkcs8v1().expect("INVARIANT: a key that was just made can be written");
+        let point = pair.public_key().as_ref();
+        Self {
+            id: thumbprint(&coordinates(point)),
+            point: URL_SAFE_NO_PAD.encode(point),
+            pkcs8: URL_SAFE_NO_PAD.encode(pkcs8.as_ref()),
+        }
+    }
+
+    fn pair(&self) -> Result<EcdsaKeyPair, AuthorityError> {
+        let damaged = || AuthorityError::Damaged("a key that signs JWT-SVIDs cannot be read".into());
+        let pkcs8 = Zeroizing::new(URL_SAFE_NO_PAD.decode(&self.pkcs8).map_err(|_| damaged())?);
+        EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &pkcs8).map_err(|_| damaged())
+    }
+}
+
+impl Generation {
+    fn first(now_ms: u64) -> Self {
+        Self {
+            sequence: 1,
+            signing: Stored::generate(),
+            signs_until_ms: now_ms + SIGNS_FOR.as_millis() as u64,
+            next: Stored::generate(),
+            retired: Vec::new(),
+        }
+    }
+
+    /// What comes after it at `now_ms`; `None` while nothing does.
+    fn after(&self, now_ms: u64) -> Option<Self> {
+        let mut retired: Vec<Retired> = self.retired.iter().filter(|key| key.until_ms > now_ms).cloned().collect();
+        let takes_over = now_ms >= self.signs_until_ms;
+        if !takes_over && retired.len() == self.retired.len() {
+            return None;
+        }
+        let sequence = self.sequence + 1;
+        if !takes_over {
+            let (signing, next) = (self.signing.clone(), self.next.clone());
+            return Some(Self { sequence, signing, signs_until_ms: self.signs_until_ms, next, retired });
+        }
+        retired.push(Retired {
+            id: self.signing.id.clone(),
+            point: self.signing.point.clone(),
+            until_ms: now_ms + RETIRED_FOR.as_millis() as u64,
+        });
+        let signs_until_ms = now_ms + SIGNS_FOR.as_millis() as u64;
+        Some(Self { sequence, signing: self.next.clone(), signs_until_ms, next: Stored::generate(), retired })
+    }
+
+    fn seal(&self, sealer: &Sealer) -> Result<Vec<u8>, StoreError> {
+        let json = serde_json::to_vec(self).expect("INVARIANT: a generation is plain JSON");
+        Ok(sealer.seal(JWT_KEYS, &Zeroizing::new(json))?)
+    }
+
+    fn open(sealer: &Sealer, sealed: &[u8]) -> Result<Self, AuthorityError> {
+        let json = sealer.unseal(JWT_KEYS, sealed)?;
+        serde_json::from_slice(&json).map_err(|error| AuthorityError::Damaged(format!("the JWT keys: {error}")))
+    }
+}
+
+impl Held {
+    fn of(generation: Generation) -> Result<Self, AuthorityError> {
+        Ok(Self { pair: generation.signing.pair()?, generation })
+    }
+}
+
+/// Keys that are not kept yet, sealed.
+pub(super) fn first(sealer: &Sealer, now_ms: u64) -> Result<Vec<u8>, StoreError> {
+    Generation::first(now_ms).seal(sealer)
+}
+
+impl JwtKeys {
+    /// The stored keys; makes the first ones in a store of an earlier version.
+    pub(super) async fn open(storage: Storage, sealer: Arc<Sealer>, clock: Clock) -> Result<Self, AuthorityError> {
+        let (seals, now_ms) = (sealer.clone(), clock.now_ms());
+        let read = move |store: &mut dyn Store| {
+            if let Some(stored) = store.key(JWT_KEYS)? {
+                return Ok(stored);
+            }
+            store.create_keys(&[(JWT_KEYS, &first(&seals, now_ms)?)])?;
+            Ok(store.key(JWT_KEYS)?.unwrap_or_default())
+        };
+        let sealed = storage.run("authority_keys", read).await?;
+        let held = Held::of(Generation::open(&sealer, &sealed)?)?;
+        Ok(Self { held: RwLock::new(Arc::new(held)), sealer, storage, clock })
+    }
+
+    /// Rises with each change of what is published.
+    pub fn sequence(&self) -> u64 {
+        self.held.read().generation.sequence
+    }
+
+    /// What verifies JWT-SVIDs, now and next.
+    pub fn authorities(&self) -> Vec<JwtAuthority> {
+        let held = self.held.read().clone();
+        let Generation { signing, next, retired, .. } = &held.generation;
+        let of = |id: &str, point: &str| JwtAuthority {
+            key_id: id.to_owned(),
+            point: URL_SAFE_NO_PAD.decode(point).unwrap_or_default(),
+        };
+        let now = [of(&signing.id, &signing.point), of(&next.id, &next.point)];
+        now.into_iter().chain(retired.iter().map(|key| of(&key.id, &key.point))).collect()
+    }
+
+    /// Signs the name `id` for `audience` (JWT-SVID, 2 and 3).
+    pub fn sign(&self, id: &SpiffeId, audience: &[String]) -> SignedJwtSvid {
+        let held = self.held.read().clone();
+        let issued_at_ms = self.clock.now_ms();
+        let expires_at_ms = issued_at_ms + JWT_SVID_LIFETIME.as_millis() as u64;
+        let header = json!({ "alg": "ES256", "kid": held.generation.signing.id, "typ": "JWT" });
+        let claims = json!({
+            "sub": id.as_str(),
+            "aud": audience,
+            "iat": issued_at_ms / 1000,
+            "exp": expires_at_ms / 1000,
+        });
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let input = format!("{}.{}", part(&header), part(&claims));
+        let signature = held.pair.sign(&SystemRandom::new(), input.as_bytes());
+        let signature = signature.expect("INVARIANT: a key of P-256 signs");
+        let token = format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()));
+        SignedJwtSvid { token, issued_at_ms, expires_at_ms }
+    }
+
+    /// Lets the next key sign when the time of the one that signs is over, and takes up what another control plane did. Whether
+    /// what is published changed.
+    pub async fn rotate(&self) -> Result<bool, AuthorityError> {
+        let before = self.sequence();
+        loop {
+            let sealed = self.storage.run("authority_keys", |store| store.key(JWT_KEYS)).await?;
+            let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the JWT keys are missing".into()))?;
+            let stored = Generation::open(&self.sealer, &sealed)?;
+            let Some(next) = stored.after(self.clock.now_ms()) else {
+                if stored.sequence != before {
+                    *self.held.write() = Arc::new(Held::of(stored)?);
+                }
+                return Ok(self.sequence() != before);
+            };
+            let swapped = {
+                let next = next.seal(&self.sealer)?;
+                let swap = move |store: &mut dyn Store| store.swap_key(JWT_KEYS, &sealed, &[(JWT_KEYS, &next)]);
+                self.storage.run("authority_keys", swap).await?
+            };
+            // Otherwise another control plane was faster: what it did is looked at.
+            if swapped {
+                *self.held.write() = Arc::new(Held::of(next)?);
+                return Ok(true);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_published_long_before_it_signs_and_until_all_it_signed_has_ended() {
+        let ids = |generation: &Generation| {
+            let retired: Vec<&str> = generation.retired.iter().map(|key| &*key.id).collect();
+            (generation.signing.id.clone(), generation.next.id.clone(), retired.join(" "))
+        };
+        let first = Generation::first(0);
+        let until = first.signs_until_ms;
+        assert!(first.after(until - 1).is_none());
+        let second = first.after(until).unwrap();
+        let ((one, two, _), (signs, next, retired)) = (ids(&first), ids(&second));
+        assert_eq!((signs, retired, second.sequence), (two, one, 2));
+        assert_ne!(next, second.signing.id);
+        let retired_for = RETIRED_FOR.as_millis() as u64;
+        assert!(second.after(until + retired_for - 1).is_none());
+        let third = second.after(until + retired_for).unwrap();
+        assert_eq!((third.retired.len(), third.sequence, third.signing.id.clone()), (0, 3, second.signing.id.clone()));
+        assert!(RETIRED_FOR > JWT_SVID_LIFETIME);
+    }
+}

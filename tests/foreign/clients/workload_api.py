@@ -1,0 +1,90 @@
+"""A workload that asks for its identities with PyPI's `spiffe`, as software written for SPIFFE does: it knows nothing of Countersign."""
+
+import json
+import sys
+import time
+
+import grpc
+from cryptography import x509
+from spiffe import JwtSource, WorkloadApiClient, X509Source
+
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+
+
+def serial(svid):
+    return svid.leaf.serial_number
+
+
+def once():
+    with WorkloadApiClient() as client:
+        svid = client.fetch_x509_svid()
+        bundles = client.fetch_x509_bundles()
+        token = client.fetch_jwt_svid(audience={"orders"})
+        keys = client.fetch_jwt_bundles()
+        validated = client.validate_jwt_svid(token.token, "orders")
+        own = svid.spiffe_id.trust_domain
+        refused = []
+        for attempt in (
+            lambda: client.validate_jwt_svid(token.token, "somebody-else"),
+            lambda: client.validate_jwt_svid(token.token[:-6] + "AAAAAA", "orders"),
+            lambda: client.fetch_jwt_svid(audience={"orders"}, subject=type(svid.spiffe_id)(f"spiffe://{own}/somebody-else")),
+        ):
+            try:
+                attempt()
+                refused.append(None)
+            except Exception as error:  # noqa: BLE001 the client wraps every status in a class of its own
+                refused.append(str(error))
+        leaf = svid.leaf
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        print(
+            json.dumps(
+                {
+                    "id": str(svid.spiffe_id),
+                    "names": [name.value for name in names],
+                    "chain": len(svid.cert_chain),
+                    "authorities": len(bundles.get_bundle_for_trust_domain(own).x509_authorities),
+                    "jwt_keys": len(keys.get_bundle_for_trust_domain(own).jwt_authorities),
+                    "jwt": str(token.spiffe_id),
+                    "audience": sorted(token.audience),
+                    "validated": str(validated.spiffe_id),
+                    "again": client.fetch_jwt_svid(audience={"orders"}).token == token.token,
+                    "refused": refused,
+                }
+            )
+        )
+
+
+def without_header():
+    """The standard's own guard against requests that a workload is made to send."""
+    import os
+
+    channel = grpc.insecure_channel(os.environ["SPIFFE_ENDPOINT_SOCKET"].replace("unix://", "unix:"))
+    found = {}
+    for metadata in ([], [("workload.spiffe.io", "True")], [("workload.spiffe.io", "true")] * 2, [("workload.spiffe.io", "true")]):
+        call = channel.unary_stream("/SpiffeWorkloadAPI/FetchX509Bundles")(b"", metadata=metadata, timeout=5)
+        try:
+            next(iter(call))
+            found[str(len(found))] = "OK"
+        except grpc.RpcError as error:
+            found[str(len(found))] = error.code().name
+    print(json.dumps(list(found.values())))
+
+
+def follow():
+    """Prints the serial of each SVID as it arrives, until it is taken away."""
+    with X509Source() as source, JwtSource() as jwts:
+        last = None
+        while True:
+            try:
+                svid = source.svid
+                if serial(svid) != last:
+                    last = serial(svid)
+                    jwts.fetch_svid(audience={"orders"})
+                    print(last, flush=True)
+            except Exception as error:  # noqa: BLE001
+                print("lost", type(error).__name__, flush=True)
+                return
+            time.sleep(0.05)
+
+
+{"once": once, "without_header": without_header, "follow": follow}[sys.argv[1]]()
