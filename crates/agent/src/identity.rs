@@ -156,9 +156,7 @@ async fn channel(host: &Host) -> Channel {
     }
 }
 
-async fn within<T>(
-    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-) -> Result<T, IssueError> {
+async fn within<T>(answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Result<T, IssueError> {
     match tokio::time::timeout(ISSUE_WITHIN, answer).await {
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) if status.code() == tonic::Code::PermissionDenied => {

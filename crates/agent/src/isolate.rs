@@ -174,7 +174,17 @@ pub async fn prepare(spec: LaunchSpec) -> Result<Launcher, LaunchError> {
         Some((LauncherMessage::Prepared { note, mounts }, workload_api)) => {
             let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
             let pid = process.id().ok_or_else(|| io::Error::other("the launcher has ended"))?;
-            Ok(Launcher { pid, mounts, note, stdout, stderr, broker: sidecars_end, workload_api, control, _process: process })
+            Ok(Launcher {
+                pid,
+                mounts,
+                note,
+                stdout,
+                stderr,
+                broker: sidecars_end,
+                workload_api,
+                control,
+                _process: process,
+            })
         }
         Some((LauncherMessage::Failed(reason), _)) => Err(LaunchError::Refused(reason)),
         Some(_) => Err(LaunchError::Refused("the launcher spoke out of turn".to_owned())),

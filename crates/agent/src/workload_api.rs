@@ -16,7 +16,7 @@ use bytes::Bytes;
 use countersign_api::{
     svid::Bundle,
     workload::{
-        Jwtsvid, JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, SECURITY_HEADER,
+        JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, SECURITY_HEADER,
         ValidateJwtsvidRequest, ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid,
         X509svidRequest, X509svidResponse,
         spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
@@ -72,8 +72,7 @@ pub(crate) async fn serve(listener: OwnedFd, host: Arc<Host>, door: Arc<dyn Door
     };
     let (accepted, incoming) = mpsc::channel(1);
     let accepting = accept(listener, accepted);
-    let api = SpiffeWorkloadApiServer::new(Api { host, door })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let api = SpiffeWorkloadApiServer::new(Api { host, door }).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let serving = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_max_header_list_size(16 * 1024)
@@ -345,9 +344,7 @@ fn protobuf(value: &serde_json::Value) -> prost_types::Value {
         Value::Bool(given) => Kind::BoolValue(*given),
         Value::Number(given) => Kind::NumberValue(given.as_f64().unwrap_or(f64::NAN)),
         Value::String(given) => Kind::StringValue(given.clone()),
-        Value::Array(given) => {
-            Kind::ListValue(prost_types::ListValue { values: given.iter().map(protobuf).collect() })
-        }
+        Value::Array(given) => Kind::ListValue(prost_types::ListValue { values: given.iter().map(protobuf).collect() }),
         Value::Object(given) => Kind::StructValue(prost_types::Struct {
             fields: given.iter().map(|(name, value)| (name.clone(), protobuf(value))).collect(),
         }),

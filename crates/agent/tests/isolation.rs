@@ -16,7 +16,9 @@ use std::{
 
 use countersign_agent::{
     artifact::measure,
-    isolate::{Exit, Isolation, LaunchError, LaunchSpec, Launcher, Process, Stop, enter, prepare, probe},
+    isolate::{
+        Exit, Isolation, LaunchError, LaunchSpec, Launcher, Process, Stop, WORKLOAD_SOCKET, enter, prepare, probe,
+    },
     launch::{SUBCOMMAND, launch_main},
 };
 use countersign_api::broker::{self, Answer, Ask, Request};
@@ -61,7 +63,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         ("the_sidecar_reaches_a_port_inside_through_the_broker", the_sidecar_reaches_in),
         ("the_sidecar_accepts_from_inside_on_a_mesh_address_and_port_80", the_sidecar_accepts),
         ("a_mesh_name_is_asked_of_the_sidecar", names_are_asked_of_the_sidecar),
-        ("the_data_directory_is_empty_and_read_only_inside", the_data_directory_is_hidden),
+        ("the_data_directory_is_a_socket_to_ask_for_identities_and_nothing_else_inside", the_data_directory_is_hidden),
         ("no_privilege_and_no_process_of_the_host_is_left_inside", nothing_is_left),
         ("what_was_forked_twice_ends_with_the_agent", a_hidden_tree_ends),
         ("a_workload_ends_when_its_launcher_is_killed", a_killed_launcher_takes_all),
@@ -75,7 +77,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
     // What holds by other means where a container masks parts of /proc: then there is no process namespace.
     let masked = [
         "the_sidecar_reaches_a_port_inside_through_the_broker",
-        "the_data_directory_is_empty_and_read_only_inside",
+        "the_data_directory_is_a_socket_to_ask_for_identities_and_nothing_else_inside",
         "no_privilege_and_no_process_of_the_host_is_left_inside",
         "what_was_forked_twice_ends_with_the_agent",
         "a_command_that_enters_sees_what_the_workload_sees",
@@ -118,7 +120,13 @@ fn workload(args: &[String]) -> ExitCode {
         "resolve" => (argument, 80)
             .to_socket_addrs()
             .map(|found| found.map(|one| one.ip().to_string()).collect::<Vec<_>>().join(" ")),
-        "list" => fs::read_dir(argument).map(|entries| format!("{} entries", entries.count())),
+        "list" => fs::read_dir(argument).map(|entries| {
+            entries
+                .flatten()
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        }),
         "read" => fs::read_to_string(argument),
         "write" => fs::write(argument, "x").map(|()| "written".to_owned()),
         "dial" => std::os::unix::net::UnixStream::connect(argument).map(|_| "connected".to_owned()),
@@ -469,7 +477,7 @@ fn the_data_directory_is_hidden() -> Result<(), Failed> {
     let _listener = UnixListener::bind(path("control.sock"))?;
     let see =
         |verb: &str, argument: String| wait(async { said(looking(verb, &argument, scratch.path(), true).await).await });
-    is(see("list", path("")), "0 entries")?;
+    is(see("list", path("")), WORKLOAD_SOCKET)?;
     is(see("read", path("key")), "NotFound")?;
     is(see("dial", path("control.sock")), "NotFound")?;
     is(see("write", path("new")), "ReadOnlyFilesystem")?;
@@ -626,7 +634,7 @@ fn entering_sees_the_same() -> Result<(), Failed> {
             String::from_utf8(output.stdout).unwrap().trim().to_owned()
         };
         is(enter("interfaces", ""), "lo")?;
-        is(enter("list", scratch.path().to_str().unwrap()), "0 entries")?;
+        is(enter("list", scratch.path().to_str().unwrap()), WORKLOAD_SOCKET)?;
         is(enter("status", ""), &format!("{none} {none} {none} {none} {none} 1"))?;
         no_sight_of_the_host(&enter("read", &format!("/proc/{}/environ", std::process::id())))
     })

@@ -22,7 +22,7 @@ use countersign_core::{
     countersignature::Countersignature,
     gate::{Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires, act::AskedTo},
     identity::{OperatorName, TrustDomain},
-    pipeline,
+    pipeline::{self, MESH_ISSUER},
     policy::{self, Factor, Library, ParsedPolicy, PolicyError},
     state::{MeshState, PolicyRef},
 };
@@ -376,11 +376,19 @@ fn mistakes_of_references(next: &MeshState) -> Vec<String> {
         }
     }
     for (name, pipeline) in &next.pipelines {
-        if !next.issuers.contains_key(&pipeline.issuer) {
-            mistakes.push(format!("pipeline `{name}` names issuer `{}`, which is not declared", pipeline.issuer));
-        }
         let issuer = next.issuers.get(&pipeline.issuer);
-        let refusals = pipeline::refusals(issuer.map(|issuer| issuer.url.as_str()), &pipeline.claims);
+        let refusals = match (&next.trust_domain, issuer) {
+            (Some(trust_domain), None) if *pipeline.issuer == *MESH_ISSUER => {
+                pipeline::workload_refusals(trust_domain, &pipeline.claims)
+            }
+            (_, issuer) => {
+                if issuer.is_none() {
+                    let issuer = &pipeline.issuer;
+                    mistakes.push(format!("pipeline `{name}` names issuer `{issuer}`, which is not declared"));
+                }
+                pipeline::refusals(issuer.map(|issuer| issuer.url.as_str()), &pipeline.claims)
+            }
+        };
         mistakes.extend(refusals.into_iter().map(|refusal| format!("pipeline `{name}`: {}", refusal.what)));
     }
     for (name, route) in &next.routes {

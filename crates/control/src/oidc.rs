@@ -10,9 +10,12 @@
 
 use serde_json::{Map, Value};
 
+use countersign_api::svid::Bundle;
 use countersign_core::{
     canonical::Digest,
+    identity::TrustDomain,
     jws::{Presented, TokenMalformed},
+    jwt_svid::{self, JwtSvidRefused},
     pipeline::Issuer,
 };
 
@@ -27,8 +30,8 @@ pub const LIFETIME_SECONDS_MAX: i64 = 24 * 60 * 60;
 
 /// A token whose signature, issuer, audience and times were verified.
 ///
-/// INVARIANT (verified-token): only [`verify`] makes one, of a token that a key of the configured issuer signed, with the
-/// algorithm of that key, for the configured audience, and that is in its time.
+/// INVARIANT (verified-token): only [`verify`] and [`verify_svid`] make one, of a token that a key of the configured issuer, or of the
+/// mesh itself, signed, with the algorithm of that key, for the configured audience, and that is in its time.
 #[derive(Debug, Clone)]
 pub struct VerifiedToken {
     claims: Map<String, Value>,
@@ -63,6 +66,9 @@ pub enum TokenRefused {
     /// Its time is over, or has not come, or it says none.
     #[error("{0}")]
     Time(&'static str),
+    /// It is no JWT-SVID that counts.
+    #[error(transparent)]
+    Svid(#[from] JwtSvidRefused),
 }
 
 impl TokenRefused {
@@ -74,6 +80,7 @@ impl TokenRefused {
             Self::Issuer(_) => "mesh.toml names the issuers that are believed, each exactly as its tokens say it",
             Self::Signature => "the token was changed, or somebody else made it",
             Self::Audience { .. } => "ask the CI system for a token with the `audience` that mesh.toml says",
+            Self::Svid(_) => "have the workload ask its agent for a JWT-SVID: `countersign propose --svid` does",
             Self::Time(_) => "use a token right after it was issued, and compare the clocks",
         }
     }
@@ -127,6 +134,25 @@ pub async fn verify<'a>(
     is_meant_for(&claims, &issuer.audience)?;
     let expires_at_seconds = is_in_time(&claims, now_seconds)?;
     Ok(VerifiedToken { claims, issuer: issuer.url.clone(), id, expires_at_seconds })
+}
+
+/// Whether the token says that it is the SVID of a workload of `trust_domain`; nothing is verified.
+pub fn is_svid_of(trust_domain: &TrustDomain, token: &str) -> bool {
+    jwt_svid::trust_domain_of(token).is_ok_and(|said| said == *trust_domain)
+}
+
+/// Verifies the JWT-SVID of a workload of this mesh, for its control plane. The issuer is the trust domain.
+pub fn verify_svid(bundle: &Bundle, token: &str, now_ms: u64) -> Result<VerifiedToken, TokenRefused> {
+    let now_seconds = i64::try_from(now_ms / 1000).unwrap_or(i64::MAX);
+    let trust_domain = bundle.trust_domain();
+    let audience = trust_domain.control();
+    let svid = jwt_svid::verify(token, trust_domain, &bundle.jwt_keys(), audience.as_str(), now_seconds)?;
+    Ok(VerifiedToken {
+        claims: svid.claims().clone(),
+        issuer: trust_domain.id().to_string(),
+        id: Digest::of(token.rsplit_once('.').map_or(token, |(signed, _)| signed).as_bytes()),
+        expires_at_seconds: svid.expires_at_seconds(),
+    })
 }
 
 /// "The Client MUST validate that the aud Claim contains its client_id … If the ID Token contains multiple audiences, the Client

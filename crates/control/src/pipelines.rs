@@ -1,5 +1,5 @@
 //! How pipelines propose changes: JSON over HTTPS, on a listener that faces the machines of the CI system. Whoever asks shows a token
-//! of an issuer that `mesh.toml` names; which pipeline it is of is decided here, and what it may ask for by the gate.
+//! of an issuer that `mesh.toml` names, or the JWT-SVID of a workload of this mesh; which pipeline it is of is decided here, and what it may ask for by the gate.
 //!
 //! | request | body | answer |
 //! |---|---|---|
@@ -50,6 +50,7 @@ use countersign_api::{
 use countersign_core::{
     canonical::Digest,
     gate::{Answer, Author, Pipeline},
+    pipeline::{IssuerName, MESH_ISSUER},
     state::MeshState,
 };
 
@@ -276,7 +277,11 @@ async fn sign_in(plane: &Plane, headers: &HeaderMap, named: Option<&str>) -> Res
     let head = plane.ledger.head();
     let state = head.follower.state();
     plane.providers.retain(|url| state.issuers.values().any(|issuer| issuer.url == url));
-    let verified = oidc::verify(&plane.providers, state.issuers.values(), token, plane.clock.now_ms()).await;
+    let now_ms = plane.clock.now_ms();
+    let verified = match plane.authority().filter(|authority| oidc::is_svid_of(authority.trust_domain(), token)) {
+        Some(authority) => oidc::verify_svid(&authority.bundle(), token, now_ms),
+        None => oidc::verify(&plane.providers, state.issuers.values(), token, now_ms).await,
+    };
     let token = verified.map_err(|why| {
         tracing::info!(%why, "a pipeline's token was refused");
         let status = if matches!(why, TokenRefused::Keys(_)) { 503 } else { 401 };
@@ -301,8 +306,14 @@ fn bearer(value: &str) -> Option<&str> {
 
 /// The one pipeline of the mesh that the token is of.
 fn matched(state: &MeshState, token: &VerifiedToken, named: Option<&str>) -> Result<Arc<str>, Problem> {
+    let mesh = state.trust_domain.as_ref().map(|trust_domain| trust_domain.id().to_string());
+    let url = |name: &IssuerName| match state.issuers.get(name) {
+        Some(issuer) => Some(&*issuer.url),
+        None if **name == *MESH_ISSUER => mesh.as_deref(),
+        None => None,
+    };
     let is_of = |pipeline: &countersign_core::pipeline::Pipeline| {
-        state.issuers.get(&pipeline.issuer).is_some_and(|issuer| issuer.url == token.issuer())
+        url(&pipeline.issuer) == Some(token.issuer())
             && !pipeline.claims.is_empty()
             && pipeline.claims.iter().all(|(claim, value)| token.claim(claim).as_ref() == Some(value))
     };

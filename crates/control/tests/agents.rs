@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use countersign_api::{
@@ -13,6 +13,7 @@ use countersign_api::{
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, Revision},
+    jwt_svid,
     ledger::{Batch, Follower, Snapshot},
     record::DecisionRecord,
 };
@@ -159,6 +160,41 @@ async fn an_svid_is_signed_only_for_a_declared_service_and_a_sound_request() {
     agent.issue("web/1").await.unwrap();
     let mut other = plane.agent("h2").await;
     assert_eq!(other.issue("web/1").await.unwrap_err().code(), Code::PermissionDenied, "an instance of another host");
+}
+
+/// PROVES (agent-speaks-for-its-host)
+#[tokio::test]
+async fn a_jwt_svid_names_a_workload_of_the_agents_own_host_to_those_that_it_asked_for() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let (mut agent, mut other) = (plane.agent("h1").await, plane.agent("h2").await);
+    let token = agent.issue_jwt("web/1", &["orders", "billing"]).await.unwrap();
+    let bundle = agent.identity.bundle();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
+    let verify = |token: &str, audience: &str, now| {
+        jwt_svid::verify(token, bundle.trust_domain(), &bundle.jwt_keys(), audience, now)
+    };
+    let svid = verify(&token, "orders", now).unwrap();
+    assert_eq!(svid.id().as_str(), "spiffe://shop.example/web");
+    assert_eq!(svid.claims().keys().collect::<Vec<_>>(), ["sub", "aud", "iat", "exp"]);
+    assert!((now + 290..=now + 310).contains(&svid.expires_at_seconds()));
+    assert!(verify(&token, "billing", now).is_ok() && verify(&token, "web", now).is_err());
+    assert!(verify(&token, "orders", now + 310).is_err());
+    let long = "a".repeat(513);
+    for (case, instance, audience, code) in [
+        ("nobody", "web/1", &[][..], Code::InvalidArgument),
+        ("an empty name", "web/1", &[""], Code::InvalidArgument),
+        ("a long name", "web/1", &[&long], Code::InvalidArgument),
+        ("too many", "web/1", &["a", "b", "c", "d", "e", "f", "g", "h", "i"], Code::InvalidArgument),
+        ("an undeclared service", "billing/1", &["orders"], Code::PermissionDenied),
+        ("no instance", "web", &["orders"], Code::InvalidArgument),
+    ] {
+        assert_eq!(agent.issue_jwt(instance, audience).await.unwrap_err().code(), code, "{case}");
+    }
+    assert_eq!(other.issue_jwt("web/1", &["orders"]).await.unwrap_err().code(), Code::PermissionDenied);
+    let plane = plane.restart().await.unwrap();
+    let later = plane.agent("h3").await.issue_jwt("web/9", &["orders"]).await.unwrap();
+    assert!(verify(&later, "orders", now).is_ok(), "the same keys sign and verify after a restart");
 }
 
 /// PROVES (agent-speaks-for-its-host)

@@ -33,7 +33,7 @@ use countersign_core::{
     change::{Bodies, Change, ChangeSet},
     gate::Author,
     identity::OperatorName,
-    pipeline::{Issuer, Pipeline},
+    pipeline::{Issuer, MESH_ISSUER, Pipeline},
 };
 use countersign_testkit::authenticator::App;
 use support::{Plane, config, declare, trust_domain};
@@ -393,4 +393,59 @@ async fn a_pipeline_has_sixteen_changes_waiting_at_most() {
     assert_eq!(refused.status, 429, "{refused:?}");
     let again = world.propose(&world.apply_of("s3").await, &world.token(json!({}))).await;
     assert!(again.is_ok(), "one that waits already is no more: {again:?}");
+}
+
+/// PROVES (verified-token)
+#[tokio::test]
+async fn a_workload_proposes_with_its_own_svid_and_an_operator_countersigns() {
+    let world = World::start().await;
+    let sub = |service: &str| format!("spiffe://shop.example/{service}");
+    let workload = |service: &str| Pipeline {
+        issuer: MESH_ISSUER.into(),
+        claims: [("sub".to_owned(), sub(service))].into(),
+        roles: Default::default(),
+    };
+    let base = world.plane.get::<Mesh>("/v1/mesh").await.revision;
+    let changes =
+        vec![declare("deployer"), Change::SetPipeline { name: "robot".into(), pipeline: workload("deployer") }];
+    let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
+    let _: Applied = world.plane.post("/v1/changes", &ApplyAs { apply, shown: world.shown() }).await.unwrap();
+    let mut agent = world.plane.agent("h1").await;
+    let control = trust_domain().control();
+    let apply = world.apply_of("billing").await;
+
+    let ours = agent.issue_jwt("deployer/1", &[control.as_str(), "urn:x:1"]).await.unwrap();
+    let other = agent.issue_jwt("web/1", &[control.as_str()]).await.unwrap();
+    let elsewhere = agent.issue_jwt("deployer/1", &["orders"]).await.unwrap();
+    let claims = json!({ "sub": sub("deployer"), "aud": [control], "exp": world.seconds() + 300 });
+    let forged = world.provider.sign(&claims);
+    let with_issuer = world.token(json!({ "sub": sub("deployer") }));
+    for (case, token, status, detail) in [
+        ("of another workload", &other, 403, "no pipeline"),
+        ("for somebody else", &elsewhere, 401, "not meant for"),
+        ("signed by a provider", &forged, 401, "no key of its trust domain"),
+        ("of a provider, with its name", &with_issuer, 401, "no key of its trust domain"),
+    ] {
+        let problem = world.propose(&apply, token).await.unwrap_err();
+        let said = format!("{} {}", problem.title, problem.detail.clone().unwrap_or_default());
+        assert_eq!(problem.status, status, "{case}: {said}");
+        assert!(said.contains(detail), "{case}: {said}");
+    }
+
+    let id = world.propose(&apply, &ours).await.unwrap();
+    assert_eq!(world.state(&id, &ours).await, ProposalState::NeedsCountersign);
+    let shown: Proposal = {
+        let (_, answer) = world.ask("GET", &format!("/v1/pipeline/proposals/{id}"), &ours, Vec::new()).await;
+        serde_json::from_slice(&answer).unwrap()
+    };
+    let Author::Pipeline(author) = &shown.author else { panic!("{:?}", shown.author) };
+    assert_eq!(
+        (&*author.name, &*author.issuer, author.subject.as_str()),
+        ("robot", "spiffe://shop.example", &*sub("deployer"))
+    );
+    // Its token makes one proposal.
+    let path = format!("/v1/proposals/{id}/countersign");
+    let _: Proposal = world.plane.post(&path, &world.shown()).await.unwrap();
+    assert!(matches!(world.state(&id, &ours).await, ProposalState::Applied { .. }));
+    assert_eq!(world.propose(&world.apply_of("shipping").await, &ours).await.unwrap_err().status, 409);
 }

@@ -109,7 +109,8 @@ pub fn verify(
     if !is_meant {
         return Err(JwtSvidRefused::Audience(audience.to_owned()));
     }
-    let at = |name: &str| claims.get(name).and_then(|at| at.as_i64().or_else(|| at.as_f64().map(|at| at.floor() as i64)));
+    let at =
+        |name: &str| claims.get(name).and_then(|at| at.as_i64().or_else(|| at.as_f64().map(|at| at.floor() as i64)));
     let expires_at_seconds = at("exp").ok_or(JwtSvidRefused::Time("it does not say when it expires"))?;
     if now_seconds >= expires_at_seconds {
         return Err(JwtSvidRefused::Time("it has expired"));

@@ -11,7 +11,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::change::RoleName;
+use crate::{
+    change::RoleName,
+    identity::{SpiffeId, TrustDomain},
+};
 
 /// The name of an issuer in `mesh.toml`.
 pub type IssuerName = Arc<str>;
@@ -26,6 +29,9 @@ pub const CLAIMS_MAX: usize = 16;
 pub const CLAIM_BYTES_MAX: usize = 512;
 /// What the actor of an entry begins with when a pipeline asked for it: no operator's name holds a `:`.
 pub const ACTOR_PREFIX: &str = "pipeline:";
+
+/// The issuer that every mesh has: itself, which vouches for its workloads by JWT-SVIDs. No other may be called so.
+pub const MESH_ISSUER: &str = "mesh";
 
 /// An OpenID Connect provider whose tokens are believed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +118,19 @@ impl Issuer {
         }
         refusals
     }
+}
+
+/// Everything that is wrong with what a workload is matched by that proposes with its SVID: its `sub`, which names one service of
+/// `trust_domain` and nothing else.
+pub fn workload_refusals(trust_domain: &TrustDomain, claims: &BTreeMap<String, String>) -> Vec<Refusal> {
+    let named = claims.get("sub").and_then(|sub| SpiffeId::parse(sub).ok());
+    let is_ours = |id: &SpiffeId| id.trust_domain() == trust_domain.as_str() && id.service().is_some();
+    if claims.len() == 1 && named.as_ref().is_some_and(is_ours) {
+        return Vec::new();
+    }
+    let claim = claims.contains_key("sub").then(|| "sub".to_owned());
+    let what = format!("a workload is matched by its SPIFFE ID: sub = \"spiffe://{trust_domain}/SERVICE\"");
+    vec![Refusal { claim, what, help: "name the service that proposes, and nothing beside it" }]
 }
 
 /// Everything that is wrong with what a pipeline of the issuer at `url` is matched by.
@@ -221,6 +240,24 @@ mod tests {
                 None => assert_eq!(found, [], "{case}"),
                 Some(what) => assert!(found.iter().any(|refusal| refusal.what.contains(what)), "{case}: {found:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn a_workload_that_proposes_is_matched_by_its_own_name_and_nothing_else() {
+        let shop = TrustDomain::parse("shop.example").unwrap();
+        for (claims, is_taken) in [
+            (&[("sub", "spiffe://shop.example/deployer")][..], true),
+            (&[("sub", "spiffe://shop.example/countersign/agent/h1")], false),
+            (&[("sub", "spiffe://other.example/deployer")], false),
+            (&[("sub", "spiffe://shop.example")], false),
+            (&[("sub", "deployer")], false),
+            (&[("sub", "spiffe://shop.example/deployer"), ("ref", "main")], false),
+            (&[("ref", "main")], false),
+            (&[], false),
+        ] {
+            let claims = claims.iter().map(|(claim, value)| (claim.to_string(), value.to_string())).collect();
+            assert_eq!(workload_refusals(&shop, &claims).is_empty(), is_taken, "{claims:?}");
         }
     }
 

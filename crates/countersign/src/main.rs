@@ -44,6 +44,7 @@ mod telemetry;
 mod tell;
 mod up;
 mod watch;
+mod workload;
 
 use std::{ffi::OsString, process::ExitCode};
 

@@ -23,6 +23,7 @@ use countersign_core::{
     canonical::Digest,
     change::Revision,
     directory::{self, Directory},
+    identity::TrustDomain,
 };
 
 use crate::{
@@ -34,6 +35,7 @@ use crate::{
     error::{Done, Failure, Kind},
     mesh_directory, mesh_finder,
     render::{self, Output, Paint},
+    workload::Svid,
 };
 
 /// Where GitLab, and whoever likes, puts the token.
@@ -61,8 +63,11 @@ pub struct ProposeArguments {
     #[arg(value_name = "DIR")]
     pub mesh: Option<PathBuf>,
     /// Sign in with the CI system's OpenID Connect token: GitHub's, or what `COUNTERSIGN_ID_TOKEN` holds
-    #[arg(long, required = true)]
+    #[arg(long, required_unless_present = "svid")]
     pub ci: bool,
+    /// Sign in as the workload that this runs as, with a JWT-SVID of the agent at `SPIFFE_ENDPOINT_SOCKET`
+    #[arg(long, conflicts_with_all = ["ci", "audience", "token_file"])]
+    pub svid: bool,
     /// Where the control plane serves pipelines: what it was given as `--api`, from here
     #[arg(long, value_name = "URL", env = "COUNTERSIGN_CONTROL", hide_env_values = true)]
     pub control: String,
@@ -116,7 +121,7 @@ pub async fn propose(arguments: ProposeArguments, global: &Global) -> Done {
     let mut control = Control {
         url: arguments.control.trim_end_matches('/').to_owned(),
         pipeline: arguments.pipeline.clone(),
-        token: Token::of(&arguments)?,
+        token: Token::of(&arguments, &directory.trust_domain)?,
         https,
     };
     let wanted = Wanted { directory: &directory, deployments: &arguments.deploy };
@@ -278,11 +283,16 @@ enum Token {
     Given(String),
     /// GitHub, which issues another whenever it is asked.
     GitHub { url: String, secret: String, issued: Option<(String, i64)> },
+    /// The agent of this host, for the workload that this runs as.
+    Svid(Svid),
 }
 
 impl Token {
-    fn of(arguments: &ProposeArguments) -> Result<Self, Failure> {
+    fn of(arguments: &ProposeArguments, trust_domain: &TrustDomain) -> Result<Self, Failure> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        if arguments.svid {
+            return Svid::for_control(trust_domain).map(Self::Svid);
+        }
         if let Some(path) = &arguments.token_file {
             return Ok(Self::File(path.clone()));
         }
@@ -324,6 +334,7 @@ impl Token {
                 *issued = Some((token.clone(), expires(&token).unwrap_or(now)));
                 Ok(token)
             }
+            Self::Svid(svid) => svid.fetch().await,
         }
     }
 }

@@ -1,18 +1,12 @@
 """A workload that asks for its identities with PyPI's `spiffe`, as software written for SPIFFE does: it knows nothing of Countersign."""
 
 import json
+import os
 import sys
-import time
 
 import grpc
 from cryptography import x509
-from spiffe import JwtSource, WorkloadApiClient, X509Source
-
-sys.path.insert(0, __file__.rsplit("/", 1)[0])
-
-
-def serial(svid):
-    return svid.leaf.serial_number
+from spiffe import WorkloadApiClient
 
 
 def once():
@@ -56,8 +50,6 @@ def once():
 
 def without_header():
     """The standard's own guard against requests that a workload is made to send."""
-    import os
-
     channel = grpc.insecure_channel(os.environ["SPIFFE_ENDPOINT_SOCKET"].replace("unix://", "unix:"))
     found = {}
     for metadata in ([], [("workload.spiffe.io", "True")], [("workload.spiffe.io", "true")] * 2, [("workload.spiffe.io", "true")]):
@@ -70,21 +62,4 @@ def without_header():
     print(json.dumps(list(found.values())))
 
 
-def follow():
-    """Prints the serial of each SVID as it arrives, until it is taken away."""
-    with X509Source() as source, JwtSource() as jwts:
-        last = None
-        while True:
-            try:
-                svid = source.svid
-                if serial(svid) != last:
-                    last = serial(svid)
-                    jwts.fetch_svid(audience={"orders"})
-                    print(last, flush=True)
-            except Exception as error:  # noqa: BLE001
-                print("lost", type(error).__name__, flush=True)
-                return
-            time.sleep(0.05)
-
-
-{"once": once, "without_header": without_header, "follow": follow}[sys.argv[1]]()
+{"once": once, "without_header": without_header}[sys.argv[1]]()

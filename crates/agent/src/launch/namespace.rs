@@ -1,5 +1,6 @@
 //! A workload's own namespaces: user, network, mounts, IPC, and processes where `/proc` can be mounted. In them only the
-//! loopback interface exists, names are asked of the sidecar, and the mesh's data directory is an empty read-only one.
+//! loopback interface exists, names are asked of the sidecar, and the mesh's data directory is a read-only one that
+//! holds a socket to ask for identities and nothing else.
 //!
 //! Entered by a process with a single thread, once. Nothing here starts the workload.
 

@@ -291,7 +291,10 @@ mod tests {
             ("padding without end", with(vec![frame(HEADERS, END_HEADERS | PADDED, 1, &[200, 0])])),
             ("interrupted", with(vec![frame(HEADERS, 0, 1, &[]), frame(0, 0, 1, b"x")])),
             ("of another stream", with(vec![frame(HEADERS, 0, 1, &[]), frame(CONTINUATION, END_HEADERS, 3, &[])])),
-            ("never ending", with(vec![[frame(HEADERS, 0, 1, &[])].concat(), frame(CONTINUATION, 0, 1, &[0; 9000]).repeat(2)])),
+            (
+                "never ending",
+                with(vec![[frame(HEADERS, 0, 1, &[])].concat(), frame(CONTINUATION, 0, 1, &[0; 9000]).repeat(2)]),
+            ),
         ] {
             let refused = through(&bytes, 4096).await.unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{case}");

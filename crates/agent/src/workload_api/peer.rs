@@ -9,7 +9,10 @@ use std::{
     },
 };
 
-use nix::{errno::Errno, sys::socket::{getsockopt, sockopt}};
+use nix::{
+    errno::Errno,
+    sys::socket::{getsockopt, sockopt},
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, PidfdFlags, pidfd_open},

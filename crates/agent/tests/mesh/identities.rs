@@ -22,7 +22,9 @@ async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
         let socket = socket.clone();
         async move { Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(socket).await?)) }
     });
-    SpiffeWorkloadApiClient::new(Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap())
+    SpiffeWorkloadApiClient::new(
+        Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap(),
+    )
 }
 
 fn with_header<T>(message: T) -> Request<T> {
@@ -107,7 +109,8 @@ pub async fn a_workload_asks_for_its_identities_until_its_service_is_taken_out_o
     agent.stop(Duration::ZERO).await;
 }
 
-/// PROVES (attested-by-launch, asked-by-a-workload)
+/// PROVES (attested-by-launch)
+/// PROVES (asked-by-a-workload)
 pub async fn a_process_that_the_agent_did_not_launch_has_no_identity() {
     let ground = ground().await;
     let revision = ground.control.append(vec![declare("web")], &[]);

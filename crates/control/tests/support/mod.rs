@@ -266,6 +266,12 @@ impl Agent {
         self.client.issue_x509_svid(request).await.map(tonic::Response::into_inner)
     }
 
+    pub async fn issue_jwt(&mut self, instance: &str, audience: &[&str]) -> Result<String, tonic::Status> {
+        let audience = audience.iter().map(|audience| audience.to_string()).collect();
+        let request = mesh::IssueJwtSvidRequest { instance: instance.into(), audience, artifact: Bytes::new() };
+        Ok(self.client.issue_jwt_svid(request).await?.into_inner().token)
+    }
+
     pub async fn follow(&mut self, revision: u64, root: Digest) -> Result<Stream, tonic::Status> {
         let hello = mesh::FollowHello {
             host: self.host.clone(),

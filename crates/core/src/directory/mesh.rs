@@ -94,7 +94,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
             source.mistake(service.at, what, suggest(service.value, mesh.services.keys().map(ServiceName::as_str)));
         }
     }
-    (mesh.issuers, mesh.pipelines) = pipelines::read(&top);
+    (mesh.issuers, mesh.pipelines) = pipelines::read(&top, mesh.trust_domain.as_ref());
     if mesh.services.len() > SERVICES_MAX {
         let what = format!("a mesh has at most {SERVICES_MAX} services, this one {}", mesh.services.len());
         source.mistake(top.at_key("services"), what, "split it into several trust domains");

@@ -13,13 +13,21 @@ use super::{
 };
 use crate::{
     change::RoleName,
-    pipeline::{self, Issuer, IssuerName, Pipeline, PipelineName, Refusal},
+    identity::TrustDomain,
+    pipeline::{self, Issuer, IssuerName, MESH_ISSUER, Pipeline, PipelineName, Refusal},
 };
 
-pub(super) fn read(top: &Table<'_>) -> (BTreeMap<IssuerName, Issuer>, BTreeMap<PipelineName, Pipeline>) {
+pub(super) fn read(
+    top: &Table<'_>,
+    trust_domain: Option<&TrustDomain>,
+) -> (BTreeMap<IssuerName, Issuer>, BTreeMap<PipelineName, Pipeline>) {
     let mut issuers: BTreeMap<IssuerName, Issuer> = BTreeMap::new();
     for (name, value) in top.members("issuers").unwrap_or_default() {
         is_named(top, "issuer", name.at.clone(), name.value);
+        if name.value == MESH_ISSUER {
+            let what = format!("`{MESH_ISSUER}` is the mesh itself, which vouches for its workloads");
+            top.mistake(name.at.clone(), what, "give this issuer another name");
+        }
         let Some(table) = as_table(top.source(), name.value, value) else { continue };
         let table = Table::new(top.source(), table, name.at.clone(), reference::ISSUER);
         for (key, help) in [
@@ -51,7 +59,7 @@ pub(super) fn read(top: &Table<'_>) -> (BTreeMap<IssuerName, Issuer>, BTreeMap<P
         is_named(top, "pipeline", name.at.clone(), name.value);
         let Some(table) = as_table(top.source(), name.value, value) else { continue };
         let table = Table::new(top.source(), table, name.at.clone(), reference::PIPELINE);
-        if let Some(pipeline) = read_pipeline(&table, name.value, &issuers) {
+        if let Some(pipeline) = read_pipeline(&table, name.value, &issuers, trust_domain) {
             pipelines.insert(name.value.into(), pipeline);
         }
     }
@@ -64,7 +72,12 @@ fn is_named(top: &Table<'_>, what: &str, at: Range<usize>, name: &str) {
     }
 }
 
-fn read_pipeline(table: &Table<'_>, name: &str, issuers: &BTreeMap<IssuerName, Issuer>) -> Option<Pipeline> {
+fn read_pipeline(
+    table: &Table<'_>,
+    name: &str,
+    issuers: &BTreeMap<IssuerName, Issuer>,
+    trust_domain: Option<&TrustDomain>,
+) -> Option<Pipeline> {
     if table.get("issuer").is_none() {
         let what = format!("pipeline `{}` has no `issuer`", shortened(name));
         table.mistake(table.at.clone(), what, "say who vouches for it: one of [issuers.*]");
@@ -79,7 +92,14 @@ fn read_pipeline(table: &Table<'_>, name: &str, issuers: &BTreeMap<IssuerName, I
     }
     let issuer = table.string("issuer");
     let url = issuer.as_ref().and_then(|issuer| issuers.get(issuer.value)).map(|issuer| issuer.url.as_str());
-    for Refusal { claim, what, help } in pipeline::refusals(url, &claims) {
+    let is_workload = issuer.as_ref().is_some_and(|issuer| issuer.value == MESH_ISSUER);
+    let refusals = match (is_workload, trust_domain) {
+        (true, Some(trust_domain)) => pipeline::workload_refusals(trust_domain, &claims),
+        // What is wrong with the trust domain is said where it stands.
+        (true, None) => Vec::new(),
+        (false, _) => pipeline::refusals(url, &claims),
+    };
+    for Refusal { claim, what, help } in refusals {
         let whole = || table.get("claims").map_or(table.at.clone(), Spanned::span);
         let at = claim.and_then(|claim| at.get(claim.as_str()).cloned()).unwrap_or_else(whole);
         table.mistake(at, what, help);
@@ -93,7 +113,7 @@ fn read_pipeline(table: &Table<'_>, name: &str, issuers: &BTreeMap<IssuerName, I
         }
     }
     let issuer = issuer?;
-    if !issuers.contains_key(issuer.value) {
+    if !is_workload && !issuers.contains_key(issuer.value) {
         let what = format!("there is no issuer `{}`", shortened(issuer.value));
         let help = suggest(issuer.value, issuers.keys().map(|name| &**name));
         let none = || Help(Some("declare it: [issuers.NAME] with `url` and `audience`".to_owned()));

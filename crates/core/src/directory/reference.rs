@@ -59,7 +59,7 @@ pub fn reference() -> [Section; 10] {
         Section {
             file: mesh,
             table: "[pipelines.NAME]",
-            says: "An automation that may propose changes, which an operator countersigns: [pipelines.md](pipelines.md). It is matched by\nclaims that its issuer gives to nobody else. A `*`, the `sub` of GitHub or GitLab, and names without their ids are refused: a\nname that is given up can be registered by a stranger.",
+            says: "An automation that may propose changes, which an operator countersigns: [pipelines.md](pipelines.md). It is matched by\nclaims that its issuer gives to nobody else. A `*`, the `sub` of GitHub or GitLab, and names without their ids are refused: a\nname that is given up can be registered by a stranger. A workload of the mesh proposes with its JWT-SVID: `issuer = \"mesh\"`, and its\nSPIFFE ID as `sub`.",
             keys: PIPELINE,
         },
         Section {

@@ -39,10 +39,8 @@ impl Door for Launched {
             return Err(Status::permission_denied("this process is not of the workload that the agent launched here"));
         }
         let service = &self.instance.spec.service;
-        let (held, is_declared) = self
-            .host
-            .held
-            .look(|follower| (follower.revision(), follower.state().services.contains_key(service)));
+        let (held, is_declared) =
+            self.host.held.look(|follower| (follower.revision(), follower.state().services.contains_key(service)));
         match (is_declared, held) {
             (true, _) => Ok(self.material.clone()),
             (false, Revision(0)) => Err(Status::unavailable("this host does not know its mesh yet; ask again")),
