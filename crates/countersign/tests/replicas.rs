@@ -46,8 +46,11 @@ struct Ground {
     root: tempfile::TempDir,
 }
 
+/// A port that stays free until it is listened on, and while whoever listened is killed: below those that the kernel gives to
+/// whoever asks for any.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(|| fastrand::u16(20_000..32_000)).find(is_free).unwrap()
 }
 
 fn until(what: &str, log: &Path, holds: impl Fn() -> bool) {
