@@ -58,7 +58,7 @@ A mesh is described by a directory under version control. `countersign plan` sho
 | `contracts/*` | which operations services have: [contracts.md](contracts.md) |
 | `policies/*.cedar` | the request gate: [policy.md](policy.md) |
 | `gate/*.cedar` | the change gate, in place of the shipped one: [gate.md](gate.md) |
-| `tests/*.toml` | decisions that must hold: [policy.md](policy.md#tests) |
+| `tests/*.toml` | decisions that must hold: [policy.md](policy.md) |
 
 Unknown keys are refused. Every mistake in every file is told at once, with its line, a caret, and what was probably
 meant. A service that is named anywhere has to exist. Paths in rules are written in their normal form: what is matched is
