@@ -391,38 +391,10 @@ fn mistakes_of_references(next: &MeshState) -> Vec<String> {
         };
         mistakes.extend(refusals.into_iter().map(|refusal| format!("pipeline `{name}`: {}", refusal.what)));
     }
-    for (name, sign_in) in &next.sign_ins {
-        if !next.issuers.contains_key(&sign_in.issuer) {
-            mistakes.push(format!("sign-in `{name}` names issuer `{}`, which is not declared", sign_in.issuer));
-        }
-    }
     for (name, route) in &next.routes {
         for service in std::iter::once(&route.service).chain(route.split.keys()).filter(|service| !declared(service)) {
             mistakes.push(format!("route `{name}` names service `{service}`, which is not declared"));
         }
     }
     mistakes
-}
-
-#[cfg(test)]
-mod tests {
-    use countersign_core::{pipeline::Issuer, sign_in::SignIn};
-
-    use super::*;
-
-    #[test]
-    fn an_issuer_that_a_sign_in_names_does_not_go_before_it() {
-        let sign_in = SignIn {
-            issuer: "corp".into(),
-            client_id: "mesh".into(),
-            groups_claim: "groups".into(),
-            roles: [("staff".to_owned(), ["editor".into()].into())].into(),
-        };
-        let mut state = MeshState::default();
-        state.sign_ins.insert("corp".into(), sign_in);
-        assert_eq!(mistakes_of_references(&state), ["sign-in `corp` names issuer `corp`, which is not declared"]);
-        let issuer = Issuer { url: "https://id.example".into(), audience: "mesh".into() };
-        state.issuers.insert("corp".into(), issuer);
-        assert_eq!(mistakes_of_references(&state), [""; 0]);
-    }
 }

@@ -18,7 +18,6 @@ use crate::{
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     route::Route,
     service::ServiceSpec,
-    sign_in::{SignIn, SignInName},
 };
 
 /// The number of a state of the mesh: the ledger's size. It only rises; 0 is the empty mesh.
@@ -186,18 +185,6 @@ pub enum Change {
         /// Its name.
         name: PipelineName,
     },
-    /// Lets people whom a provider knows act by their groups there, or replaces which groups those are.
-    SetSignIn {
-        /// Its name.
-        name: SignInName,
-        /// Whom it lets in.
-        sign_in: SignIn,
-    },
-    /// Lets nobody in by this provider any more.
-    RemoveSignIn {
-        /// Its name.
-        name: SignInName,
-    },
     /// Seals the control plane's own keys with another key-encryption key from now on.
     RotateSealingKey {
         /// What tells the new one from others; never the key.
@@ -245,7 +232,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 27] = [
+    pub const KINDS: [&str; 25] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -269,8 +256,6 @@ impl Change {
         "remove_issuer",
         "set_pipeline",
         "remove_pipeline",
-        "set_sign_in",
-        "remove_sign_in",
         "rotate_sealing_key",
         "recover",
     ];
@@ -301,8 +286,6 @@ impl Change {
             Self::RemoveIssuer { .. } => "remove_issuer",
             Self::SetPipeline { .. } => "set_pipeline",
             Self::RemovePipeline { .. } => "remove_pipeline",
-            Self::SetSignIn { .. } => "set_sign_in",
-            Self::RemoveSignIn { .. } => "remove_sign_in",
             Self::RotateSealingKey { .. } => "rotate_sealing_key",
             Self::Recover { .. } => "recover",
         }
@@ -330,7 +313,6 @@ impl Change {
             Self::Deploy { service, .. } => format!("deployment of service {service}"),
             Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),
             Self::SetPipeline { name, .. } | Self::RemovePipeline { name } => format!("pipeline {name}"),
-            Self::SetSignIn { name, .. } | Self::RemoveSignIn { name } => format!("sign-in {name}"),
             Self::RotateSealingKey { fingerprint } => format!("sealing key {}", fingerprint.short()),
         }
     }

@@ -292,8 +292,6 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveIssuer { .. }
             | Change::SetPipeline { .. }
             | Change::RemovePipeline { .. }
-            | Change::SetSignIn { .. }
-            | Change::RemoveSignIn { .. }
             | Change::RotateSealingKey { .. }
             | Change::Recover { .. } => {}
         }
@@ -331,8 +329,6 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveIssuer { .. }
             | Change::SetPipeline { .. }
             | Change::RemovePipeline { .. }
-            | Change::SetSignIn { .. }
-            | Change::RemoveSignIn { .. }
             | Change::Recover { .. } => Part::Gate,
         };
         written.insert(part);

@@ -12,7 +12,6 @@ mod read;
 mod reference;
 mod roles;
 mod routes;
-mod sign_in;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,7 +37,6 @@ use crate::{
     policy::{self, FilePolicy},
     route::Route,
     service::{Recorded, ServiceSpec},
-    sign_in::{SignIn, SignInName},
 };
 use contracts::Contracts;
 use read::Source;
@@ -84,8 +82,6 @@ pub struct Directory {
     pub issuers: BTreeMap<IssuerName, Issuer>,
     /// The automations that may propose changes.
     pub pipelines: BTreeMap<PipelineName, Pipeline>,
-    /// The providers that people sign in with.
-    pub sign_ins: BTreeMap<SignInName, SignIn>,
     /// The policy tests: text by file. [`crate::policy`] reads them.
     pub tests: BTreeMap<Arc<str>, Arc<str>>,
 }
@@ -224,7 +220,6 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             routes,
             issuers: mesh.issuers,
             pipelines: mesh.pipelines,
-            sign_ins: mesh.sign_ins,
             tests,
         }),
         _ => Err(Mistakes(mistakes)),

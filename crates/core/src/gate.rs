@@ -520,7 +520,6 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         | Change::Recover { operator: name, .. } => uid("Operator", name.as_str()),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => uid("Issuer", name),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => uid("Pipeline", name),
-        Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => uid("SignIn", name),
     }
 }
 

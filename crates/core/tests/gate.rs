@@ -19,7 +19,6 @@ use countersign_core::{
     policy::Factor,
     route::Route,
     service::{Protocol, ServiceSpec},
-    sign_in::SignIn,
     state::MeshState,
 };
 use expect_test::expect;
@@ -185,16 +184,6 @@ fn one_of(kind: &str, author: &str) -> Change {
         "remove_issuer" => Change::RemoveIssuer { name: id },
         "set_pipeline" => Change::SetPipeline { name: id, pipeline: pipeline(&[]) },
         "remove_pipeline" => Change::RemovePipeline { name: id },
-        "set_sign_in" => Change::SetSignIn {
-            name: id,
-            sign_in: SignIn {
-                issuer: "corp".into(),
-                client_id: "mesh".into(),
-                groups_claim: "groups".into(),
-                roles: [("staff".to_owned(), ["editor".into()].into())].into(),
-            },
-        },
-        "remove_sign_in" => Change::RemoveSignIn { name: id },
         other => panic!("no change of kind {other}"),
     }
 }
@@ -370,7 +359,6 @@ fn a_pipeline_is_let_through_by_nobody_alone_and_never_widens_itself() {
         ("the shipped gate", &ChangeGate::shipped(), "deploy", "set_policy", &["bob"], "permit"),
         ("itself", &ChangeGate::shipped(), "root", "set_pipeline", &["alice", "bob"], "deny"),
         ("whom to believe", &ChangeGate::shipped(), "root", "set_issuer", &["alice", "bob"], "deny"),
-        ("who signs in", &ChangeGate::shipped(), "root", "set_sign_in", &["alice", "bob"], "deny"),
         ("the gate", &ChangeGate::shipped(), "root", "set_gate_policy", &["alice", "bob"], "deny"),
         ("operators", &ChangeGate::shipped(), "root", "set_operator_roles", &["alice", "bob"], "deny"),
         ("factors", &ChangeGate::shipped(), "root", "remove_factor", &["alice", "bob"], "deny"),

@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 11] {
+pub fn reference() -> [Section; 10] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -61,12 +61,6 @@ pub fn reference() -> [Section; 11] {
             table: "[pipelines.NAME]",
             says: "An automation that may propose changes, which an operator countersigns: [pipelines.md](pipelines.md). It is matched by\nclaims that its issuer gives to nobody else. A `*`, the `sub` of GitHub or GitLab, and names without their ids are refused: a\nname that is given up can be registered by a stranger. A workload of the mesh proposes with its JWT-SVID: `issuer = \"mesh\"`, and its\nSPIFFE ID as `sub`.",
             keys: PIPELINE,
-        },
-        Section {
-            file: mesh,
-            table: "[sign_in.NAME]",
-            says: "An OpenID Connect provider for people, and which of its groups mean which roles. The table is recorded and gated like\neverything that says who may act; **no page offers it yet**, and nobody signs in by it. NAME has 1 to 64 letters, digits,\n`-`, `_` and `.`. A client secret never stands here.",
-            keys: SIGN_IN,
         },
         Section {
             file: roles,
@@ -102,7 +96,6 @@ pub(super) const MESH: &[Key] = &[
     key("services", "table", "", "See below."),
     key("issuers", "table", "", "See below."),
     key("pipelines", "table", "", "See below."),
-    key("sign_in", "table", "", "See below."),
 ];
 
 pub(super) const ISSUER: &[Key] = &[
@@ -124,23 +117,6 @@ pub(super) const PIPELINE: &[Key] = &[
         "What its token must say, each exactly. At least one is an id: `repository_id` or `repository_owner_id` at GitHub, `project_id` or `namespace_id` at GitLab.",
     ),
     key("roles", "array of strings", "none", "What the change gate knows it as: `principal in Role::\"…\"`."),
-];
-
-pub(super) const SIGN_IN: &[Key] = &[
-    key("issuer", "issuer", "required", "The provider: one of `[issuers.*]`."),
-    key(
-        "client_id",
-        "string",
-        "required",
-        "What the provider calls this mesh: whom its tokens for people are meant for.",
-    ),
-    key("groups_claim", "string", "`\"groups\"`", "The claim that says which groups somebody is in."),
-    key(
-        "roles",
-        "table of arrays of strings",
-        "required",
-        "What each group may do here: `{ mesh-editors = [\"editor\"] }`. Each group is compared exactly; who is in none of them is nobody here.",
-    ),
 ];
 
 pub(super) const DEFAULTS: &[Key] = &[
