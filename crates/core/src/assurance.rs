@@ -1,9 +1,8 @@
 //! What an operator has proven of themselves: with which factors, how strongly, how long ago.
 //!
 //! The change gate reads it, and an [`Obligation`] is met or not met by it. No ceremony is held here;
-//! [`authenticators`] says which may be enrolled, [`webauthn`] verifies what an authenticator signed, [`challenge`] says what it is to sign, [`totp`] checks a code.
+//! [`webauthn`] verifies what an authenticator signed, [`challenge`] says what it is to sign, [`totp`] checks a code.
 
-pub mod authenticators;
 pub mod challenge;
 pub mod totp;
 pub mod webauthn;

@@ -285,8 +285,6 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveFactor { .. }
             | Change::RemoveOperator { .. }
             | Change::SetOperatorRoles { .. }
-            | Change::SetAuthenticators { .. }
-            | Change::RemoveAuthenticators {}
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
             | Change::SealSettings { .. }
@@ -324,8 +322,6 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveFactor { .. }
             | Change::RemoveOperator { .. }
             | Change::SetOperatorRoles { .. }
-            | Change::SetAuthenticators { .. }
-            | Change::RemoveAuthenticators {}
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
             | Change::SealSettings { .. }

@@ -9,7 +9,6 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    assurance::authenticators::{Authenticators, MODELS_MAX, ROOTS_MAX},
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
     directory::{PLAIN_NAME, is_plain_name},
@@ -48,9 +47,6 @@ pub struct MeshState {
     /// What a sealed mesh asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seal: Option<Seal>,
-    /// The only authenticators that may be enrolled; any, when nothing is said.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub authenticators: Option<Authenticators>,
     /// The executables and images that may be instances of a service, by their SHA-256; a service that is not here takes any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub deployments: BTreeMap<ServiceName, BTreeSet<Digest>>,
@@ -121,9 +117,6 @@ pub enum FoldError {
         /// How many operators could sign.
         signers: usize,
     },
-    /// A list that nothing can be held to.
-    #[error("a list of authenticators names 1 to {MODELS_MAX} models and 1 to {ROOTS_MAX} roots")]
-    Authenticators,
     /// Too many factors.
     #[error("an operator has at most {FACTORS_MAX} factors")]
     TooManyFactors,
@@ -187,13 +180,6 @@ impl MeshState {
                 self.gate.insert(id.clone(), PolicyRef { file: file.clone(), body: *body });
             }
             Change::RemoveGatePolicy { id } => known(self.gate.remove(id).is_some())?,
-            Change::SetAuthenticators { authenticators } => {
-                if !authenticators.is_whole() {
-                    return Err(FoldError::Authenticators);
-                }
-                self.authenticators = Some(authenticators.clone());
-            }
-            Change::RemoveAuthenticators {} => known(self.authenticators.take().is_some())?,
             Change::SealSettings { quorum } => {
                 self.seal = Some(self.seal_of(*quorum, &self.operators)?);
             }
@@ -421,31 +407,6 @@ mod tests {
         state.next_slot = SERVICES_MAX as u16;
         state.apply(&declare("d")).unwrap();
         assert_eq!(state.services[&name("d")].slot, 0, "after the last slot the first free one comes round again");
-    }
-
-    #[test]
-    fn a_list_of_authenticators_names_models_and_who_vouches_for_them_and_a_mesh_without_one_is_written_as_ever() {
-        use crate::assurance::authenticators::{Aaguid, AttestationRoot, tests::ROOT};
-        let models = [Aaguid::parse("ee882879-721c-4913-9775-3dfcce97072a").unwrap()].into();
-        let roots = AttestationRoot::parse_pem(ROOT).unwrap();
-        let list = Authenticators { models, roots };
-        let set = |authenticators: Authenticators| Change::SetAuthenticators { authenticators };
-        let mut state = created();
-        let before = (state.digest(), serde_json::to_string(&state).unwrap());
-        assert!(!before.1.contains("authenticators"));
-        for (given, expected) in [
-            (set(Authenticators { models: [].into(), ..list.clone() }), Err(FoldError::Authenticators)),
-            (set(Authenticators { roots: [].into(), ..list.clone() }), Err(FoldError::Authenticators)),
-            (Change::RemoveAuthenticators {}, Err(FoldError::Unknown("authenticators".into()))),
-            (set(list.clone()), Ok(())),
-        ] {
-            assert_eq!(state.apply(&given), expected);
-        }
-        assert_eq!(state.authenticators, Some(list.clone()));
-        let written = serde_json::to_string(&set(list.clone())).unwrap();
-        assert_eq!(serde_json::from_str::<Change>(&written).unwrap(), set(list));
-        state.apply(&Change::RemoveAuthenticators {}).unwrap();
-        assert_eq!((state.digest(), serde_json::to_string(&state).unwrap()), before);
     }
 
     #[test]

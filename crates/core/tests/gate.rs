@@ -5,7 +5,6 @@ use std::{collections::BTreeSet, env, fmt::Write as _, fs, path::Path, sync::Arc
 use countersign_core::{
     assurance::{
         Assurance, FactorKind, Proof,
-        authenticators::Authenticators,
         webauthn::{PublicKey, RelyingParty},
     },
     canonical::Digest,
@@ -169,10 +168,6 @@ fn one_of(kind: &str, author: &str) -> Change {
         "set_operator_roles" => Change::SetOperatorRoles { name: other(), roles: [].into() },
         "set_gate_policy" => Change::SetGatePolicy { id, file, body },
         "remove_gate_policy" => Change::RemoveGatePolicy { id },
-        "set_authenticators" => {
-            Change::SetAuthenticators { authenticators: Authenticators { models: [].into(), roots: [].into() } }
-        }
-        "remove_authenticators" => Change::RemoveAuthenticators {},
         "seal_settings" => Change::SealSettings { quorum: 1 },
         "rotate_sealing_key" => Change::RotateSealingKey { fingerprint: body },
         "recover" => Change::Recover {

@@ -91,12 +91,6 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
     changes.extend(gone(&state.policies, &directory.policies).map(|id| Change::RemovePolicy { id }));
     changes.extend(gone(&state.roles, &directory.roles).map(|name| Change::RemoveRole { name }));
     changes.extend(gone(&state.services, &directory.services).map(|name| Change::RemoveService { name }));
-    if directory.authenticators != state.authenticators {
-        changes.push(match &directory.authenticators {
-            Some(authenticators) => Change::SetAuthenticators { authenticators: authenticators.clone() },
-            None => Change::RemoveAuthenticators {},
-        });
-    }
     let mut too_few_signers = None;
     if let Some(seal) = directory.seal.filter(|seal| state.seal != Some(*seal)) {
         let signers = state.operators.values().filter(|operator| operator.can_sign()).count();
@@ -240,33 +234,6 @@ mod tests {
         assert_eq!(planned(&with, &bare), ["remove_pipeline pipeline deploy", "remove_issuer issuer ci"]);
         let other = directory(&format!("{TWO}{}", ci.replace("\"7\"", "\"8\"")), "", "", "");
         assert_eq!(planned(&with, &other), ["set_pipeline pipeline deploy"]);
-    }
-
-    #[test]
-    fn a_list_of_authenticators_is_planned_and_goes_with_its_table() {
-        use crate::assurance::authenticators::tests::ROOT;
-        let bare = directory(TWO, "", "", "");
-        let model = "\"ee882879-721c-4913-9775-3dfcce97072a\"";
-        let listed = |models: &str| {
-            format!("{TWO}[factors]\nauthenticators = [{models}]\nattestation_roots = \"\"\"\n{ROOT}\"\"\"\n")
-        };
-        let with = directory(&listed(model), "", "", "");
-        assert_eq!(planned(&bare, &with), ["set_authenticators authenticators"]);
-        assert_eq!(planned(&with, &bare), ["remove_authenticators authenticators"]);
-        let other = directory(&listed("\"2fc0579f-8113-47ea-b116-bb5a8db9202a\""), "", "", "");
-        assert_eq!(planned(&with, &other), ["set_authenticators authenticators"]);
-        for (given, expected) in [
-            ("[factors]\n".to_owned(), "`authenticators` is missing"),
-            (format!("[factors]\nauthenticators = [{model}]\n"), "`attestation_roots` is missing"),
-            (listed(""), "`authenticators` is empty"),
-            (listed("\"yubikey\""), "`yubikey` is not a model of an authenticator"),
-            (listed(&format!("{model}, {model}")), "`ee882879-721c-4913-9775-3dfcce97072a` stands here twice"),
-            (listed(model).replace("BEGIN", "BEGUN"), "`attestation_roots` cannot be read"),
-        ] {
-            let files = [("mesh.toml".to_owned(), format!("trust_domain = \"shop.example\"\n{given}"))].into();
-            let mistakes = parse(&files).unwrap_err();
-            assert_eq!(mistakes.all()[0].to_string(), expected, "{given}");
-        }
     }
 
     #[test]
