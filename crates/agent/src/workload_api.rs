@@ -22,7 +22,7 @@ use countersign_api::{
         spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
     },
 };
-use countersign_core::jwt_svid::{self, AUDIENCE_BYTES_MAX, AUDIENCES_MAX};
+use countersign_core::jwt_svid;
 use futures_util::{Stream, StreamExt};
 use rustls_pki_types::CertificateDer;
 use tokio::{
@@ -280,8 +280,7 @@ impl SpiffeWorkloadApi for Api {
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
         let (_, material) = self.admit(&request)?;
         let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
-        let is_audience = |audience: &String| (1..=AUDIENCE_BYTES_MAX).contains(&audience.len());
-        if !(1..=AUDIENCES_MAX).contains(&audience.len()) || !audience.iter().all(is_audience) {
+        if !jwt_svid::are_audiences(&audience) {
             return Err(Status::invalid_argument("name 1 to 8 audiences of 1 to 512 bytes"));
         }
         let own = material.id().to_string();

@@ -35,7 +35,7 @@ use countersign_api::{
 use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
-    jwt_svid::{AUDIENCE_BYTES_MAX, AUDIENCES_MAX},
+    jwt_svid,
 };
 
 use crate::{
@@ -447,8 +447,7 @@ impl mesh::mesh_server::Mesh for Agents {
         let host = self.host_of(&request)?;
         let asked = request.into_inner();
         let instance = self.entitled(&host, &asked.instance, &asked.artifact)?;
-        let is_audience = |audience: &String| (1..=AUDIENCE_BYTES_MAX).contains(&audience.len());
-        if !(1..=AUDIENCES_MAX).contains(&asked.audience.len()) || !asked.audience.iter().all(is_audience) {
+        if !jwt_svid::are_audiences(&asked.audience) {
             let what = "a JWT-SVID is for 1 to 8 audiences of at most 512 bytes";
             return Err(self.refuse(Status::invalid_argument(what)));
         }

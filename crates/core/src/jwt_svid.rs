@@ -13,9 +13,9 @@ use crate::{
 /// How far clocks may be apart, in seconds.
 pub const LEEWAY_SECONDS: i64 = 60;
 /// Audiences of one JWT-SVID at most.
-pub const AUDIENCES_MAX: usize = 8;
+const AUDIENCES_MAX: usize = 8;
 /// Longest audience, in bytes.
-pub const AUDIENCE_BYTES_MAX: usize = 512;
+const AUDIENCE_BYTES_MAX: usize = 512;
 
 /// A JWT-SVID whose signature, trust domain, audience and time were verified.
 #[derive(Debug, Clone)]
@@ -66,6 +66,12 @@ impl VerifiedJwtSvid {
     pub fn expires_at_seconds(&self) -> i64 {
         self.expires_at_seconds
     }
+}
+
+/// Whether a JWT-SVID may be for these: 1 to 8 audiences of 1 to 512 bytes.
+pub fn are_audiences(given: &[String]) -> bool {
+    (1..=AUDIENCES_MAX).contains(&given.len())
+        && given.iter().all(|audience| (1..=AUDIENCE_BYTES_MAX).contains(&audience.len()))
 }
 
 /// Whom an unverified JWT-SVID says it is of: which keys to verify it with, and nothing else.
