@@ -35,7 +35,7 @@ fn a_replaced_program_does_not_run_until_it_is_deployed() {
     mesh.until("the greeter waits", |mesh| {
         mesh.run_file().is_some() && greeter(mesh)["waiting"].as_array().is_some_and(|waiting| waiting.len() == 1)
     });
-    assert!(mesh.log().contains("greeter/") && mesh.log().contains("does not run"), "{}", mesh.log());
+    mesh.until("it is said why", |mesh| mesh.log().contains("greeter/") && mesh.log().contains("does not run"));
     let shown = said(&mesh.run(&["service", "show", "greeter"]));
     assert!(shown.contains("countersign service deploy greeter --seen"), "{shown}");
     assert!(said(&mesh.run(&["status"])).contains("1 waiting"));
