@@ -22,9 +22,11 @@ def countersign(directory, *arguments, given=None):
 class Running:
     """A mesh that `up` runs, and the link that it printed."""
 
-    def __init__(self, tmp_path, gate=None):
+    def __init__(self, tmp_path, gate=None, more=""):
         self.directory = tmp_path / "mesh"
         subprocess.run([BINARY, "init", self.directory], check=True, capture_output=True)
+        with open(self.directory / "mesh.toml", "a") as mesh:
+            mesh.write(more)
         if gate:
             (self.directory / "gate").mkdir()
             (self.directory / "gate/gate.cedar").write_text(gate)

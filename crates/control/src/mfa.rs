@@ -122,6 +122,8 @@ struct NewFactor {
     factor: EnrolledFactor,
     /// What its first use proved.
     proof: Proof,
+    /// The digest of the list of authenticators that it was held to.
+    list: Option<Digest>,
 }
 
 /// What became of an enrolment.
@@ -425,7 +427,7 @@ pub async fn confirm(plane: &Plane, id: &str, asked: Confirm) -> Result<Enrolled
     });
     kept.await.map_err(|error| store_problem(&error))?;
     let proof = Proof::of_code(FactorKind::Totp, seconds(now_ms));
-    let new = NewFactor { id: factor.clone(), factor: EnrolledFactor::Totp, proof };
+    let new = NewFactor { id: factor.clone(), factor: EnrolledFactor::Totp, proof, list: None };
     let entered = bring_in(plane, operator, new, &way, now_ms).await;
     if entered.is_err() {
         let _ = plane.storage.run("forget_factors", move |store| store.forget_factors(&[factor])).await;
@@ -513,6 +515,9 @@ async fn enrol(
         if matches!(way, Way::First | Way::Link(_)) != anchor {
             let help = "somebody else enrolled in between: an owner has to invite you now";
             return Err(problem(409, "the mesh is protected since", None, Some(help)));
+        }
+        if new.factor.signing_key().is_some() {
+            key::held_to(new.list, state)?;
         }
         let known = state.operators.get(operator);
         let with_recovery = *way != Way::Proposed

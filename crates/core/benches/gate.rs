@@ -43,7 +43,7 @@ fn mesh() -> MeshState {
     for (name, role) in [("alice", "owner"), ("bob", "editor")] {
         let relying_party = RelyingParty { id: "localhost".into(), origins: vec!["http://localhost:1".into()] };
         let key = PublicKey::parse(&hex::decode(KEY).expect("digits")).expect("a key");
-        let factor = EnrolledFactor::Platform(SigningKey { key, backup_eligible: false, relying_party });
+        let factor = EnrolledFactor::Platform(SigningKey { key, backup_eligible: false, relying_party, model: None });
         let id = FactorId::parse(&format!("factor-{name}")).expect("an id");
         changes.push(Change::InviteOperator { name: operator(name), roles: [role.into()].into() });
         changes.push(Change::EnrollOperator { name: operator(name), id, factor });

@@ -1,8 +1,9 @@
 //! What an operator has proven of themselves: with which factors, how strongly, how long ago.
 //!
 //! The change gate reads it, and an [`Obligation`] is met or not met by it. No ceremony is held here;
-//! [`webauthn`] verifies what an authenticator signed, [`challenge`] says what it is to sign, [`totp`] checks a code.
+//! [`authenticators`] says which may be enrolled, [`webauthn`] verifies what an authenticator signed, [`challenge`] says what it is to sign, [`totp`] checks a code.
 
+pub mod authenticators;
 pub mod challenge;
 pub mod totp;
 pub mod webauthn;

@@ -12,6 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    assurance::authenticators::Authenticators,
     canonical::Digest,
     identity::{FactorId, NameError, OperatorName, ServiceName, SpiffeId, TrustDomain},
     operator::EnrolledFactor,
@@ -135,6 +136,13 @@ pub enum Change {
         /// What the gate will know them as.
         roles: BTreeSet<RoleName>,
     },
+    /// Says which authenticators may be enrolled from now on, or replaces what was said. Factors that are enrolled stay.
+    SetAuthenticators {
+        /// The only ones.
+        authenticators: Authenticators,
+    },
+    /// Lets any authenticator be enrolled again.
+    RemoveAuthenticators {},
     /// Adds a policy of the change gate, or replaces its text.
     SetGatePolicy {
         /// Its `@id`.
@@ -232,7 +240,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 25] = [
+    pub const KINDS: [&str; 27] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -248,6 +256,8 @@ impl Change {
         "remove_factor",
         "remove_operator",
         "set_operator_roles",
+        "set_authenticators",
+        "remove_authenticators",
         "set_gate_policy",
         "remove_gate_policy",
         "seal_settings",
@@ -278,6 +288,8 @@ impl Change {
             Self::RemoveFactor { .. } => "remove_factor",
             Self::RemoveOperator { .. } => "remove_operator",
             Self::SetOperatorRoles { .. } => "set_operator_roles",
+            Self::SetAuthenticators { .. } => "set_authenticators",
+            Self::RemoveAuthenticators {} => "remove_authenticators",
             Self::SetGatePolicy { .. } => "set_gate_policy",
             Self::RemoveGatePolicy { .. } => "remove_gate_policy",
             Self::SealSettings { .. } => "seal_settings",
@@ -309,6 +321,7 @@ impl Change {
                 format!("factor {short} of operator {operator}")
             }
             Self::SetGatePolicy { id, .. } | Self::RemoveGatePolicy { id } => format!("gate policy {id}"),
+            Self::SetAuthenticators { .. } | Self::RemoveAuthenticators {} => "authenticators".to_owned(),
             Self::SealSettings { .. } => "seal".to_owned(),
             Self::Deploy { service, .. } => format!("deployment of service {service}"),
             Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),

@@ -285,6 +285,8 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveFactor { .. }
             | Change::RemoveOperator { .. }
             | Change::SetOperatorRoles { .. }
+            | Change::SetAuthenticators { .. }
+            | Change::RemoveAuthenticators {}
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
             | Change::SealSettings { .. }
@@ -322,6 +324,8 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveFactor { .. }
             | Change::RemoveOperator { .. }
             | Change::SetOperatorRoles { .. }
+            | Change::SetAuthenticators { .. }
+            | Change::RemoveAuthenticators {}
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
             | Change::SealSettings { .. }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::{
+    assurance::authenticators::Authenticators,
     canonical::Digest,
     change::{Bodies, Change},
     contract::Contract,
@@ -60,6 +61,9 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         Change::SetGatePolicy { id, .. } | Change::RemoveGatePolicy { id } => {
             state.gate.get(id).map(|policy| body(&policy.body, bodies))
         }
+        Change::SetAuthenticators { .. } | Change::RemoveAuthenticators {} => {
+            state.authenticators.as_ref().map(authenticators)
+        }
         Change::SealSettings { .. } => state.seal.map(|seal| sealed(seal.quorum)),
         Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
@@ -87,6 +91,7 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
             Some(factor(enrolled))
         }
         Change::SetGatePolicy { body: digest, .. } => Some(body(digest)),
+        Change::SetAuthenticators { authenticators: given } => Some(authenticators(given)),
         Change::SealSettings { quorum } => Some(sealed(*quorum)),
         Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
         Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
@@ -99,6 +104,7 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         | Change::RemoveRoute { .. }
         | Change::RemoveFactor { .. }
         | Change::RemoveOperator { .. }
+        | Change::RemoveAuthenticators {}
         | Change::RemoveGatePolicy { .. }
         | Change::RemoveIssuer { .. }
         | Change::RemovePipeline { .. } => None,
@@ -137,13 +143,19 @@ fn factor(factor: &EnrolledFactor) -> String {
     match factor.signing_key() {
         None => format!("{}\n", factor.kind().as_str()),
         Some(key) => format!(
-            "{}, {} key {}\nfor {}\n",
+            "{}, {} key {}{}\nfor {}\n",
             factor.kind().as_str(),
             key.key.algorithm(),
             Digest::of(key.key.cose()).short(),
+            key.model.map(|model| format!(", model {model}")).unwrap_or_default(),
             key.relying_party.origins.join(", "),
         ),
     }
+}
+
+fn authenticators(list: &Authenticators) -> String {
+    let models = list.models.iter().map(|model| format!("model {model}\n"));
+    models.chain(list.roots.iter().map(|root| format!("vouched for by {root}\n"))).collect()
 }
 
 fn sealed(quorum: u32) -> String {

@@ -27,6 +27,7 @@ pub use plan::{Plan, TrustDomainMoved, plan};
 pub use reference::{Key, Section, reference};
 
 use crate::{
+    assurance::authenticators::Authenticators,
     change::{Member, PolicyId, RoleName, RouteName},
     contract::Contract,
     gate,
@@ -68,6 +69,8 @@ pub struct Directory {
     pub defaults: Defaults,
     /// How many operators sign each change, once so many can; `None`: it says nothing.
     pub seal: Option<Seal>,
+    /// The only authenticators that may be enrolled; any, when it says nothing.
+    pub authenticators: Option<Authenticators>,
     /// Every service.
     pub services: BTreeMap<ServiceName, LocalService>,
     /// Who has which role.
@@ -213,6 +216,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             trust_domain,
             defaults: mesh.defaults,
             seal: mesh.seal,
+            authenticators: mesh.authenticators,
             services: mesh.services,
             roles: roles.unwrap_or_default(),
             policies,

@@ -501,9 +501,10 @@ fn pipelines(asked: &Asked<'_>) -> impl Iterator<Item = Entity> {
 fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
     match change {
         Change::CreateMesh { trust_domain } => uid("Mesh", trust_domain.as_str()),
-        Change::SealSettings { .. } | Change::RotateSealingKey { .. } => {
-            uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str()))
-        }
+        Change::SealSettings { .. }
+        | Change::RotateSealingKey { .. }
+        | Change::SetAuthenticators { .. }
+        | Change::RemoveAuthenticators {} => uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str())),
         Change::DeclareService { name, .. } | Change::RemoveService { name } | Change::Deploy { service: name, .. } => {
             uid("Service", name.as_str())
         }

@@ -414,7 +414,7 @@ mod tests {
             let (alice, bob) = (Soft::new(), Soft::new());
             let enrol = |operator: &str, soft: &Soft| {
                 let relying_party = relying_party();
-                let key = SigningKey { key: soft.key.clone(), backup_eligible: false, relying_party };
+                let key = SigningKey { key: soft.key.clone(), backup_eligible: false, relying_party, model: None };
                 vec![
                     Change::InviteOperator { name: name(operator), roles: ["owner".into()].into() },
                     Change::EnrollOperator {
@@ -626,7 +626,12 @@ mod tests {
     fn a_control_plane_that_adds_a_key_of_its_own_is_refused_and_so_is_what_it_signs() {
         let mut mesh = Mesh::new(Some(1));
         let mallory = Soft::new();
-        let key = SigningKey { key: mallory.key.clone(), backup_eligible: false, relying_party: relying_party() };
+        let key = SigningKey {
+            key: mallory.key.clone(),
+            backup_eligible: false,
+            relying_party: relying_party(),
+            model: None,
+        };
         let add = Change::AddFactor {
             operator: name("alice"),
             id: factor_id("mallory"),
@@ -668,7 +673,12 @@ mod tests {
             created.entry("local", vec![Change::CreateMesh { trust_domain: TrustDomain::parse("x").unwrap() }], &[]);
         pinned.take(&bytes, &set).unwrap();
         let mallory = Mesh::new(None);
-        let key = SigningKey { key: mallory.alice.key.clone(), backup_eligible: false, relying_party: relying_party() };
+        let key = SigningKey {
+            key: mallory.alice.key.clone(),
+            backup_eligible: false,
+            relying_party: relying_party(),
+            model: None,
+        };
         let enrol = ChangeSet {
             base: Revision(1),
             changes: vec![
@@ -713,7 +723,12 @@ mod tests {
         assert_eq!(pins, Pins { anchor: mesh.keyring.anchor(), seal: Some(Digest::of(&bytes)), recovery: None });
         // Before the seal nothing is signed: a control plane can add an operator of its own there, and seal for them.
         let mallory = Soft::new();
-        let key = SigningKey { key: mallory.key.clone(), backup_eligible: false, relying_party: relying_party() };
+        let key = SigningKey {
+            key: mallory.key.clone(),
+            backup_eligible: false,
+            relying_party: relying_party(),
+            model: None,
+        };
         let (id, factor) = (factor_id("mallory"), EnrolledFactor::Roaming(key));
         let (bytes, set) = forged.entry("alice", vec![Change::AddFactor { operator: name("alice"), id, factor }], &[]);
         let mut told = Keyring { pinned: pins, ..forged.keyring.clone() };

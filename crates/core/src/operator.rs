@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     assurance::{
         FactorKind,
+        authenticators::Aaguid,
         webauthn::{PublicKey, RelyingParty},
     },
     change::RoleName,
@@ -56,6 +57,9 @@ pub struct SigningKey {
     pub backup_eligible: bool,
     /// Where it was enrolled, and where alone it is used.
     pub relying_party: RelyingParty,
+    /// The model of its authenticator, where the authenticator had to prove it when the key was enrolled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<Aaguid>,
 }
 
 /// That the mesh was recovered: its gate was passed by with the control plane's files and key.

@@ -9,6 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    assurance::authenticators::{Aaguid, Authenticators, MODELS_MAX, ROOTS_MAX},
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
     directory::{PLAIN_NAME, is_plain_name},
@@ -47,6 +48,9 @@ pub struct MeshState {
     /// What a sealed mesh asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seal: Option<Seal>,
+    /// The only authenticators that may be enrolled; any, when nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authenticators: Option<Authenticators>,
     /// The executables and images that may be instances of a service, by their SHA-256; a service that is not here takes any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub deployments: BTreeMap<ServiceName, BTreeSet<Digest>>,
@@ -117,6 +121,15 @@ pub enum FoldError {
         /// How many operators could sign.
         signers: usize,
     },
+    /// A list that nothing can be held to.
+    #[error("a list of authenticators names 1 to {MODELS_MAX} models and 1 to {ROOTS_MAX} roots")]
+    Authenticators,
+    /// A key of another authenticator.
+    #[error("{}: the mesh names the models that may be enrolled", match .0 {
+        Some(model) => format!("a key of model {model} is not enrolled"),
+        None => "a key whose model was not proven is not enrolled".to_owned(),
+    })]
+    Model(Option<Aaguid>),
     /// Too many factors.
     #[error("an operator has at most {FACTORS_MAX} factors")]
     TooManyFactors,
@@ -180,6 +193,13 @@ impl MeshState {
                 self.gate.insert(id.clone(), PolicyRef { file: file.clone(), body: *body });
             }
             Change::RemoveGatePolicy { id } => known(self.gate.remove(id).is_some())?,
+            Change::SetAuthenticators { authenticators } => {
+                if !authenticators.is_whole() {
+                    return Err(FoldError::Authenticators);
+                }
+                self.authenticators = Some(authenticators.clone());
+            }
+            Change::RemoveAuthenticators {} => known(self.authenticators.take().is_some())?,
             Change::SealSettings { quorum } => {
                 self.seal = Some(self.seal_of(*quorum, &self.operators)?);
             }
@@ -245,9 +265,13 @@ impl MeshState {
                 if !self.operators.get(name).ok_or_else(unknown)?.factors.is_empty() {
                     return Err(FoldError::Enrolled(name.clone()));
                 }
+                self.may_be_enrolled(factor)?;
                 add_factor(&mut operators, name, id, factor)?;
             }
-            Change::AddFactor { operator, id, factor } => add_factor(&mut operators, operator, id, factor)?,
+            Change::AddFactor { operator, id, factor } => {
+                self.may_be_enrolled(factor)?;
+                add_factor(&mut operators, operator, id, factor)?;
+            }
             Change::RemoveFactor { operator, id } => {
                 let factors = &mut operators.get_mut(operator).ok_or_else(unknown)?.factors;
                 factors.remove(id).ok_or_else(unknown)?;
@@ -267,6 +291,16 @@ impl MeshState {
             self.seal_of(seal.quorum, &operators)?;
         }
         Ok(operators)
+    }
+
+    /// INVARIANT (authenticators-held): while a mesh names the models that may be enrolled, no key comes in whose model is not one of
+    /// them, and was not proven.
+    fn may_be_enrolled(&self, factor: &EnrolledFactor) -> Result<(), FoldError> {
+        let (Some(only), Some(key)) = (&self.authenticators, factor.signing_key()) else { return Ok(()) };
+        match key.model.is_some_and(|model| only.models.contains(&model)) {
+            true => Ok(()),
+            false => Err(FoldError::Model(key.model)),
+        }
     }
 
     /// An owner is appointed anew, with this one factor and no other. A seal asks for no more than can still sign, and ends
@@ -410,6 +444,61 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_authenticators_names_models_and_who_vouches_for_them_and_a_mesh_without_one_is_written_as_ever() {
+        use crate::assurance::authenticators::{Aaguid, AttestationRoot, tests::ROOT};
+        let models = [Aaguid::parse("ee882879-721c-4913-9775-3dfcce97072a").unwrap()].into();
+        let roots = AttestationRoot::parse_pem(ROOT).unwrap();
+        let list = Authenticators { models, roots };
+        let set = |authenticators: Authenticators| Change::SetAuthenticators { authenticators };
+        let mut state = created();
+        let before = (state.digest(), serde_json::to_string(&state).unwrap());
+        assert!(!before.1.contains("authenticators"));
+        for (given, expected) in [
+            (set(Authenticators { models: [].into(), ..list.clone() }), Err(FoldError::Authenticators)),
+            (set(Authenticators { roots: [].into(), ..list.clone() }), Err(FoldError::Authenticators)),
+            (Change::RemoveAuthenticators {}, Err(FoldError::Unknown("authenticators".into()))),
+            (set(list.clone()), Ok(())),
+        ] {
+            assert_eq!(state.apply(&given), expected);
+        }
+        assert_eq!(state.authenticators, Some(list.clone()));
+        let written = serde_json::to_string(&set(list.clone())).unwrap();
+        assert_eq!(serde_json::from_str::<Change>(&written).unwrap(), set(list));
+        state.apply(&Change::RemoveAuthenticators {}).unwrap();
+        assert_eq!((state.digest(), serde_json::to_string(&state).unwrap()), before);
+    }
+
+    #[test]
+    fn a_key_comes_in_only_with_a_model_of_the_list_and_codes_and_keys_from_before_it_do_as_ever() {
+        use crate::assurance::authenticators::{Aaguid, AttestationRoot, tests::ROOT};
+        let model = |last: u8| Aaguid::parse(&format!("ee882879-721c-4913-9775-3dfcce9707{last:02x}")).unwrap();
+        let roots = AttestationRoot::parse_pem(ROOT).unwrap();
+        let list = Change::SetAuthenticators { authenticators: Authenticators { models: [model(1)].into(), roots } };
+        let of = |model: Option<Aaguid>| {
+            let (id, factor) = factor("Ag");
+            let EnrolledFactor::Roaming(key) = factor else { unreachable!() };
+            (id, EnrolledFactor::Roaming(crate::operator::SigningKey { model, ..key }))
+        };
+        let start = [invite("alice"), enroll("alice", "AQ"), list];
+        for (given, expected) in [
+            (of(None), Err(FoldError::Model(None))),
+            (of(Some(model(2))), Err(FoldError::Model(Some(model(2))))),
+            (of(Some(model(1))), Ok(())),
+            ((FactorId::parse("totp-1").unwrap(), EnrolledFactor::Totp), Ok(())),
+        ] {
+            let (id, factor) = given;
+            let (more, name) = (Change::AddFactor { operator: operator("alice"), id, factor }, operator("bob"));
+            let first = match more.clone() {
+                Change::AddFactor { id, factor, .. } => Change::EnrollOperator { name, id, factor },
+                _ => unreachable!(),
+            };
+            for change in [vec![more], vec![invite("bob"), first]] {
+                assert_eq!(folded(&[&start[..], &change].concat()).map(drop), expected, "{change:?}");
+            }
+        }
+    }
+
+    #[test]
     fn redeclaring_keeps_the_address() {
         let mut state = created();
         state.apply(&declare("a")).unwrap();
@@ -451,7 +540,7 @@ mod tests {
             id: "mesh.example".into(),
             origins: vec!["https://mesh.example".into()],
         };
-        let key = crate::operator::SigningKey { key, backup_eligible: false, relying_party };
+        let key = crate::operator::SigningKey { key, backup_eligible: false, relying_party, model: None };
         (FactorId::parse(id).unwrap(), EnrolledFactor::Roaming(key))
     }
 

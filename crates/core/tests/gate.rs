@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, env, fmt::Write as _, fs, path::Path, sync::Arc
 use countersign_core::{
     assurance::{
         Assurance, FactorKind, Proof,
+        authenticators::Authenticators,
         webauthn::{PublicKey, RelyingParty},
     },
     canonical::Digest,
@@ -38,7 +39,7 @@ fn key() -> EnrolledFactor {
     let cose = "a4010103272006215820d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
     let relying_party = RelyingParty { id: "mesh.example".into(), origins: vec!["https://mesh.example".into()] };
     let key = PublicKey::parse(&hex::decode(cose).unwrap()).unwrap();
-    EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party })
+    EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party, model: None })
 }
 
 fn spec(namespace: Option<&str>) -> ServiceSpec {
@@ -168,6 +169,10 @@ fn one_of(kind: &str, author: &str) -> Change {
         "set_operator_roles" => Change::SetOperatorRoles { name: other(), roles: [].into() },
         "set_gate_policy" => Change::SetGatePolicy { id, file, body },
         "remove_gate_policy" => Change::RemoveGatePolicy { id },
+        "set_authenticators" => {
+            Change::SetAuthenticators { authenticators: Authenticators { models: [].into(), roots: [].into() } }
+        }
+        "remove_authenticators" => Change::RemoveAuthenticators {},
         "seal_settings" => Change::SealSettings { quorum: 1 },
         "rotate_sealing_key" => Change::RotateSealingKey { fingerprint: body },
         "recover" => Change::Recover {

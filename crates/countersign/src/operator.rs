@@ -322,7 +322,9 @@ async fn factors(control: &Client, operator: Option<OperatorName>, output: Outpu
     let factors: Vec<_> = meant
         .flat_map(|(name, operator)| {
             operator.factors.iter().map(move |(id, factor)| {
-                json!({ "operator": name, "factor": id, "kind": factor.kind().as_str(), "signs": factor.signing_key().is_some() })
+                let signs = factor.signing_key();
+                let model = signs.and_then(|key| key.model);
+                json!({ "operator": name, "factor": id, "kind": factor.kind().as_str(), "signs": signs.is_some(), "model": model })
             })
         })
         .collect();
@@ -335,9 +337,10 @@ async fn factors(control: &Client, operator: Option<OperatorName>, output: Outpu
                 text(factor, "kind"),
                 verdict(if signs { "yes" } else { "no" }, signs),
                 text(factor, "factor"),
+                text(factor, "model"),
             ]
         });
-        render::table(&["OPERATOR", "KIND", "SIGNS", "FACTOR"], rows, paint)
+        render::table(&["OPERATOR", "KIND", "SIGNS", "FACTOR", "MODEL"], rows, paint)
     })
 }
 

@@ -9,6 +9,7 @@ use aws_lc_rs::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL};
 use countersign_core::{
     assurance::{
+        authenticators::Aaguid,
         challenge::Challenge,
         webauthn::{PublicKey, RelyingParty},
     },
@@ -17,6 +18,8 @@ use countersign_core::{
     operator::{EnrolledFactor, SigningKey},
 };
 use serde_json::{Value, json};
+
+use crate::maker::{Vouching, packed};
 
 const USER_PRESENT: u8 = 1;
 const USER_VERIFIED: u8 = 1 << 2;
@@ -34,7 +37,21 @@ pub struct SecurityKey {
     pub verifies_user: bool,
     /// Whether its key may be backed up, and is.
     pub backed_up: bool,
+    /// The model that it says it is; `None`: it does not tell.
+    pub model: Option<Aaguid>,
+    /// What it shows for what it says of a new key.
+    pub attestation: Attestation,
     pair: EcdsaKeyPair,
+}
+
+/// What an authenticator shows for what it says of a new key (6.5).
+pub enum Attestation {
+    /// Nothing.
+    None,
+    /// What the new key itself signed.
+    Own,
+    /// What a key of its maker signed.
+    Maker(Vouching),
 }
 
 /// What it answers to a challenge.
@@ -60,7 +77,22 @@ impl SecurityKey {
         let mut id = vec![0; 32];
         rand::fill(&mut id).expect("random bytes");
         let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).expect("a key");
-        Self { id, count: Some(0), verifies_user: true, backed_up: false, pair }
+        Self {
+            id,
+            count: Some(0),
+            verifies_user: true,
+            backed_up: false,
+            model: None,
+            attestation: Attestation::None,
+            pair,
+        }
+    }
+
+    /// A new one that says it is of `model`, and shows this for it.
+    pub fn of(model: Aaguid, attestation: Attestation) -> Self {
+        let mut key = Self::new();
+        (key.model, key.attestation) = (Some(model), attestation);
+        key
     }
 
     /// Its public key, in COSE.
@@ -79,10 +111,10 @@ impl SecurityKey {
     pub fn enrolled(&self, relying_party: &RelyingParty) -> EnrolledFactor {
         let key = PublicKey::parse(&self.cose()).expect("a COSE key");
         let relying_party = relying_party.clone();
-        EnrolledFactor::Roaming(SigningKey { key, backup_eligible: self.backed_up, relying_party })
+        EnrolledFactor::Roaming(SigningKey { key, backup_eligible: self.backed_up, relying_party, model: None })
     }
 
-    /// Answers `navigator.credentials.create` on a page at `origin`: the JSON form of a registration with attestation `none`.
+    /// Answers `navigator.credentials.create` on a page at `origin`: the JSON form of a registration.
     /// `options` is the JSON form of the creation options, with or without `publicKey` around it.
     pub fn register(&mut self, options: &Value, origin: &str) -> Value {
         let options = options.get("publicKey").unwrap_or(options);
@@ -90,10 +122,21 @@ impl SecurityKey {
         let rp_id = options["rp"]["id"].as_str().expect("a relying party");
         let client_data = client_data("webauthn.create", challenge, origin);
         let length = (self.id.len() as u16).to_be_bytes();
-        let credential = [&[0; 16][..], &length, &self.id, &self.cose()].concat();
+        let model = self.model.map_or([0; 16], |model| model.bytes());
+        let credential = [&model[..], &length, &self.id, &self.cose()].concat();
         let data = self.data(rp_id, ATTESTED_CREDENTIAL, &credential);
+        let message = [&data, digest::digest(&digest::SHA256, &client_data).as_ref()].concat();
+        let (format, statement) = match &self.attestation {
+            Attestation::None => (&b"\x64none"[..], vec![0xa0]),
+            Attestation::Own => {
+                let signature = self.pair.sign(&SystemRandom::new(), &message).expect("a signature");
+                (&b"\x66packed"[..], packed(signature.as_ref(), &[]))
+            }
+            Attestation::Maker(vouching) => (&b"\x66packed"[..], vouching.statement(&message)),
+        };
         let length = (data.len() as u16).to_be_bytes();
-        let attestation = [&b"\xa3\x63fmt\x64none\x67attStmt\xa0\x68authData\x59"[..], &length, &data].concat();
+        let attestation =
+            [b"\xa3\x63fmt", format, b"\x67attStmt", &statement, b"\x68authData\x59", &length, &data].concat();
         let id = BASE64URL.encode(&self.id);
         json!({
             "id": id,

@@ -1,22 +1,28 @@
 //! Passkeys and security keys (WebAuthn Level 2 and 3): how one is enrolled, how its owner signs in, and how the count of its
 //! signatures is kept. What an authenticator says of a new key is verified by `webauthn-rs`; what a key signs, by `core`.
 //!
-//! The user is always verified, never only present.
+//! The user is always verified, never only present. Where the mesh names the authenticators that may be enrolled, a new key shows by
+//! its attestation that it is in one of them.
+
+use std::collections::BTreeMap;
 
 use aws_lc_rs::hmac;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use webauthn_rs::prelude::{
-    COSEKey, COSEKeyType, Credential, PasskeyRegistration, RegisterPublicKeyCredential, Uuid, WebauthnError,
+    AttestationCaList, AttestationCaListBuilder, AttestationMetadata, AttestedPasskeyRegistration, COSEKey,
+    COSEKeyType, Credential, PasskeyRegistration, RegisterPublicKeyCredential, Uuid, WebauthnError,
 };
 
 use countersign_api::local::{ConfirmKey, EnrolKey, Enrolled, KeyChallenge, KeyEnrolment, Problem, SignedChallenge};
 use countersign_core::{
     assurance::{
         FactorKind, Proof,
+        authenticators::{Aaguid, Authenticators},
         challenge::{Acting, SignIn},
         webauthn::{self, AssertionRefused, PresentedAssertion, PublicKey, RelyingParty, VerifiedAssertion},
     },
+    canonical::Digest,
     gate::act::Act,
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, SigningKey},
@@ -37,13 +43,31 @@ const NAMES_KEY: &str = "mfa/names-key";
 const SIGN_IN_KIND: &str = "sign-in";
 /// Longest answer of an authenticator that is read, in bytes: with an attestation.
 const ANSWER_BYTES_MAX: usize = 32 * 1024;
+/// Models that a refusal counts up.
+const MODELS_SHOWN: usize = 5;
 
 /// An enrolment that waits for the authenticator.
 #[derive(Serialize, Deserialize)]
 struct Enrolling {
     operator: OperatorName,
     way: Way,
-    registration: PasskeyRegistration,
+    #[serde(flatten)]
+    registration: Registration,
+}
+
+/// What is asked of the authenticator, by the setting that held when it was asked.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Registration {
+    /// Any will do. It is kept under the name that it had before there were others.
+    #[serde(rename = "registration")]
+    Any(PasskeyRegistration),
+    /// One of a list, which it has to prove.
+    Attested {
+        /// The digest of the list.
+        list: Digest,
+        registration: AttestedPasskeyRegistration,
+    },
 }
 
 /// A sign-in that waits for the authenticator.
@@ -80,8 +104,18 @@ pub async fn begin(
     // A key that somebody has enrolled is not enrolled again.
     let known: Vec<_> = keys_of(state, &operator).filter_map(|(id, _)| id.credential()).collect();
     let user = user_handle(plane, &operator).await?;
-    let started = site.webauthn.start_passkey_registration(user, operator.as_str(), operator.as_str(), Some(known));
-    let (options, registration) = started.map_err(|error| refused_by_library(&error))?;
+    let name = operator.as_str();
+    let begun = match &state.authenticators {
+        None => site
+            .webauthn
+            .start_passkey_registration(user, name, name, Some(known))
+            .map(|(options, registration)| (options, Registration::Any(registration))),
+        Some(only) => site
+            .webauthn
+            .start_attested_passkey_registration(user, name, name, Some(known), vouchers(only)?, None)
+            .map(|(options, registration)| (options, Registration::Attested { list: only.digest(), registration })),
+    };
+    let (options, registration) = begun.map_err(|error| refused_by_library(&error, None))?;
     let mut options = serde_json::to_value(options).map_err(|error| unusable(&error))?;
     if let Some(selection) = options.pointer_mut("/publicKey/authenticatorSelection") {
         // A passkey that the browser finds by itself where there is one; a security key without that is as good.
@@ -89,6 +123,15 @@ pub async fn begin(
         if let Some(attachment @ ("platform" | "cross-platform")) = attachment.as_deref() {
             selection["authenticatorAttachment"] = json!(attachment);
         }
+    }
+    // As of any key, and of nothing that it need not know: an authenticator that cannot protect its credentials would make none,
+    // and no browser would say why. Each use of the key is held to a verified user in any case.
+    if let Some(asked) = options.pointer_mut("/publicKey/extensions") {
+        *asked = json!({
+            "credentialProtectionPolicy": "userVerificationRequired",
+            "enforceCredentialProtectionPolicy": false,
+            "credProps": true,
+        });
     }
     let id =
         put(plane, ENROLMENT_KIND, super::ENROLMENT_LIFETIME_MS, &Enrolling { operator, way, registration }).await?;
@@ -106,8 +149,22 @@ pub async fn finish(plane: &Plane, site: &Site, answer: ConfirmKey) -> Result<En
     if presented.response.attestation_object.len() > ANSWER_BYTES_MAX {
         return Err(problem(413, "the authenticator's answer is too long", None, None));
     }
-    let verified = site.webauthn.finish_passkey_registration(&presented, &registration);
-    let credential = Credential::from(verified.map_err(|error| refused_by_library(&error))?);
+    let head = plane.ledger.head();
+    let state = head.follower.state();
+    let list = match &registration {
+        Registration::Any(_) => None,
+        Registration::Attested { list, .. } => Some(*list),
+    };
+    held_to(list, state)?;
+    let verified = match &registration {
+        Registration::Any(registration) => {
+            site.webauthn.finish_passkey_registration(&presented, registration).map(Credential::from)
+        }
+        Registration::Attested { registration, .. } => {
+            site.webauthn.finish_attested_passkey_registration(&presented, registration).map(Credential::from)
+        }
+    };
+    let credential = verified.map_err(|error| refused_by_library(&error, state.authenticators.as_ref()))?;
     if !credential.user_verified {
         return Err(refused(&AssertionRefused::NotVerified));
     }
@@ -117,12 +174,16 @@ pub async fn finish(plane: &Plane, site: &Site, answer: ConfirmKey) -> Result<En
     };
     let key = PublicKey::parse(&cose(&credential.cred)?).map_err(|error| unusable_key(error.to_string()))?;
     let id = FactorId::of_credential(credential.cred_id.as_ref()).map_err(|error| unusable_key(error.to_string()))?;
-    if owner_of(plane.ledger.head().follower.state(), &id).is_some() {
+    if owner_of(state, &id).is_some() {
         return Err(problem(409, "this key is enrolled already", None, Some("use another authenticator")));
     }
     spend(plane, &operator, &way).await?;
-    let signing =
-        SigningKey { key, backup_eligible: credential.backup_eligible, relying_party: site.relying_party.clone() };
+    let signing = SigningKey {
+        key,
+        backup_eligible: credential.backup_eligible,
+        relying_party: site.relying_party.clone(),
+        model: list.and(proven_model(&credential)),
+    };
     let factor = match kind {
         FactorKind::Platform => EnrolledFactor::Platform(signing),
         _ => EnrolledFactor::Roaming(signing),
@@ -131,7 +192,7 @@ pub async fn finish(plane: &Plane, site: &Site, answer: ConfirmKey) -> Result<En
     let now_ms = plane.clock.now_ms();
     let proof =
         Proof { kind, at_seconds: seconds(now_ms), user_verified: true, device_bound: !credential.backup_eligible };
-    bring_in(plane, operator, NewFactor { id, factor, proof }, &way, now_ms).await
+    bring_in(plane, operator, NewFactor { id, factor, proof, list }, &way, now_ms).await
 }
 
 /// What an operator signs to sign in. Who is not named is found by the passkey; who is named and does not exist is answered like
@@ -255,8 +316,80 @@ pub fn refused(why: &AssertionRefused) -> Problem {
     problem(403, "what the key signed is refused", Some(why.to_string()), Some(help))
 }
 
-fn refused_by_library(error: &WebauthnError) -> Problem {
-    problem(403, "what the authenticator said of the new key is refused", Some(error.to_string()), Some("begin again"))
+/// Why the authenticator's word was not taken; `only`: those that may be enrolled.
+fn refused_by_library(error: &WebauthnError, only: Option<&Authenticators>) -> Problem {
+    let (title, detail) = match (error, only) {
+        (WebauthnError::AttestationNotVerifiable | WebauthnError::AttestationFormatMissingAaguid, Some(_)) => (
+            "the authenticator did not prove which model it is",
+            "it gave no attestation with a certificate and a model, or the browser kept it back".to_owned(),
+        ),
+        (WebauthnError::AttestationUntrustedAaguid, Some(_)) => {
+            ("an authenticator of this model may not be enrolled", error.to_string())
+        }
+        (WebauthnError::AttestationChainNotTrusted(why), Some(_)) => (
+            "nobody whom the mesh believes vouches for this authenticator",
+            format!("its certificates do not lead to a root of `[factors] attestation_roots`: {why:?}"),
+        ),
+        (WebauthnError::CredentialMayNotBeHardwareBound, Some(_)) => {
+            ("a passkey that may be copied to other devices may not be enrolled", error.to_string())
+        }
+        _ => ("what the authenticator said of the new key is refused", error.to_string()),
+    };
+    let help = match only {
+        None => "begin again".to_owned(),
+        Some(only) => {
+            let models: Vec<String> = only.models.iter().take(MODELS_SHOWN).map(Aaguid::to_string).collect();
+            let more = if only.models.len() > MODELS_SHOWN { ", and others" } else { "" };
+            format!(
+                "begin again with one that may be enrolled, and let the browser show its make and model: {}{more}; \
+                 `[factors]` in mesh.toml names them",
+                models.join(", ")
+            )
+        }
+    };
+    problem(403, title, Some(detail), Some(&help))
+}
+
+/// Refuses an enrolment that was begun under another list of authenticators, `list`, than the one in force.
+pub(super) fn held_to(list: Option<Digest>, state: &MeshState) -> Result<(), Problem> {
+    let in_force = state.authenticators.as_ref().map(Authenticators::digest);
+    // Where any may be enrolled again, one that had to prove itself may.
+    if in_force.is_none() || in_force == list {
+        return Ok(());
+    }
+    let title = "which authenticators may be enrolled has changed since this began";
+    Err(problem(409, title, None, Some("begin again: the authenticator is asked to prove what it is")))
+}
+
+/// Who vouches for which models, as the library takes it: each root for each model.
+fn vouchers(only: &Authenticators) -> Result<AttestationCaList, Problem> {
+    let mut vouchers = AttestationCaListBuilder::new();
+    for root in &only.roots {
+        for model in &only.models {
+            let inserted = vouchers.insert_device_der(
+                root.der(),
+                Uuid::from_bytes(model.bytes()),
+                model.to_string(),
+                BTreeMap::new(),
+            );
+            inserted.map_err(|error| {
+                let help = "give another certificate of its maker, as `[factors] attestation_roots` in mesh.toml";
+                let title = format!("nothing can be enrolled: the root certificate {root} cannot be used");
+                problem(409, title, Some(error.to_string()), Some(help))
+            })?;
+        }
+    }
+    Ok(vouchers.build())
+}
+
+/// The model that an attestation names.
+fn proven_model(credential: &Credential) -> Option<Aaguid> {
+    match &credential.attestation.metadata {
+        AttestationMetadata::Packed { aaguid } | AttestationMetadata::Tpm { aaguid, .. } => {
+            Some(Aaguid::of_bytes(*aaguid.as_bytes()))
+        }
+        _ => None,
+    }
 }
 
 fn unusable(error: &serde_json::Error) -> Problem {

@@ -63,7 +63,8 @@ fn factor_row(operator: &OperatorName, id: &FactorId, factor: &EnrolledFactor, m
         None => String::new(),
         Some(key) => {
             let place = if key.backup_eligible { "may be backed up" } else { "stays in its device" };
-            format!("{place}, for {}", key.relying_party.origins.join(", "))
+            let model = key.model.map(|model| format!(", model {model}")).unwrap_or_default();
+            format!("{place}, for {}{model}", key.relying_party.origins.join(", "))
         }
     };
     FactorRow {

@@ -25,6 +25,7 @@ use countersign_testkit::security_key::SecurityKey;
 use super::{SiteConfig, serve::From, session};
 use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, proposals, start_with_clock};
 
+mod authenticators;
 mod commands;
 
 struct Mesh {
@@ -169,12 +170,20 @@ impl Browser {
         }
     }
 
-    async fn enrols(&mut self, operator: &str, invitation: Option<&str>) -> Result<Value, Refused> {
+    async fn begins(&mut self, operator: &str, invitation: Option<&str>) -> Result<Value, Refused> {
         let mut enrol = json!({ "operator": operator });
         if let Some(token) = invitation {
             enrol["invitation"] = token.into();
         }
-        let begun = self.post("/enroll/key/begin", json!({ "enrol": enrol })).await?;
+        self.post("/enroll/key/begin", json!({ "enrol": enrol })).await
+    }
+
+    async fn enrols(&mut self, operator: &str, invitation: Option<&str>) -> Result<Value, Refused> {
+        let begun = self.begins(operator, invitation).await?;
+        self.finishes(&begun).await
+    }
+
+    async fn finishes(&mut self, begun: &Value) -> Result<Value, Refused> {
         let credential = self.key.register(&begun["options"], &self.origin);
         self.post("/enroll/key/finish", json!({ "id": begun["id"], "credential": credential })).await
     }

@@ -197,6 +197,12 @@ fn words(change: &Change, state: Option<&MeshState>) -> Option<String> {
         Change::SetGatePolicy { .. } | Change::RemoveGatePolicy { .. } => {
             "This is the change gate: it decides who may change what, and what they have to show.".to_owned()
         }
+        Change::SetAuthenticators { .. } => {
+            "From here on only authenticators of these models are enrolled, and they have to prove it. Factors that are \
+             enrolled stay."
+                .to_owned()
+        }
+        Change::RemoveAuthenticators {} => "From here on any authenticator may be enrolled.".to_owned(),
         Change::SealSettings { quorum } => {
             format!("From here on agents refuse every change that fewer than {quorum} operators signed.")
         }

@@ -15,6 +15,7 @@ use super::{
     reference,
 };
 use crate::{
+    assurance::authenticators::{Aaguid, AttestationRoot, Authenticators, MODELS_MAX, ROOTS_MAX},
     contract::Contract,
     identity::{ServiceName, TrustDomain},
     operator::{QUORUM_MAX, Seal},
@@ -28,6 +29,7 @@ pub(super) struct Mesh {
     pub(super) trust_domain: Option<TrustDomain>,
     pub(super) defaults: Defaults,
     pub(super) seal: Option<Seal>,
+    pub(super) authenticators: Option<Authenticators>,
     pub(super) services: BTreeMap<ServiceName, LocalService>,
     pub(super) issuers: BTreeMap<IssuerName, Issuer>,
     pub(super) pipelines: BTreeMap<PipelineName, Pipeline>,
@@ -51,6 +53,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
         trust_domain: None,
         defaults: Defaults::default(),
         seal: None,
+        authenticators: None,
         services: BTreeMap::new(),
         issuers: BTreeMap::new(),
         pipelines: BTreeMap::new(),
@@ -68,6 +71,9 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
     }
     if let Some(seal) = top.table("seal", reference::SEAL) {
         mesh.seal = read_seal(&seal);
+    }
+    if let Some(factors) = top.table("factors", reference::FACTORS) {
+        mesh.authenticators = read_factors(&factors);
     }
     let mut upstreams = Vec::new();
     let mut ports: BTreeMap<u16, String> = BTreeMap::new();
@@ -141,6 +147,53 @@ fn read_seal(table: &Table<'_>) -> Option<Seal> {
         table.mistake(table.at.clone(), "`quorum` is missing", "say how many operators sign each change: quorum = 1");
     }
     table.whole("quorum", 1..=u64::from(QUORUM_MAX)).map(|quorum| Seal { quorum: quorum as u32 })
+}
+
+fn read_factors(table: &Table<'_>) -> Option<Authenticators> {
+    for (key, help) in [
+        ("authenticators", "name the models that may be enrolled, or leave `[factors]` out: then any may be"),
+        ("attestation_roots", "give the certificates of their makers, in PEM between \"\"\" and \"\"\""),
+    ] {
+        if table.get(key).is_none() {
+            table.mistake(table.at.clone(), format!("`{key}` is missing"), help);
+        }
+    }
+    let given = table.strings("authenticators");
+    if given.as_ref().is_some_and(Vec::is_empty) {
+        let help = "leave `[factors]` out, and any authenticator may be enrolled";
+        table.mistake(table.at_key("authenticators"), "`authenticators` is empty", help);
+    }
+    let mut models = BTreeSet::new();
+    for model in given.unwrap_or_default() {
+        match Aaguid::parse(model.value) {
+            Ok(parsed) if models.insert(parsed) => {}
+            Ok(parsed) => table.mistake(model.at, format!("`{parsed}` stands here twice"), "once is enough"),
+            Err(error) => {
+                let what = format!("`{}` is not a model of an authenticator", shortened(model.value));
+                table.mistake(model.at, what, error.to_string());
+            }
+        }
+    }
+    let pem = table.string("attestation_roots")?;
+    let roots = match AttestationRoot::parse_pem(pem.value) {
+        Ok(roots) => roots,
+        Err(error) => {
+            table.mistake(pem.at, "`attestation_roots` cannot be read", error.to_string());
+            return None;
+        }
+    };
+    let mut names = BTreeSet::new();
+    for root in roots.iter().map(AttestationRoot::subject) {
+        if !names.insert(root.clone()) {
+            let help = "a chain is followed by name: leave one of them out";
+            table.mistake(table.at_key("attestation_roots"), format!("two roots are called `{root}`"), help);
+        }
+    }
+    if models.len() > MODELS_MAX || roots.len() > ROOTS_MAX {
+        let what = format!("a mesh names at most {MODELS_MAX} models and {ROOTS_MAX} roots");
+        table.mistake(table.at.clone(), what, "leave out what nobody has");
+    }
+    Some(Authenticators { models, roots })
 }
 
 fn staleness(table: &Table<'_>) -> Option<u32> {

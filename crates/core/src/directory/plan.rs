@@ -91,6 +91,12 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
     changes.extend(gone(&state.policies, &directory.policies).map(|id| Change::RemovePolicy { id }));
     changes.extend(gone(&state.roles, &directory.roles).map(|name| Change::RemoveRole { name }));
     changes.extend(gone(&state.services, &directory.services).map(|name| Change::RemoveService { name }));
+    if directory.authenticators != state.authenticators {
+        changes.push(match &directory.authenticators {
+            Some(authenticators) => Change::SetAuthenticators { authenticators: authenticators.clone() },
+            None => Change::RemoveAuthenticators {},
+        });
+    }
     let mut too_few_signers = None;
     if let Some(seal) = directory.seal.filter(|seal| state.seal != Some(*seal)) {
         let signers = state.operators.values().filter(|operator| operator.can_sign()).count();
@@ -237,6 +243,35 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_authenticators_is_planned_and_goes_with_its_table() {
+        use crate::assurance::authenticators::tests::{LEAF, NAMESAKE, ROOT};
+        let bare = directory(TWO, "", "", "");
+        let model = "\"ee882879-721c-4913-9775-3dfcce97072a\"";
+        let listed = |models: &str| {
+            format!("{TWO}[factors]\nauthenticators = [{models}]\nattestation_roots = \"\"\"\n{ROOT}\"\"\"\n")
+        };
+        let with = directory(&listed(model), "", "", "");
+        assert_eq!(planned(&bare, &with), ["set_authenticators authenticators"]);
+        assert_eq!(planned(&with, &bare), ["remove_authenticators authenticators"]);
+        let other = directory(&listed("\"2fc0579f-8113-47ea-b116-bb5a8db9202a\""), "", "", "");
+        assert_eq!(planned(&with, &other), ["set_authenticators authenticators"]);
+        for (given, expected) in [
+            ("[factors]\n".to_owned(), "`authenticators` is missing"),
+            (format!("[factors]\nauthenticators = [{model}]\n"), "`attestation_roots` is missing"),
+            (listed(""), "`authenticators` is empty"),
+            (listed("\"yubikey\""), "`yubikey` is not a model of an authenticator"),
+            (listed(&format!("{model}, {model}")), "`ee882879-721c-4913-9775-3dfcce97072a` stands here twice"),
+            (listed(model).replace(ROOT, LEAF), "`attestation_roots` cannot be read"),
+            (listed(model).replace(ROOT, &[ROOT, NAMESAKE].concat()), "two roots are called `O=Keys, CN=Keys Root`"),
+            (listed(model).replace("BEGIN", "BEGUN"), "`attestation_roots` cannot be read"),
+        ] {
+            let files = [("mesh.toml".to_owned(), format!("trust_domain = \"shop.example\"\n{given}"))].into();
+            let mistakes = parse(&files).unwrap_err();
+            assert_eq!(mistakes.all()[0].to_string(), expected, "{given}");
+        }
+    }
+
+    #[test]
     fn a_seal_is_planned_once_as_many_can_sign_and_never_taken_off() {
         use crate::operator::{EnrolledFactor, Operator, Seal, SigningKey};
         let sealed = directory("[seal]\nquorum = 1\n", "", "", "");
@@ -251,7 +286,7 @@ mod tests {
             id: "localhost".into(),
             origins: vec!["http://localhost:7449".into()],
         };
-        let key = EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party });
+        let key = EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party, model: None });
         let id = crate::identity::FactorId::parse("AQ").unwrap();
         let alice = Operator { roles: Default::default(), factors: [(id, key)].into() };
         state.operators.insert(crate::identity::OperatorName::parse("alice").unwrap(), alice);

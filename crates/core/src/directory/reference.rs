@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 10] {
+pub fn reference() -> [Section; 11] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -43,6 +43,12 @@ pub fn reference() -> [Section; 10] {
             table: "[seal]",
             says: "A sealed mesh: agents refuse every change that fewer operators signed, with a passkey or a security key, than `quorum`.\nIt is sealed by the first `apply` at which so many operators have a key, and stays sealed: leaving the table out changes nothing.",
             keys: SEAL,
+        },
+        Section {
+            file: mesh,
+            table: "[factors]",
+            says: "Which passkeys and security keys may be enrolled. Without it any may be. With it an authenticator has to prove its model,\nby an attestation: [dashboard.md](dashboard.md#which-authenticators). Factors that are enrolled stay.",
+            keys: FACTORS,
         },
         Section {
             file: mesh,
@@ -93,6 +99,7 @@ pub(super) const MESH: &[Key] = &[
     key("trust_domain", "string", "required", "The namespace of the mesh, like `shop.example`. It can never change."),
     key("defaults", "table", "", "See below."),
     key("seal", "table", "", "See below."),
+    key("factors", "table", "", "See below."),
     key("services", "table", "", "See below."),
     key("issuers", "table", "", "See below."),
     key("pipelines", "table", "", "See below."),
@@ -135,6 +142,21 @@ pub(super) const DEFAULTS: &[Key] = &[
 
 pub(super) const SEAL: &[Key] =
     &[key("quorum", "1 to 16", "required", "How many operators must have signed a change, its author among them.")];
+
+pub(super) const FACTORS: &[Key] = &[
+    key(
+        "authenticators",
+        "array of strings",
+        "required",
+        "The AAGUIDs of the models that may be enrolled, each like `\"ee882879-721c-4913-9775-3dfcce97072a\"`. A comment says which is which.",
+    ),
+    key(
+        "attestation_roots",
+        "string",
+        "required",
+        "The root certificates of their makers, in PEM: who vouches that an authenticator is of the model it says.",
+    ),
+];
 
 pub(super) const SERVICE: &[Key] = &[
     key(

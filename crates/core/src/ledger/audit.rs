@@ -468,8 +468,12 @@ mod tests {
 
         fn enrol(&self, name: &str, with_key_of: &str) -> Vec<Change> {
             let key = self.softs[with_key_of].key.clone();
-            let factor =
-                EnrolledFactor::Roaming(SigningKey { key, backup_eligible: false, relying_party: relying_party() });
+            let factor = EnrolledFactor::Roaming(SigningKey {
+                key,
+                backup_eligible: false,
+                relying_party: relying_party(),
+                model: None,
+            });
             vec![
                 Change::InviteOperator { name: operator(name), roles: ["owner".into()].into() },
                 Change::EnrollOperator { name: operator(name), id: factor_id(name), factor },
