@@ -85,13 +85,20 @@ impl Acknowledgements {
     /// An instance's proxy enforces `revision`; or still does, because of `error`.
     pub(crate) fn enforces(&self, instance: &InstanceId, revision: Revision, error: &str) {
         let mut state = self.state.lock();
-        let said = InstanceRevision { instance: instance.to_string(), revision: revision.0, error: error.into() };
         let known = state.instances.entry(instance.clone()).or_default();
-        if known.acknowledged.as_ref() != Some(&said) {
-            known.acknowledged = Some(said);
-            state.acknowledged_unsaid.insert(instance.clone());
-            self.news.notify_one();
-        }
+        let before = known.acknowledged.clone().unwrap_or_default();
+        let (instance_name, revision, error) = (instance.to_string(), revision.0, error.to_owned());
+        let said = InstanceRevision { instance: instance_name, revision, error, ..before };
+        state.acknowledge(instance, said, &self.news);
+    }
+
+    /// An instance's proxy enforces all signals up to `sequence`.
+    pub(crate) fn heeds(&self, instance: &InstanceId, sequence: u64) {
+        let mut state = self.state.lock();
+        let known = state.instances.entry(instance.clone()).or_default();
+        let before = known.acknowledged.clone().unwrap_or_default();
+        let said = InstanceRevision { instance: instance.to_string(), signal_sequence: sequence, ..before };
+        state.acknowledge(instance, said, &self.news);
     }
 
     /// A new stream begins: everything is unsaid again. Instances that went down in between are not: the control plane
@@ -124,6 +131,15 @@ impl Acknowledgements {
 }
 
 impl State {
+    fn acknowledge(&mut self, instance: &InstanceId, said: InstanceRevision, news: &Notify) {
+        let known = self.instances.entry(instance.clone()).or_default();
+        if known.acknowledged.as_ref() != Some(&said) {
+            known.acknowledged = Some(said);
+            self.acknowledged_unsaid.insert(instance.clone());
+            news.notify_one();
+        }
+    }
+
     fn take(&mut self) -> Vec<FollowRequest> {
         let mut messages = Vec::new();
         for id in std::mem::take(&mut self.up_unsaid) {

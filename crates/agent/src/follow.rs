@@ -36,6 +36,9 @@ const SAYING_MAX: usize = 16;
 /// A revision waits so long for the next before both are written to disk as one.
 const WRITE_APART: Duration = Duration::from_millis(200);
 
+/// What is said when the agent's own identity was revoked.
+const REVOKED: &str = "this host's identity was revoked; invite it again (`countersign host invite`) and start its agent with the new token";
+
 /// How a stream ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Ended {
@@ -56,6 +59,10 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
             Err(ended) => ended,
         };
         host.channel.send_replace(None);
+        let ended = match ended {
+            Ended::Lost(_) | Ended::Refused(_) if host.is_revoked() => Ended::Refused(REVOKED.into()),
+            other => other,
+        };
         let retry_in = match ended {
             Ended::OnPurpose => continue,
             Ended::Lost(why) => {
@@ -79,6 +86,17 @@ pub(crate) async fn follow(host: Arc<Host>, mut for_control: mpsc::Receiver<Foll
             }
         };
         tokio::time::sleep(retry_in).await;
+    }
+}
+
+/// Writes what was revoked to disk, until dropped.
+pub(crate) async fn keep_signals(host: Arc<Host>) {
+    let mut news = host.signals.subscribe();
+    while news.changed().await.is_ok() {
+        let writing = host.clone();
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || writing.signals.write()).await {
+            tracing::error!(%error, dir = %host.dir.display(), "what was revoked could not be kept for the next start");
+        }
     }
 }
 
@@ -131,6 +149,9 @@ async fn stream(
         host.trust(bundle).map_err(|error| Ended::Refused(chain(&error)))?;
     }
     host.held.welcome(&welcome).map_err(refused)?;
+    if let Some(signals) = &welcome.signals {
+        host.heed(signals).map_err(|refused| Ended::Lost(refused.to_string()))?;
+    }
     // A welcome without it means that nothing runs anywhere; whatever was known before is not.
     let discovery = mesh::Discovery { full: true, ..welcome.discovery.unwrap_or_default() };
     host.discovery.take_in(discovery).map_err(|gap| Ended::Lost(gap.to_string()))?;
@@ -248,7 +269,12 @@ fn take_in(host: &Arc<Host>, event: Event) -> Result<(), Ended> {
                 let given = heartbeat.discovery_sequence;
                 return Err(Ended::Lost(format!("control is at discovery event {given}, this host at {held}")));
             }
+            let (given, held) = (heartbeat.signal_sequence, host.signals.now().sequence().0);
+            if given != held {
+                return Err(Ended::Lost(format!("control is at signal {given}, this host at {held}")));
+            }
         }
+        Event::Signals(signals) => host.heed(&signals).map_err(|refused| Ended::Lost(refused.to_string()))?,
         Event::RecordsQuery(query) => host.reports.ask(query),
     }
     Ok(())
@@ -261,6 +287,7 @@ async fn keep_in_step(host: &Host, channel: Channel) -> std::convert::Infallible
     let mut tick = tokio::time::interval(ASK_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut revisions, mut discovery) = (host.held.revisions(), host.discovery.subscribe());
+    let mut signals = host.signals.subscribe();
     loop {
         tick.tick().await;
         let asked_at = Instant::now();
@@ -272,6 +299,7 @@ async fn keep_in_step(host: &Host, channel: Channel) -> std::convert::Infallible
                     tokio::select! {
                         _ = revisions.changed() => {}
                         _ = discovery.changed() => {}
+                        _ = signals.changed() => {}
                     }
                 }
                 host.fresh.in_step(asked_at);
@@ -283,7 +311,9 @@ async fn keep_in_step(host: &Host, channel: Channel) -> std::convert::Infallible
 
 /// Whether this host holds all that `head` counts. What it holds beyond has come since.
 fn holds(host: &Host, head: &mesh::Head) -> bool {
-    host.held.head().0 >= head.size && host.discovery.sequence() >= head.discovery_sequence
+    host.held.head().0 >= head.size
+        && host.discovery.sequence() >= head.discovery_sequence
+        && host.signals.now().sequence().0 >= head.signal_sequence
 }
 
 fn take_up_views(host: &Host) {

@@ -5,6 +5,7 @@ use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use countersign_api::{
     mesh,
+    signals::SignalsRefused,
     svid::{Bundle, SvidError, TlsIdentity},
 };
 use countersign_core::identity::{ServiceName, TrustDomain};
@@ -14,8 +15,9 @@ use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
 use crate::{
-    AgentEvent, ack::Acknowledgements, discovery::Discovery, fresh::Fresh, held::Held, isolate::Isolation,
-    join::Issued, link::ControlAddress, report::Reports, telemetry::Telemetry, views::Views,
+    AgentEvent, ack::Acknowledgements, discovery::Discovery, fresh::Fresh, held::Held, identity::now,
+    isolate::Isolation, join::Issued, link::ControlAddress, report::Reports, signals::Heard, telemetry::Telemetry,
+    views::Views,
 };
 
 /// Events that a slow listener may fall behind before it misses some.
@@ -49,6 +51,8 @@ pub(crate) struct Host {
     pub(crate) held: Held,
     pub(crate) views: Views,
     pub(crate) discovery: Discovery,
+    /// What control revoked.
+    pub(crate) signals: Heard,
     pub(crate) acknowledgements: Acknowledgements,
     pub(crate) reports: Arc<Reports>,
     pub(crate) telemetry: Option<Telemetry>,
@@ -86,11 +90,14 @@ impl Host {
     pub(crate) fn new(parts: Parts) -> Self {
         let Issued { svid, key_pkcs8_der, bundle } = parts.identity;
         let trust_domain = bundle.trust_domain().clone();
+        let (tls, signals) = (TlsIdentity::new(svid, bundle.clone()), Heard::load(&parts.dir));
+        tls.heed(signals.now());
         Self {
             held: Held::cold(&parts.dir, trust_domain.clone()),
             fresh: Fresh::load(&parts.dir),
             bundle: watch::Sender::new(bundle.to_message()),
-            tls: TlsIdentity::new(svid, bundle),
+            tls,
+            signals,
             key_pkcs8_der: Mutex::new(key_pkcs8_der),
             trust_domain,
             name: parts.name,
@@ -130,6 +137,18 @@ impl Host {
             self.keep_identity();
         }
         Ok(())
+    }
+
+    /// Takes in what control revoked: this process believes none of it any more, and every proxy is told.
+    pub(crate) fn heed(&self, message: &mesh::Signals) -> Result<(), SignalsRefused> {
+        let signals = self.signals.take_in(message, now().as_secs() * 1000)?;
+        self.tls.heed(signals);
+        Ok(())
+    }
+
+    /// Whether the agent's own identity was revoked: nobody talks to it any more.
+    pub(crate) fn is_revoked(&self) -> bool {
+        self.tls.svid().serial().is_some_and(|serial| self.signals.now().is_revoked(&serial))
     }
 
     /// Takes a new identity of the agent into use; connections made from now on show it.

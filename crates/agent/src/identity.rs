@@ -11,7 +11,10 @@ use bytes::Bytes;
 use countersign_api::mesh::{
     IssueJwtSvidRequest, IssueJwtSvidResponse, IssueX509SvidRequest, RenewAgentRequest, mesh_client::MeshClient,
 };
-use countersign_core::identity::InstanceId;
+use countersign_core::{
+    identity::InstanceId,
+    signal::{Serial, Signals},
+};
 use rustls_pki_types::UnixTime;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -72,12 +75,16 @@ pub(crate) async fn keep_fresh(
         match issue(&host, &instance, artifact()).await {
             Ok(issued) => {
                 backoff.reset();
-                let renew_in = renew_in(&issued);
+                let (renew_in, serial) = (renew_in(&issued), issued.svid.serial());
                 tracing::debug!(%instance, svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), ?renew_in, "an identity was issued");
                 // Control's bundle beside an identity is as good as one on the stream.
                 let _ = host.trust(&issued.bundle.to_message());
                 told(Ok(issued));
-                tokio::time::sleep(renew_in).await;
+                tokio::select! {
+                    () = tokio::time::sleep(renew_in) => {}
+                    // What was issued is worth nothing; whether there is to be another is control's to say.
+                    () = revoked(&host, serial) => tracing::warn!(%instance, "an identity was revoked; another is asked for"),
+                }
             }
             Err(error) => {
                 let retry_in = backoff.next_delay();
@@ -87,6 +94,14 @@ pub(crate) async fn keep_fresh(
             }
         }
     }
+}
+
+/// Returns once the certificate is revoked.
+async fn revoked(host: &Host, serial: Option<Serial>) {
+    let mut signals = host.signals.subscribe();
+    let is_revoked = |signals: &Signals| serial.is_some_and(|serial| signals.is_revoked(&serial));
+    // It cannot fail: the sender lies in `host`.
+    let _ = signals.wait_for(is_revoked).await;
 }
 
 /// Keeps the agent's own identity fresh until dropped.

@@ -12,6 +12,7 @@
 //! | `held` | the verified history, in memory and on disk |
 //! | `views` | the view of each service that runs here |
 //! | `discovery` | where every service runs right now |
+//! | `signals` | what control revoked |
 //! | `identity` | keys and certificates, renewed at half life |
 //! | `workload_api` | the SPIFFE Workload API, on a socket for each instance |
 //! | `workloads` | instances: a launcher, a workload and a sidecar each, supervised |
@@ -61,6 +62,7 @@ mod keep;
 mod link;
 mod local_api;
 mod report;
+mod signals;
 mod telemetry;
 mod views;
 mod workload_api;
@@ -349,6 +351,7 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
     let tasks = vec![
         tokio::spawn(follow::follow(host.clone(), for_control)),
         tokio::spawn(follow::keep_held(host.clone())),
+        tokio::spawn(follow::keep_signals(host.clone())),
         tokio::spawn(identity::keep_agent_fresh(host.clone())),
         tokio::spawn(local_api::serve(listener, workloads.clone())),
     ];

@@ -14,6 +14,9 @@
 //! | `GET /v1/decisions/tail?…` | query string of [`RecordFilter`] | newline-delimited [`TailEvent`]s, until the client leaves |
 //! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
+//! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
+//! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
+//! | `GET /v1/signals/{number}/wait?timeout_ms=N` | | [`SignalWaited`] |
 //! | `GET /v1/ledger` | | newline-delimited [`LedgerLine`]s, all entries in order |
 //! | `GET /v1/ledger/bodies` | | newline-delimited JSON strings: every text that an entry ever referred to |
 //! | `GET /v1/ledger/checkpoint` | | [`CheckpointView`] |
@@ -57,6 +60,7 @@ use countersign_core::{
     gate::{Author, Requires, act::Act},
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
+    signal::{Serial, SignalSeq},
     state::MeshState,
 };
 
@@ -713,7 +717,10 @@ pub struct ProxyRevision {
     pub instance: InstanceId,
     /// The revision it enforces.
     pub revision: Revision,
-    /// Why it does not enforce a newer one.
+    /// The signals it enforces: the number of the last one.
+    #[serde(default)]
+    pub signals: SignalSeq,
+    /// Why it does not enforce a newer revision.
     pub error: Option<String>,
 }
 
@@ -819,6 +826,98 @@ pub struct CertificateView {
     pub not_after_ms: u64,
     /// SHA-256 of the certificate.
     pub sha256: Digest,
+}
+
+/// Which X.509-SVIDs are meant. All given members must hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct IdentityFilter {
+    /// The one with this serial number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+    /// Those that name this workload, agent or control plane.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<SpiffeId>,
+    /// Those that were issued to this host: its workloads' and its agent's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<ServiceName>,
+    /// Those of this key: the SHA-256 of its SubjectPublicKeyInfo.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<Digest>,
+}
+
+impl IdentityFilter {
+    /// Whether it leaves nothing out.
+    pub fn is_everything(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// One X.509-SVID that has not expired.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityView {
+    /// Its serial number.
+    pub serial: Serial,
+    /// Whom it names.
+    pub id: SpiffeId,
+    /// For which instance; absent for an agent's and the control plane's.
+    pub instance: Option<InstanceId>,
+    /// The host it was issued to; absent for the control plane's, and for those of earlier versions.
+    pub host: Option<ServiceName>,
+    /// SHA-256 of its key's SubjectPublicKeyInfo; absent for those of earlier versions.
+    pub key: Option<Digest>,
+    /// When it was issued, in milliseconds since 1970.
+    pub issued_at_ms: u64,
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// When, by whom and why it was revoked, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<RevokedBy>,
+}
+
+/// When, by whom and why something was revoked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevokedBy {
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// By whom.
+    pub by: String,
+    /// Why, in their words.
+    pub reason: String,
+}
+
+/// Asks that X.509-SVIDs be good for nothing from now on, and shows what the gate asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevokeAs {
+    /// Which. Everything is never meant.
+    pub identities: IdentityFilter,
+    /// Why: at most 256 characters.
+    pub reason: String,
+    /// Who asks.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// What was revoked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revoked {
+    /// The signal that says so, or the last one when all of them were revoked before.
+    pub signal: SignalSeq,
+    /// The SVIDs that the request meant, whether they were revoked now or before.
+    pub identities: Vec<IdentityView>,
+}
+
+/// The end of waiting for a signal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalWaited {
+    /// Whether every connected proxy enforces the signal.
+    pub enforced: bool,
+    /// The signal waited for.
+    pub signal: SignalSeq,
+    /// Proxies connected.
+    pub connected: u32,
+    /// Those that do not enforce it yet.
+    pub missing: Vec<InstanceId>,
 }
 
 /// One entry with its change-set.

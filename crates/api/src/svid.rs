@@ -29,6 +29,7 @@ use countersign_core::{
     canonical::Digest,
     identity::{SpiffeId, TrustDomain},
     jws,
+    signal::{Serial, Signals},
 };
 use serde_json::{Value, json};
 
@@ -73,6 +74,7 @@ pub struct X509Svid {
     id: SpiffeId,
     not_before: i64, // seconds since 1970
     not_after: i64,  // seconds since 1970
+    serial: Option<Serial>,
     leaf_sha256: Digest,
     certified: Arc<CertifiedKey>,
 }
@@ -100,6 +102,7 @@ pub struct JwtAuthority {
 pub struct VerifiedPeer {
     id: SpiffeId,
     not_after: i64, // seconds since 1970
+    serial: Option<Serial>,
     leaf_sha256: Digest,
 }
 
@@ -133,6 +136,9 @@ pub enum PeerRefused {
     /// The chain does not verify against the bundle.
     #[error("the chain does not verify: {0}")]
     Chain(String),
+    /// It was taken back before its time.
+    #[error("the certificate {0} is revoked")]
+    Revoked(Serial),
     /// Whoever it is, it is not whom we wanted to reach.
     #[error("`{got}` answered where `{wanted}` was wanted")]
     SomeoneElse {
@@ -172,6 +178,7 @@ impl X509Svid {
             id: leaf.id,
             not_before: leaf.not_before,
             not_after: leaf.not_after,
+            serial: leaf.serial,
             leaf_sha256: leaf.sha256,
             certified: Arc::new(certified),
         })
@@ -190,6 +197,11 @@ impl X509Svid {
     /// Last second of validity, since 1970.
     pub fn not_after(&self) -> i64 {
         self.not_after
+    }
+
+    /// The serial number of the leaf; `None` when it is of another authority than ours.
+    pub fn serial(&self) -> Option<Serial> {
+        self.serial
     }
 
     /// SHA-256 of the leaf.
@@ -312,6 +324,11 @@ impl VerifiedPeer {
         self.not_after
     }
 
+    /// The serial number of its SVID; `None` when it is of another authority than ours.
+    pub fn serial(&self) -> Option<Serial> {
+        self.serial
+    }
+
     /// SHA-256 of its leaf certificate: what a token is bound to (RFC 8705, `x5t#S256`).
     pub fn leaf_sha256(&self) -> Digest {
         self.leaf_sha256
@@ -366,6 +383,7 @@ pub enum PeerSide {
 pub struct TlsIdentity {
     svid: ArcSwap<X509Svid>,
     bundle: ArcSwap<Bundle>,
+    signals: ArcSwap<Signals>,
 }
 
 /// Whether a server insists on a client certificate.
@@ -380,7 +398,8 @@ pub enum ClientCertificate {
 impl TlsIdentity {
     /// An identity and the bundle it trusts.
     pub fn new(svid: X509Svid, bundle: Bundle) -> Arc<Self> {
-        Arc::new(Self { svid: ArcSwap::from_pointee(svid), bundle: ArcSwap::from_pointee(bundle) })
+        let (svid, bundle) = (ArcSwap::from_pointee(svid), ArcSwap::from_pointee(bundle));
+        Arc::new(Self { svid, bundle, signals: ArcSwap::default() })
     }
 
     /// The identity in use.
@@ -401,6 +420,28 @@ impl TlsIdentity {
     /// Takes a new bundle into use.
     pub fn trust(&self, bundle: Bundle) {
         self.bundle.store(Arc::new(bundle));
+    }
+
+    /// Believes from now on no certificate that these signals say is revoked.
+    pub fn heed(&self, signals: Signals) {
+        self.signals.store(Arc::new(signals));
+    }
+
+    /// Verifies a chain (leaf first) as the SVID of a peer, by the bundle in use and what is revoked now.
+    ///
+    /// INVARIANT (revoked-proves-nothing): every handshake of every process of the mesh passes here, and what is open is asked
+    /// again whenever either changes.
+    pub fn verify(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now: UnixTime,
+        side: PeerSide,
+    ) -> Result<VerifiedPeer, PeerRefused> {
+        let peer = verify_peer(chain, &self.bundle.load(), now, side)?;
+        match peer.serial {
+            Some(serial) if self.signals.load().is_revoked(&serial) => Err(PeerRefused::Revoked(serial)),
+            _ => Ok(peer),
+        }
     }
 
     /// A server configuration that always shows the current identity and verifies with the current bundle.
@@ -447,6 +488,7 @@ struct Leaf {
     id: SpiffeId,
     not_before: i64,
     not_after: i64,
+    serial: Option<Serial>,
     sha256: Digest,
 }
 
@@ -472,12 +514,13 @@ impl Leaf {
             id,
             not_before: validity.not_before.timestamp(),
             not_after: validity.not_after.timestamp(),
+            serial: Serial::from_der(certificate.raw_serial()),
             sha256: Digest::of(der),
         })
     }
 
     fn into_peer(self) -> VerifiedPeer {
-        VerifiedPeer { id: self.id, not_after: self.not_after, leaf_sha256: self.sha256 }
+        VerifiedPeer { id: self.id, not_after: self.not_after, serial: self.serial, leaf_sha256: self.sha256 }
     }
 }
 
@@ -565,7 +608,7 @@ impl ClientCertVerifier for VerifyClient {
         rest: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        verify_peer(&with_leaf(leaf, rest), &self.identity.bundle.load(), now, PeerSide::Client).map_err(refused)?;
+        self.identity.verify(&with_leaf(leaf, rest), now, PeerSide::Client).map_err(refused)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -581,8 +624,7 @@ impl ServerCertVerifier for VerifyServer {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let peer = verify_peer(&with_leaf(leaf, rest), &self.identity.bundle.load(), now, PeerSide::Server)
-            .map_err(refused)?;
+        let peer = self.identity.verify(&with_leaf(leaf, rest), now, PeerSide::Server).map_err(refused)?;
         if peer.id != self.wanted {
             return Err(refused(PeerRefused::SomeoneElse { wanted: self.wanted.clone(), got: peer.id }));
         }

@@ -30,12 +30,14 @@ use tonic::{
 
 use countersign_api::{
     mesh::{self, follow_event::Event, follow_request::Message as Said},
+    signals,
     svid::{ClientCertificate, TlsIdentity, VerifiedPeer},
 };
 use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
     jwt_svid,
+    signal::Serial,
 };
 
 use crate::{
@@ -191,6 +193,9 @@ impl Agents {
         if u64::try_from(peer.not_after()).unwrap_or(0) * 1000 < self.0.clock.now_ms() {
             return Err(refuse("the SVID of this connection has expired; connect again with a new one"));
         }
+        if peer.serial().is_some_and(|serial| self.0.publisher.is_revoked(&serial)) {
+            return Err(refuse("the SVID of this connection is revoked; the host has to be invited again"));
+        }
         peer.id().agent_host().ok_or_else(|| {
             self.0.metrics.refused("peer");
             Status::permission_denied(format!("`{}` is not an agent", peer.id()))
@@ -232,7 +237,7 @@ impl Agents {
 
     async fn follow(&self, request: Request<Streaming<mesh::FollowRequest>>) -> Result<Response<EventStream>, Status> {
         let host = self.host_of(&request)?;
-        let expires_at_ms = expiry_of(&request);
+        let (expires_at_ms, serial) = (expiry_of(&request), serial_of(&request));
         let mut said = request.into_inner();
         let first = tokio::time::timeout(HELLO_WITHIN, said.message())
             .await
@@ -256,7 +261,12 @@ impl Agents {
         same_history(&plane, &hello).inspect_err(|refused| {
             plane.publisher.registry(|registry| registry.refuse(&host, refused.message()));
         })?;
-        let joined = plane.publisher.join(&hello, &host, plane.clock.now_ms());
+        let joined = plane.publisher.join(&hello, &host, serial, plane.clock.now_ms());
+        // Revoked between the first look and the place in the broadcast: nobody would cut it any more.
+        if serial.is_some_and(|serial| plane.publisher.is_revoked(&serial)) {
+            plane.publisher.leave(&host, joined.number, plane.clock.now_ms());
+            return Err(Status::unauthenticated("the SVID of this connection is revoked"));
+        }
         let number = joined.number;
         let leaving = Leaving { plane: plane.clone(), host: host.clone(), number };
         let cut = joined.cut.clone();
@@ -303,6 +313,10 @@ impl Drop for Leaving {
 fn expiry_of<T>(request: &Request<T>) -> u64 {
     let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.clone());
     peer.map_or(0, |peer| u64::try_from(peer.not_after()).unwrap_or(0) * 1000)
+}
+
+fn serial_of<T>(request: &Request<T>) -> Option<Serial> {
+    request.extensions().get::<Peer>()?.0.as_ref()?.serial()
 }
 
 /// Whether what the agent holds is a beginning of our ledger.
@@ -365,7 +379,9 @@ async fn welcome(
             pages.push(page);
         }
     }
-    let head = mesh::Head { size, discovery_sequence: joined.discovery.sequence };
+    let signals = signals::all(&joined.signals);
+    let (discovery_sequence, signal_sequence) = (joined.discovery.sequence, signals.sequence);
+    let head = mesh::Head { size, discovery_sequence, signal_sequence };
     let mut pages = pages.into_iter();
     let welcome = mesh::Welcome {
         head: Some(head),
@@ -373,6 +389,7 @@ async fn welcome(
         entries: Some(pages.next().unwrap_or_else(nothing_new)),
         discovery: Some(joined.discovery),
         bundle: joined.bundle,
+        signals: Some(signals),
     };
     let events = [Event::Welcome(welcome)].into_iter().chain(pages.map(Event::Entries));
     let encoded = events.map(|event| mesh::FollowEvent { event: Some(event) }.encode_to_vec().into()).collect();
@@ -433,7 +450,7 @@ impl mesh::mesh_server::Mesh for Agents {
         let instance = self.entitled(&host, &asked.instance, &asked.artifact)?;
         let signing_request = SigningRequest::parse(&asked.csr_der).map_err(|e| self.refuse(refused(&e)))?;
         let authority = plane.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
-        let issued = authority.issue_workload(&instance, &signing_request).await.map_err(|e| refused(&e))?;
+        let issued = authority.issue_workload(&host, &instance, &signing_request).await.map_err(|e| refused(&e))?;
         plane.publisher.registry(|registry| registry.issued(&host, &instance, issued.expires_at_ms));
         plane.metrics.issued("workload");
         tracing::info!(instance = %instance, host = %host, expires_at_ms = issued.expires_at_ms, "svid issued");
@@ -650,7 +667,7 @@ mod tests {
             };
             self.held.extend(&batch).expect("an open stream has no gap and no fork");
             let revision = self.held.revision().0;
-            let enforces = mesh::InstanceRevision { instance: self.instance.clone(), revision, error: String::new() };
+            let enforces = mesh::InstanceRevision { instance: self.instance.clone(), revision, ..Default::default() };
             self.said.push(mesh::Acknowledgement { instances: vec![enforces] });
         }
     }
@@ -696,7 +713,7 @@ mod tests {
         async fn connect(&mut self, at: usize) {
             let Self { ledger, publisher, agents, .. } = self;
             let agent = &mut agents[at];
-            let joined = publisher.join(&mesh::FollowHello::default(), &agent.host, 0);
+            let joined = publisher.join(&mesh::FollowHello::default(), &agent.host, None, 0);
             let number = joined.number;
             let (welcome, events) = welcome(ledger, agent.held.revision().0, joined).await.unwrap();
             agent.stream = Some((number, welcome.into(), events));
@@ -706,7 +723,7 @@ mod tests {
             let up = mesh::InstanceUp { instance: agent.instance.clone(), address, ready: true, ..Default::default() };
             publisher.hear(&agent.host, Said::Up(up), 0).unwrap();
             let revision = agent.held.revision().0;
-            let enforces = mesh::InstanceRevision { instance: agent.instance.clone(), revision, error: String::new() };
+            let enforces = mesh::InstanceRevision { instance: agent.instance.clone(), revision, ..Default::default() };
             agent.said.push(mesh::Acknowledgement { instances: vec![enforces] });
         }
 

@@ -28,6 +28,7 @@ use countersign_api::{
 use countersign_core::{
     canonical::Digest,
     identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
+    signal::Serial,
 };
 
 use crate::{
@@ -278,16 +279,17 @@ impl Authority {
 
     /// Signs an agent's SVID.
     pub async fn issue_agent(&self, host: &ServiceName, request: &SigningRequest) -> Result<Issued, AuthorityError> {
-        self.issue(&self.trust_domain.agent(host), None, &request.0).await
+        self.issue(&self.trust_domain.agent(host), (Some(host), None), &request.0).await
     }
 
-    /// Signs the SVID of one instance of a service.
+    /// Signs the SVID of one instance of a service, which runs on `host`.
     pub async fn issue_workload(
         &self,
+        host: &ServiceName,
         instance: &InstanceId,
         request: &SigningRequest,
     ) -> Result<Issued, AuthorityError> {
-        self.issue(&self.trust_domain.workload(&instance.service()), Some(instance.clone()), &request.0).await
+        self.issue(&self.trust_domain.workload(&instance.service()), (Some(host), Some(instance)), &request.0).await
     }
 
     /// Signs a JWT-SVID of one instance of a service.
@@ -298,7 +300,7 @@ impl Authority {
     /// Makes a new key and SVID for the control plane itself.
     pub async fn issue_control(&self) -> Result<X509Svid, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut chain = self.issue(&self.trust_domain.control(), None, &key).await?.chain;
+        let mut chain = self.issue(&self.trust_domain.control(), (None, None), &key).await?.chain;
         // A newcomer holds nothing but the root's hash, from its join token, and has to see the root to know us by it.
         chain.push(self.root.clone());
         Ok(X509Svid::parse(chain, key.serialize_der())?)
@@ -334,25 +336,33 @@ impl Authority {
     async fn issue(
         &self,
         id: &SpiffeId,
-        instance: Option<InstanceId>,
+        (host, instance): (Option<&ServiceName>, Option<&InstanceId>),
         key: &impl PublicKeyData,
     ) -> Result<Issued, AuthorityError> {
         let issuing = self.issuing.read().clone();
         let now_ms = self.clock.now_ms();
         let expires_at_ms = (now_ms + SVID_LIFETIME.as_millis() as u64).min(issuing.not_after_ms);
-        let (serial, serial_hex) = new_serial();
+        let serial = new_serial();
         let mut params = CertificateParams::default();
-        params.serial_number = Some(serial);
+        params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
         params.not_before = at(now_ms.saturating_sub(CLOCK_SKEW.as_millis() as u64));
         params.not_after = at(expires_at_ms);
-        params.distinguished_name = name(&serial_hex);
+        params.distinguished_name = name(&serial.to_string());
         params.subject_alt_names = vec![uri(id)];
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         let leaf = params.signed_by(key, &issuing.issuer)?.der().clone();
-        let noted = IssuedSerial { serial: serial_hex, id: id.clone(), instance, issued_at_ms: now_ms, expires_at_ms };
+        let noted = IssuedSerial {
+            serial,
+            id: id.clone(),
+            instance: instance.cloned(),
+            host: host.cloned(),
+            key: Some(Digest::of(&key.subject_public_key_info())),
+            issued_at_ms: now_ms,
+            expires_at_ms,
+        };
         // Noted before it is handed out: no SVID exists that the store does not know.
         self.storage.run("put_serial", move |store| store.put_serial(&noted)).await?;
         Ok(Issued { chain: vec![leaf, issuing.certificate.clone()], expires_at_ms })
@@ -391,13 +401,13 @@ fn signing_params(
     now_ms: u64,
     lifetime: Duration,
 ) -> CertificateParams {
-    let (serial, serial_hex) = new_serial();
+    let serial = new_serial();
     let mut params = CertificateParams::default();
-    params.serial_number = Some(serial);
+    params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
     params.not_before = at(now_ms.saturating_sub(CLOCK_SKEW.as_millis() as u64));
     params.not_after = at(now_ms + lifetime.as_millis() as u64);
     // The serial makes each signing certificate's name its own: verifiers find issuers by name.
-    params.distinguished_name = name(&format!("{level} {}", &serial_hex[..16]));
+    params.distinguished_name = name(&format!("{level} {}", &serial.to_string()[..16]));
     params.subject_alt_names = vec![uri(&trust_domain.id())];
     params.is_ca = IsCa::Ca(limits);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -420,11 +430,11 @@ fn at(ms: u64) -> OffsetDateTime {
 }
 
 /// 16 random bytes, positive and not zero (RFC 5280, 4.1.2.2).
-fn new_serial() -> (SerialNumber, String) {
+fn new_serial() -> Serial {
     let mut bytes = [0; 16];
     aws_lc_rs::rand::fill(&mut bytes).expect("INVARIANT: the system's random source does not fail");
     bytes[0] = bytes[0] & 0x7f | 0x40;
-    (SerialNumber::from_slice(&bytes), hex::encode(bytes))
+    Serial::from_der(&bytes).expect("INVARIANT: a serial number has 16 bytes")
 }
 
 fn serialized(key: &KeyPair) -> Zeroizing<Vec<u8>> {

@@ -14,6 +14,7 @@
 //! | [`pipelines`] | the HTTPS listener of pipelines, which propose | applies anything |
 //! | [`oidc`] | verifies tokens of OpenID Connect providers | decides what they are good for |
 //! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
+//! | [`identities`] | the SVIDs that were issued, and taking them back | signs one |
 //! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
 //! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
@@ -43,7 +44,7 @@ use futures_util::future::{BoxFuture, FutureExt};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     net::TcpListener,
-    sync::{broadcast, watch},
+    sync::{Notify, broadcast, watch},
     task::JoinSet,
 };
 
@@ -68,6 +69,7 @@ pub mod clock;
 pub mod decisions;
 pub mod enrol;
 pub mod gate;
+pub mod identities;
 pub mod impact;
 pub mod ledger;
 pub mod local_api;
@@ -343,6 +345,8 @@ pub struct Plane {
     sealer: Arc<Sealer>,
     authority: RwLock<Option<Arc<Authority>>>,
     identity: watch::Sender<Option<Arc<TlsIdentity>>>,
+    /// Its own SVID is to be renewed before its time.
+    renew_now: Notify,
     warnings: RwLock<std::collections::BTreeMap<&'static str, String>>,
 }
 
@@ -470,6 +474,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         sealer,
         authority: RwLock::new(None),
         identity: watch::Sender::new(None),
+        renew_now: Notify::new(),
         warnings: RwLock::default(),
     });
     if let Some(why) = rolled_back {
@@ -480,6 +485,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         }
     }
     plane.mark().await;
+    identities::catch_up(&plane).await?;
     if let Some(wanted) = created.or(trust_domain) {
         plane.begin_authority(&wanted).await?;
     }
@@ -693,6 +699,7 @@ impl Plane {
             }
         };
         let identity = authority.control_identity().await?;
+        identity.heed(self.publisher.signals());
         self.metrics.issued("control");
         self.publisher.trust(authority.bundle().to_message());
         *self.authority.write() = Some(Arc::new(authority));
@@ -793,11 +800,14 @@ async fn renew(plane: Arc<Plane>) {
     let half_life_ms = SVID_LIFETIME.as_millis() as u64 / 2;
     let identity = plane.identity().await;
     loop {
-        tokio::time::sleep(Duration::from_secs(10)).await;
+        let is_urgent = tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(10)) => false,
+            () = plane.renew_now.notified() => true,
+        };
         let Some(authority) = plane.authority() else { continue };
         let expires_at_ms = u64::try_from(identity.svid().not_after()).unwrap_or(0) * 1000;
         // Looked at often rather than slept towards: a machine that was asleep renews at once.
-        if plane.clock.now_ms() + half_life_ms < expires_at_ms {
+        if !is_urgent && plane.clock.now_ms() + half_life_ms < expires_at_ms {
             continue;
         }
         let renewed = match authority.rotate().await {

@@ -21,9 +21,9 @@ use tokio::{
 use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView,
     Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome,
-    GateRefusal, Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal,
-    ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, Rotate, Rotated, ServiceView, SessionView,
-    SessionsEnded, Shown, Status, TailEvent, Waited,
+    GateRefusal, IdentityFilter, IdentityView, Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened,
+    Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, RevokeAs, Revoked,
+    Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited, Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -31,13 +31,14 @@ use countersign_core::{
     gate::{Answer, act::Act},
     identity::{OperatorName, ServiceName},
     ledger::{AddCheckpoint, Entry, EntryProof, Note},
+    signal::SignalSeq,
 };
 
 use crate::{
     Plane,
     acts::{self, By},
     authority::log_key::SignError,
-    ceremony, decisions, enrol, gate,
+    ceremony, decisions, enrol, gate, identities,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused, EnrolsFrom},
     proposals::{self, Answering},
@@ -125,6 +126,9 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/services/{service}/callers", get(callers))
         .route("/v1/authority", get(authority))
         .route("/v1/authority/rotate", post(rotate))
+        .route("/v1/identities", get(list_identities))
+        .route("/v1/identities/revoke", post(revoke_identities))
+        .route("/v1/signals/{number}/wait", get(wait_for_signal))
         .route("/v1/ledger", get(ledger))
         .route("/v1/ledger/bodies", get(ledger_bodies))
         .route("/v1/ledger/checkpoint", get(checkpoint))
@@ -645,6 +649,35 @@ async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<InviteAs>) ->
     enrol::mistake(&plane, &invite)?;
     acts::pass(&plane, Act::InviteHost, By::Socket(shown.operator.as_ref()), &shown).await?;
     Ok(Json(enrol::invite(&plane, invite).await?))
+}
+
+async fn list_identities(
+    State(plane): State<Arc<Plane>>,
+    Query(filter): Query<IdentityFilter>,
+) -> Answered<Vec<IdentityView>> {
+    Ok(Json(identities::list(&plane, filter).await.map_err(stored)?))
+}
+
+async fn revoke_identities(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<RevokeAs>,
+) -> Answered<Revoked> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(identities::revoke(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn wait_for_signal(
+    State(plane): State<Arc<Plane>>,
+    UrlPath(number): UrlPath<u64>,
+    Query(Timeout { timeout_ms }): Query<Timeout>,
+) -> Answered<SignalWaited> {
+    let signal = SignalSeq(number);
+    let within = Duration::from_millis(timeout_ms.unwrap_or(10_000)).min(WAIT_MAX);
+    let deadline = tokio::time::Instant::now() + within;
+    let (missing, connected) = plane.publisher.heeded(signal, deadline).await;
+    let reached = plane.publisher.signals().sequence() >= signal;
+    Ok(Json(SignalWaited { enforced: reached && missing.is_empty(), signal, connected: connected as u32, missing }))
 }
 
 async fn list_proposals(State(plane): State<Arc<Plane>>) -> Answered<Vec<Proposal>> {

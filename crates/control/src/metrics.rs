@@ -36,6 +36,8 @@ pub struct Metrics {
     pub shed: Counter,
     /// Change-sets that became entries.
     pub applied: Counter,
+    /// SVIDs that were revoked.
+    pub revoked: Counter,
     levels: Levels,
 }
 
@@ -84,6 +86,7 @@ impl Default for Metrics {
         let store = StoreLatency::default();
         let (issued, refused) = (Family::default(), Family::default());
         let (denials, shed, applied) = (Counter::default(), Counter::default(), Counter::default());
+        let revoked = Counter::default();
         let levels = Levels::default();
         let mut registry = Registry::with_prefix("countersign_control");
         let r = &mut registry;
@@ -93,6 +96,7 @@ impl Default for Metrics {
         r.register("denials_reported", "Denials and step-ups that hosts reported", denials.clone());
         r.register("records_shed", "Decision records that found no room", shed.clone());
         r.register("changes_applied", "Change-sets that became ledger entries", applied.clone());
+        r.register("svids_revoked", "SVIDs taken back before their time", revoked.clone());
         r.register("ledger_entries", "Entries of the ledger: the revision", levels.revision.clone());
         r.register("agents_connected", "Agents whose stream is open", levels.agents.clone());
         r.register("agents_cut", "Streams cut off because the agent did not keep up", levels.streams_cut.clone());
@@ -102,7 +106,7 @@ impl Default for Metrics {
             "Revisions by which the slowest connected proxy is behind",
             levels.behind.clone(),
         );
-        Self { registry, store, issued, refused, denials, shed, applied, levels }
+        Self { registry, store, issued, refused, denials, shed, applied, revoked, levels }
     }
 }
 

@@ -18,17 +18,19 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use countersign_api::{
     local::{HostView, InstanceView, ProxyRevision, WaitingView},
     mesh::{self, follow_event::Event},
+    signals,
 };
 use countersign_core::{
     change::{Change, ChangeSet, PolicyId, Revision},
     identity::{InstanceId, ServiceName},
     policy::ParsedPolicy,
+    signal::{Revocation, Serial, SignalSeq, Signals},
 };
 
 use crate::{
     ledger::Head,
     registry::{Moved, Refused, Registry},
-    store::{StoredAcknowledgement, StoredHost, StoredInstance},
+    store::{StoredAcknowledgement, StoredHost, StoredInstance, StoredSignal},
 };
 
 /// Events that wait for one agent at most.
@@ -52,6 +54,7 @@ struct Inner {
     head: Arc<Head>,
     bundle: Option<mesh::Bundle>,
     discovery_sequence: u64,
+    signals: Signals,
     streams: HashMap<ServiceName, Stream>,
     next_stream: u64,
     questions: BTreeMap<u64, Question>,
@@ -66,6 +69,8 @@ struct Inner {
 
 struct Stream {
     number: u64,
+    /// Of the SVID by which the agent proved its host.
+    serial: Option<Serial>,
     queue: mpsc::Sender<Bytes>,
     /// Ends the other half, which hears the agent, when this half goes.
     _cut: DropGuard,
@@ -90,6 +95,8 @@ pub struct Joined {
     pub discovery: mesh::Discovery,
     /// The keys of the trust domain.
     pub bundle: Option<mesh::Bundle>,
+    /// All signals that held when it joined.
+    pub signals: Signals,
     /// What to write down of the host.
     pub host: StoredHost,
 }
@@ -124,6 +131,7 @@ impl Publisher {
             head: Arc::default(),
             bundle: None,
             discovery_sequence: 1,
+            signals: Signals::default(),
             streams: HashMap::new(),
             next_stream: 0,
             questions: BTreeMap::new(),
@@ -174,6 +182,58 @@ impl Publisher {
         inner.tell(Event::Bundle(bundle));
     }
 
+    /// Takes in signals that follow those that are known, and tells every agent. An agent whose own SVID is revoked is told
+    /// nothing after that. Returns all that hold.
+    pub fn signal(&self, new: &[StoredSignal], now_ms: u64) -> Signals {
+        let mut inner = self.inner.lock();
+        let after = inner.signals.sequence();
+        let revoked: Vec<Revocation> =
+            new.iter().filter(|signal| signal.sequence > after).map(|signal| signal.revoked).collect();
+        inner.signals.forget_ended(now_ms);
+        if let Some(last) = new.last().filter(|last| last.sequence > after) {
+            let extended = inner.signals.extend(after, last.sequence, revoked.iter().copied());
+            extended.expect("INVARIANT: they follow what is held");
+            inner.tell(Event::Signals(signals::new(after, last.sequence, revoked)));
+            let known = inner.signals.clone();
+            let lost = |stream: &Stream| stream.serial.is_some_and(|serial| known.is_revoked(&serial));
+            let cut: Vec<ServiceName> =
+                inner.streams.iter().filter(|(_, stream)| lost(stream)).map(|(host, _)| host.clone()).collect();
+            cut.iter().for_each(|host| inner.cut(host, now_ms));
+        }
+        let signals = inner.signals.clone();
+        drop(inner);
+        self.bump();
+        signals
+    }
+
+    /// Whether a certificate is revoked.
+    pub fn is_revoked(&self, serial: &Serial) -> bool {
+        self.inner.lock().signals.is_revoked(serial)
+    }
+
+    /// All signals that hold.
+    pub fn signals(&self) -> Signals {
+        self.inner.lock().signals.clone()
+    }
+
+    /// Waits until every connected proxy enforces the signals up to `sequence`, or the deadline; returns those that do not, and how
+    /// many are connected.
+    pub async fn heeded(&self, sequence: SignalSeq, deadline: tokio::time::Instant) -> (Vec<InstanceId>, usize) {
+        let mut moved = self.moved.subscribe();
+        let mut late = false;
+        loop {
+            moved.mark_unchanged();
+            {
+                let inner = self.inner.lock();
+                let (unaware, connected) = inner.registry.unaware_of(sequence);
+                if late || inner.signals.sequence() >= sequence && unaware.is_empty() {
+                    return (unaware, connected);
+                }
+            }
+            late = tokio::time::timeout_at(deadline, moved.changed()).await.is_err();
+        }
+    }
+
     /// The ledger grew. Everyone is told the same; hosts of the services it is about hear it first.
     pub fn entries(&self, head: &Arc<Head>, entries: mesh::Entries) {
         let mut inner = self.inner.lock();
@@ -196,6 +256,7 @@ impl Publisher {
             size: follower.revision().0,
             root: Bytes::copy_from_slice(&follower.root().0),
             discovery_sequence: inner.discovery_sequence,
+            signal_sequence: inner.signals.sequence().0,
         };
         inner.tell(Event::Heartbeat(heartbeat));
     }
@@ -207,13 +268,13 @@ impl Publisher {
 
     /// An agent's stream opened. Its place is taken before its first word is written, so that no event falls between
     /// what it is welcomed with and what it then hears.
-    pub fn join(&self, hello: &mesh::FollowHello, host: &ServiceName, now_ms: u64) -> Joined {
+    pub fn join(&self, hello: &mesh::FollowHello, host: &ServiceName, serial: Option<Serial>, now_ms: u64) -> Joined {
         let mut inner = self.inner.lock();
         let (queue, events) = mpsc::channel(QUEUE_EVENTS_MAX);
         inner.next_stream += 1;
         let number = inner.next_stream;
         let cut = CancellationToken::new();
-        inner.streams.insert(host.clone(), Stream { number, queue, _cut: cut.clone().drop_guard() });
+        inner.streams.insert(host.clone(), Stream { number, serial, queue, _cut: cut.clone().drop_guard() });
         let stored = inner.registry.connect(hello, host, now_ms);
         let discovery = mesh::Discovery {
             sequence: inner.discovery_sequence,
@@ -221,8 +282,8 @@ impl Publisher {
             up: inner.registry.reachable(),
             down: Vec::new(),
         };
-        let (head, bundle) = (inner.head.clone(), inner.bundle.clone());
-        let joined = Joined { number, events, cut, head, discovery, bundle, host: stored };
+        let (head, bundle, signals) = (inner.head.clone(), inner.bundle.clone(), inner.signals.clone());
+        let joined = Joined { number, events, cut, head, discovery, bundle, signals, host: stored };
         drop(inner);
         self.bump();
         joined
@@ -403,7 +464,11 @@ impl Publisher {
 
 impl Inner {
     fn head(&self) -> mesh::Head {
-        mesh::Head { size: self.head.follower.revision().0, discovery_sequence: self.discovery_sequence }
+        mesh::Head {
+            size: self.head.follower.revision().0,
+            discovery_sequence: self.discovery_sequence,
+            signal_sequence: self.signals.sequence().0,
+        }
     }
 
     /// INVARIANT (same-bytes-to-all): an event is encoded here, once, and every open stream gets those bytes or ends.
@@ -510,7 +575,7 @@ mod tests {
     }
 
     fn join(publisher: &Publisher, host: &str) -> Joined {
-        publisher.join(&mesh::FollowHello::default(), &name(host), 0)
+        publisher.join(&mesh::FollowHello::default(), &name(host), None, 0)
     }
 
     fn up(instance: &str, port: u16) -> mesh::follow_request::Message {
@@ -625,7 +690,7 @@ mod tests {
     }
 
     fn acknowledgement(instance: &str, revision: u64) -> mesh::follow_request::Message {
-        let instance = mesh::InstanceRevision { instance: instance.into(), revision, error: String::new() };
+        let instance = mesh::InstanceRevision { instance: instance.into(), revision, ..Default::default() };
         mesh::follow_request::Message::Acknowledgement(mesh::Acknowledgement { instances: vec![instance] })
     }
 

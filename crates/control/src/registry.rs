@@ -16,6 +16,7 @@ use countersign_core::{
     canonical::Digest,
     change::Revision,
     identity::{InstanceId, ServiceName},
+    signal::SignalSeq,
 };
 
 use crate::store::{StoredAcknowledgement, StoredHost, StoredInstance};
@@ -65,6 +66,7 @@ struct Instance {
     waits: Option<String>,
     revision: Revision,
     error: Option<String>,
+    signals: SignalSeq,
     svid_expires_at_ms: u64,
     /// When it leaves unless its agent speaks of it again.
     leaves_at_ms: Option<u64>,
@@ -289,8 +291,9 @@ impl Registry {
             let instance = self.of_host(host, &id)?;
             let revision = instance.revision.max(Revision(acknowledged.revision));
             let error = (!acknowledged.error.is_empty()).then(|| short(&acknowledged.error));
-            if (instance.revision, &instance.error) != (revision, &error) {
-                (instance.revision, instance.error) = (revision, error);
+            let signals = SignalSeq(acknowledged.signal_sequence);
+            if (instance.revision, &instance.error, instance.signals) != (revision, &error, signals) {
+                (instance.revision, instance.error, instance.signals) = (revision, error, signals);
                 moved.push(id);
             }
         }
@@ -300,10 +303,10 @@ impl Registry {
     /// What proxies enforce whose agents follow another control plane, as it wrote that down. Which instances these are is not
     /// learnt here.
     pub fn acknowledged_elsewhere(&mut self, written: Vec<StoredAcknowledgement>) {
-        for StoredAcknowledgement { instance, revision, error } in written {
+        for StoredAcknowledgement { instance, revision, error, signals } in written {
             let known = self.instances.get_mut(&instance);
             if let Some(known) = known.filter(|known| known.is_elsewhere && known.endpoint.is_some()) {
-                (known.revision, known.error) = (revision, error);
+                (known.revision, known.error, known.signals) = (revision, error, signals);
             }
         }
     }
@@ -347,7 +350,7 @@ impl Registry {
                 admin: other.admin.clone(),
                 isolation: other.isolation.clone(),
             };
-            (known.revision, known.error) = (other.revision, other.error.clone());
+            (known.revision, known.error, known.signals) = (other.revision, other.error.clone(), other.signals);
             let before = known.endpoint.replace(endpoint.clone());
             if before.is_none_or(|before| (before.address, before.ready) != (address, other.ready)) {
                 moved.up.push(endpoint.message(&other.instance));
@@ -396,6 +399,7 @@ impl Registry {
             |(id, instance)| ProxyRevision {
                 instance: id.clone(),
                 revision: instance.revision,
+                signals: instance.signals,
                 error: instance.error.clone(),
             },
         )
@@ -406,6 +410,18 @@ impl Registry {
         let connected = |instance: &Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
         let is_waited_for = |i: &Instance| i.endpoint.is_some() && (follows_another(i) || connected(i));
         self.instances.values().all(|i| i.revision >= revision || !is_waited_for(i))
+    }
+
+    /// Proxies that do not enforce the signals up to `sequence`, of the connected ones, and how many are connected.
+    pub fn unaware_of(&self, sequence: SignalSeq) -> (Vec<InstanceId>, usize) {
+        let (mut unaware, mut connected) = (Vec::new(), 0);
+        for proxy in self.proxies() {
+            connected += 1;
+            if proxy.signals < sequence {
+                unaware.push(proxy.instance);
+            }
+        }
+        (unaware, connected)
     }
 
     /// Where instances of any of `services` run.
@@ -500,6 +516,7 @@ impl Registry {
                 revision: instance.revision,
                 error,
                 artifact: instance.artifact,
+                signals: instance.signals,
             })
         };
         self.instances.iter().filter(|(_, instance)| !instance.is_elsewhere).filter_map(stored).collect()
@@ -509,7 +526,8 @@ impl Registry {
     pub fn stored_acknowledgements(&self, of: impl IntoIterator<Item = InstanceId>) -> Vec<StoredAcknowledgement> {
         let stored = |id: InstanceId| {
             let known = self.instances.get(&id).filter(|known| !known.is_elsewhere && known.endpoint.is_some())?;
-            Some(StoredAcknowledgement { instance: id, revision: known.revision, error: known.error.clone() })
+            let (revision, error, signals) = (known.revision, known.error.clone(), known.signals);
+            Some(StoredAcknowledgement { instance: id, revision, error, signals })
         };
         of.into_iter().filter_map(stored).collect()
     }
@@ -555,6 +573,7 @@ impl Instance {
             waits: None,
             revision: Revision(0),
             error: None,
+            signals: SignalSeq(0),
             svid_expires_at_ms: 0,
             leaves_at_ms: None,
             is_elsewhere: false,
@@ -626,7 +645,8 @@ mod tests {
     }
 
     fn acknowledgement(instance: &str, revision: u64, error: &str) -> mesh::Acknowledgement {
-        let instance = mesh::InstanceRevision { instance: instance.into(), revision, error: error.into() };
+        let instance =
+            mesh::InstanceRevision { instance: instance.into(), revision, error: error.into(), signal_sequence: 0 };
         mesh::Acknowledgement { instances: vec![instance] }
     }
 

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
-    Plane, error_chain,
+    Plane, error_chain, identities,
     ledger::AppendError,
     publish::Elsewhere,
     store::{
@@ -67,6 +67,9 @@ pub(crate) async fn follow(plane: Arc<Plane>, url: PostgresUrl) {
                 plane.note("store", Some(error_chain(&error)));
                 continue;
             }
+        }
+        if let Err(error) = identities::catch_up(&plane).await {
+            tracing::warn!(%error, "what other control planes revoked could not be read");
         }
         let created = plane.ledger.head().follower.state().trust_domain.clone();
         if let (None, Some(trust_domain)) = (plane.authority(), created)

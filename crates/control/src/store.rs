@@ -8,12 +8,13 @@ use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use countersign_api::local::{Caller, RecordFilter};
+use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
+    signal::{Revocation, Serial, SignalSeq},
 };
 
 use crate::{authority::seal::NotSealed, metrics::StoreLatency};
@@ -133,6 +134,8 @@ pub struct StoredInstance {
     pub error: Option<String>,
     /// What its command names, as its agent measured it.
     pub artifact: Option<Digest>,
+    /// The signals that its proxy enforced when that was written: the number of the last one.
+    pub signals: SignalSeq,
 }
 
 /// What the proxy of an instance enforces, as it is written down.
@@ -144,21 +147,38 @@ pub struct StoredAcknowledgement {
     pub revision: Revision,
     /// Why its proxy could not take up a later one.
     pub error: Option<String>,
+    /// The signals that its proxy enforces: the number of the last one.
+    pub signals: SignalSeq,
 }
 
 /// A certificate that was signed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IssuedSerial {
-    /// Its serial number, hexadecimal.
-    pub serial: String,
+    /// Its serial number.
+    pub serial: Serial,
     /// Whom it names.
     pub id: SpiffeId,
     /// For which instance, if any.
     pub instance: Option<InstanceId>,
+    /// The host that it was issued to, if any.
+    pub host: Option<ServiceName>,
+    /// SHA-256 of its key's SubjectPublicKeyInfo.
+    pub key: Option<Digest>,
     /// When, in milliseconds since 1970.
     pub issued_at_ms: u64,
     /// When it expires, in milliseconds since 1970.
     pub expires_at_ms: u64,
+}
+
+/// A signal as it is kept: a certificate that was revoked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredSignal {
+    /// Its number.
+    pub sequence: SignalSeq,
+    /// Which certificate, and when it expires by itself.
+    pub revoked: Revocation,
+    /// When, by whom and why.
+    pub by: RevokedBy,
 }
 
 /// An invitation as it is kept.
@@ -445,6 +465,19 @@ pub trait Store: Send {
 
     /// Notes a certificate before it is handed out, and forgets those that expired a day ago.
     fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError>;
+    /// Certificates that `filter` asks for and that have not expired at `now_ms`, the newest first, at most `limit`.
+    fn serials(&mut self, filter: &IdentityFilter, now_ms: u64, limit: u32) -> Result<Vec<IssuedSerial>, StoreError>;
+
+    /// Gives each certificate that is not revoked yet the next number, and forgets those that have expired; returns the number of
+    /// the last signal. `None`, and nothing is done, when more than `max` would be revoked.
+    fn put_revocations(
+        &mut self,
+        revoked: &[Revocation],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError>;
+    /// Signals after a number, in their order. The last one is kept even when it has ended.
+    fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError>;
 
     /// Keeps denials and step-ups, and adds to the edges.
     fn put_report(&mut self, records: &[DecisionRecord], edges: &[EdgeCount], now_ms: u64) -> Result<(), StoreError>;

@@ -483,7 +483,7 @@ async fn what_control_holds_is_told_to_agents_that_ask() {
     stream.up("web/1", "127.0.0.1:9001").await;
     while !matches!(stream.news().await, Event::Discovery(_)) {}
     let discovery_sequence = welcomed.discovery_sequence + 1;
-    assert_eq!(head().await, mesh::Head { size: 2, discovery_sequence });
+    assert_eq!(head().await, mesh::Head { size: 2, discovery_sequence, signal_sequence: 0 });
     let mut stranger = mesh::mesh_client::MeshClient::new(plane.stranger().await);
     let refused = stranger.read_head(mesh::ReadHeadRequest {}).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);

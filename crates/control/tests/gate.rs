@@ -12,8 +12,9 @@ use std::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, Invitation, Invite, InviteAs,
-    Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail, ProposalState, Shown,
+    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, IdentityFilter, Invitation,
+    Invite, InviteAs, Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail, ProposalState, RevokeAs,
+    Revoked, Shown,
 };
 use countersign_control::{clock::Clock, mfa, start_with_clock};
 use countersign_core::{
@@ -571,6 +572,30 @@ async fn a_host_is_let_in_by_who_may_with_a_code_that_is_good_for_one_token() {
     assert_eq!(invites(&invite, nothing("eve")).await.unwrap_err().status, 403, "nothing stays open");
     let denied = invites(&invite, mesh.shown(&bob)).await.unwrap_err();
     assert_eq!(denied.refusal.unwrap().outcome, GateOutcome::Denied, "a role that lets nobody in");
+}
+
+#[tokio::test]
+async fn identities_are_revoked_by_who_may_with_a_code_that_is_good_once() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let eve = mesh.another(&alice, "eve", "editor").await;
+    let bob = mesh.another(&alice, "bob", "deployer").await;
+    let control = IdentityFilter { id: Some(trust_domain().control()), ..IdentityFilter::default() };
+    let revokes = async |identities: &IdentityFilter, shown: Shown| {
+        let asked = RevokeAs { identities: identities.clone(), reason: "lost".into(), shown };
+        mesh.plane.post::<Revoked>("/v1/identities/revoke", &asked).await
+    };
+    let nothing = Shown { operator: Some(operator("eve")), ..Shown::default() };
+    let refused = revokes(&control, nothing.clone()).await.unwrap_err();
+    assert_eq!(refused.refusal.unwrap().outcome, GateOutcome::StepUp);
+    let denied = revokes(&control, mesh.shown(&bob)).await.unwrap_err();
+    assert_eq!(denied.refusal.unwrap().outcome, GateOutcome::Denied, "a role that deploys only");
+    let shown = mesh.shown(&eve);
+    let nobody = IdentityFilter { host: Some(name("nowhere")), ..IdentityFilter::default() };
+    assert_eq!(revokes(&nobody, shown.clone()).await.unwrap_err().status, 404, "said before a code is used up");
+    let revoked = revokes(&control, shown.clone()).await.unwrap();
+    assert_eq!(revoked.identities[0].revoked.as_ref().unwrap().by, "eve");
+    assert_eq!(revokes(&control, shown).await.unwrap_err().title, "the code was used already");
+    assert_eq!(revokes(&control, nothing).await.unwrap_err().status, 403, "nothing stays open");
 }
 
 #[tokio::test]

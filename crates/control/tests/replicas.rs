@@ -6,8 +6,8 @@ use std::{path::PathBuf, time::Duration};
 
 use countersign_api::{
     local::{
-        Applied, Apply, ApplyAs, CheckpointView, Code, Confirm, Enrol, Enrolled, Enrolment, Proposal, ProposalState,
-        Shown, Waited,
+        Applied, Apply, ApplyAs, CheckpointView, Code, Confirm, Enrol, Enrolled, Enrolment, IdentityFilter, Proposal,
+        ProposalState, RevokeAs, Revoked, Shown, Waited,
     },
     mesh::follow_event::Event,
 };
@@ -24,7 +24,7 @@ use countersign_core::{
     identity::OperatorName,
 };
 use countersign_testkit::{authenticator::App, partition::Partition, postgres::Server};
-use support::{Plane, config, declare, trust_domain};
+use support::{Plane, config, declare, name, trust_domain};
 
 /// A control plane on the database at `url`, with the key that all have.
 async fn replica(url: &str, key: &std::path::Path) -> Plane {
@@ -158,6 +158,39 @@ async fn an_agent_finds_what_runs_behind_another_control_plane_and_moves_to_it()
     let mut again = planes[1].agent("h3").await;
     let welcome = again.follow(0, Digest::default()).await.unwrap().welcome().await;
     assert_eq!(welcome.discovery.unwrap().up[0].instance, "web/1", "the one it left knows it by the other");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_control_plane_revokes_the_others_agents_hear_and_none_lets_in() {
+    let shared = Shared::start().await;
+    let planes = [shared.replica().await, shared.replica().await];
+    planes[0].create(&["web"]).await;
+    at_revision(&planes[1], 1).await;
+    let (mut stolen, mut honest) = (planes[1].agent("h1").await, planes[1].agent("h2").await);
+    let mut stream = honest.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let identities = IdentityFilter { host: Some(name("h1")), ..IdentityFilter::default() };
+    let asked = RevokeAs { identities, reason: "stolen".into(), shown: Shown::default() };
+    let revoked: Revoked = planes[0].post("/v1/identities/revoke", &asked).await.unwrap();
+    let told = loop {
+        if let Event::Signals(signals) = stream.news().await {
+            break signals;
+        }
+    };
+    assert_eq!((told.sequence, &told.revoked[0].serial[..]), (1, &revoked.identities[0].serial.as_bytes()[..]));
+    assert_eq!(stolen.issue("web/1").await.unwrap_err().code(), tonic::Code::Unauthenticated);
+    // Both revoke at the same time: no number is given twice.
+    honest.issue("web/1").await.unwrap();
+    let of =
+        |id| RevokeAs { identities: IdentityFilter { id: Some(id), ..IdentityFilter::default() }, ..asked.clone() };
+    let (web, agent) = (of(trust_domain().workload(&name("web"))), of(trust_domain().agent(&name("h2"))));
+    let both = futures_util::future::join(
+        planes[0].post::<Revoked>("/v1/identities/revoke", &web),
+        planes[1].post::<Revoked>("/v1/identities/revoke", &agent),
+    );
+    let (one, two) = both.await;
+    let (one, two) = (one.unwrap().signal.0, two.unwrap().signal.0);
+    assert_eq!((one.min(two), one.max(two)), (2, 3));
 }
 
 /// How often a control plane has looked at what the others wrote of their instances.

@@ -25,6 +25,7 @@
 //! | [`route`] | traffic rules as data |
 //! | [`path`] | the one normal form of a request path |
 //! | [`view`] | what one proxy needs of the mesh at one revision |
+//! | [`signal`] | what holds at once and for a while: certificates that are revoked |
 //! | [`record`] | the record of one decision |
 
 pub mod assurance;
@@ -47,5 +48,6 @@ pub mod policy;
 pub mod record;
 pub mod route;
 pub mod service;
+pub mod signal;
 pub mod state;
 pub mod view;

@@ -16,7 +16,9 @@ use countersign_core::{
 use crate::{
     agent, apply, authority, change, control, decision, deploy, doctor,
     error::{Done, Failure},
-    exec, host, init, ledger,
+    exec, host,
+    identity::{self, IdentityVerb},
+    init, ledger,
     login::{self, Dashboard},
     mesh_finder::{self, Place},
     operator, policy, propose, recover, render,
@@ -78,6 +80,9 @@ pub enum Command {
     /// Hosts that may run workloads
     #[command(subcommand)]
     Host(HostVerb),
+    /// Certificates that workloads and hosts prove themselves by
+    #[command(subcommand)]
+    Identity(identity::IdentityVerb),
     /// Write a small mesh directory that `up` runs
     Init(InitArguments),
     /// Show what `apply` would change
@@ -372,6 +377,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             ask(host::invite(&place(&global)?, invite, &asker, output))
         }
         Command::Host(HostVerb::List) => ask(host::list(&place(&global)?, output)),
+        Command::Identity(IdentityVerb::List { which }) => ask(identity::list(&place(&global)?, which, output)),
+        Command::Identity(IdentityVerb::Show { serial }) => ask(identity::show(&place(&global)?, serial, output)),
+        Command::Identity(IdentityVerb::Revoke { which, reason, timeout, asker }) => {
+            ask(identity::revoke(&place(&global)?, which, reason, timeout, &asker, output))
+        }
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),

@@ -20,6 +20,7 @@ mod error;
 mod exec;
 mod glance;
 mod host;
+mod identity;
 mod init;
 mod ledger;
 mod login;

@@ -9,6 +9,40 @@ use serde_json::Value;
 use support::{Mesh, binary, said};
 
 #[test]
+fn a_revoked_identity_is_replaced_by_another_and_the_mesh_goes_on() {
+    let mut mesh = Mesh::started();
+    let web = "spiffe://mesh.example/web";
+    let before = mesh.json(&["identity", "list", "--id", web]);
+    let serial = before[0]["serial"].as_str().expect("it has one").to_owned();
+    let shown = said(&mesh.run(&["identity", "show", &serial]));
+    assert!(shown.contains("instance web/1-") && !shown.contains("revoked"), "{shown}");
+
+    let revoked = said(&mesh.run(&["identity", "revoke", "--serial", &serial, "--reason", "it was copied"]));
+    assert!(revoked.contains("revoked: 1 identities, by signal 1"), "{revoked}");
+    assert!(revoked.contains("enforced: all 2 proxies enforce it"), "{revoked}");
+    mesh.until("it has another one, and calls with it", |mesh| {
+        let now = mesh.json(&["identity", "list", "--id", web]);
+        let good = now.as_array().unwrap().iter().filter(|one| one.get("revoked").is_none()).count();
+        good == 1 && mesh.ask("/hello").0 == "200"
+    });
+    let shown = said(&mesh.run(&["identity", "show", &serial]));
+    assert!(shown.contains("by local: it was copied"), "{shown}");
+
+    for (arguments, expected) in [
+        (&["--reason", "all of them"][..], "nothing says which identities are meant"),
+        (&["--serial", &"0".repeat(32), "--reason", "none"], "no identity that has not expired is meant"),
+        (&["--serial", "xyz", "--reason", "none"], "32 hexadecimal digits"),
+        (&["--key", "xyz", "--reason", "none"], "64 hexadecimal digits"),
+        (&["--serial", &serial], "--reason <TEXT>"),
+    ] {
+        let refused = mesh.run(&[&["identity", "revoke"], arguments].concat());
+        assert!(!refused.status.success() && said(&refused).contains(expected), "{arguments:?}: {}", said(&refused));
+    }
+    mesh.signal("-INT");
+    mesh.gone();
+}
+
+#[test]
 fn what_policy_allows_passes_and_the_rest_is_denied_recorded_and_explained() {
     let mut mesh = Mesh::started();
     assert_eq!(mesh.ask("/hello"), ("200".into(), "hello, spiffe://mesh.example/web\n".into()));

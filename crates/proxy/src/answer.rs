@@ -188,7 +188,7 @@ impl Refusal {
                 "unproven",
                 Warn,
                 false,
-                "the caller's SVID expired, or its authority is trusted no longer: see the agent's log on its host",
+                "the caller's SVID expired or was revoked, or its authority is trusted no longer: see the agent's log on its host",
             ),
             CertificateRefused => (
                 503,

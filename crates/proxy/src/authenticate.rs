@@ -2,14 +2,17 @@
 
 use std::rc::Rc;
 
-use crate::identify::Peer;
+use crate::{answer::Refusal, identify::Peer, shared::Shared};
 
 /// Made only by [`authenticate`], from a verified peer.
 pub(crate) struct Caller(Rc<Peer>);
 
-/// Says from whom a request is.
-pub(crate) fn authenticate(peer: &Rc<Peer>) -> Caller {
-    Caller(peer.clone())
+/// Says from whom a request is. A peer whose SVID was revoked since its handshake is nobody.
+pub(crate) fn authenticate(shared: &Shared, peer: &Rc<Peer>) -> Result<Caller, Refusal> {
+    if peer.proof().is_revoked(shared) {
+        return Err(Refusal::Unproven);
+    }
+    Ok(Caller(peer.clone()))
 }
 
 impl Caller {

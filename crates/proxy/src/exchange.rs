@@ -83,15 +83,13 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
         }
     };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
-    let caller = authenticate(peer);
-    let outcome = match authorize(caller, &exchange, &view).await {
-        Ok(permit) => match limit(worker, peer, &exchange, &view, &routed.headers) {
-            Ok(()) => forward::to_app(worker, permit, routed).await,
-            Err(refusal) => Err(refusal),
-        },
-        Err(refusal) => Err(refusal),
+    let outcome = async {
+        let caller = authenticate(&worker.shared, peer)?;
+        let permit = authorize(caller, &exchange, &view).await?;
+        limit(worker, peer, &exchange, &view, &routed.headers)?;
+        forward::to_app(worker, permit, routed).await
     };
-    match outcome {
+    match outcome.await {
         Ok(reply) => {
             exchange.status.set(reply.status());
             reply

@@ -7,15 +7,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use countersign_api::svid::{PeerSide, VerifiedPeer, verify_peer};
+use countersign_api::svid::{PeerSide, VerifiedPeer};
 use countersign_core::identity::SpiffeId;
 use http::HeaderValue;
 use rustls::CommonState;
 use rustls_pki_types::{CertificateDer, UnixTime};
-use tokio::{net::TcpStream, sync::watch};
+use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use crate::{accept::Accepted, shared::Shared};
+use crate::{accept::Accepted, shared::Shared, workers::Doubts};
 
 /// Longest handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -93,24 +93,36 @@ impl Proof {
 
     /// INVARIANT (nothing-outlives-its-proof): both ends of every connection between sidecars wait for this, and end it.
     ///
-    /// Returns once the proof holds no more: the SVID expired [`EXPIRED_DRAIN`] ago, or a bundle of which `trust` tells
-    /// does not verify it. `trust` was subscribed to before the handshake, so that no bundle is missed.
-    pub(crate) async fn lost(&self, shared: &Shared, mut trust: watch::Receiver<()>) {
+    /// Returns once the proof holds no more: the SVID expired [`EXPIRED_DRAIN`] ago, it was revoked, or a bundle does not verify it
+    /// any more. `doubts` was made before the handshake, so that nothing is missed.
+    pub(crate) async fn lost(&self, shared: &Shared, mut doubts: Doubts) {
+        if self.is_revoked(shared) {
+            return;
+        }
         let expired = tokio::time::sleep(self.valid_for() + EXPIRED_DRAIN);
         let mut expired = std::pin::pin!(expired);
         loop {
             tokio::select! {
                 () = &mut expired => return,
-                changed = trust.changed() => if changed.is_err() || !self.holds(shared) {
+                changed = doubts.trust.changed() => if changed.is_err() || !self.holds(shared) {
+                    return;
+                },
+                changed = doubts.signals.changed() => if changed.is_err() || self.is_revoked(shared) {
+                    tracing::warn!(peer = %self.verified.id(), "a connection ends: its peer's SVID is revoked");
                     return;
                 },
             }
         }
     }
 
+    /// Whether the SVID was taken back before its time.
+    pub(crate) fn is_revoked(&self, shared: &Shared) -> bool {
+        self.verified.serial().is_some_and(|serial| shared.signals().is_revoked(&serial))
+    }
+
     fn holds(&self, shared: &Shared) -> bool {
         let Some(identity) = shared.identity() else { return false };
-        match verify_peer(&self.chain, &identity.bundle(), UnixTime::now(), self.side) {
+        match identity.verify(&self.chain, UnixTime::now(), self.side) {
             Ok(_) => true,
             Err(error) => {
                 tracing::warn!(peer = %self.verified.id(), %error, "a connection ends: its peer is proven no longer");

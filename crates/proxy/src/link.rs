@@ -18,15 +18,19 @@ use std::{
 };
 
 use countersign_api::{
-    mesh::{InstanceRevision, RecordsAnswer, RecordsQuery, Report},
+    mesh::{self, InstanceRevision, RecordsAnswer, RecordsQuery, Report},
     sidecar::{Drain, Endpoints, Identity, Metrics, ProxyFrames, SidecarMessage, sidecar_message, sidecar_order},
+    signals::{self, SignalsRefused},
     svid::{Bundle, SvidError, X509Svid},
 };
-use countersign_core::identity::{InstanceId, NameError, ServiceName};
+use countersign_core::{
+    identity::{InstanceId, NameError, ServiceName},
+    signal::Signals,
+};
 use futures_util::{SinkExt, StreamExt, stream::SplitSink};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot, watch},
     task::spawn_blocking,
     time::timeout,
 };
@@ -111,6 +115,8 @@ enum Refused {
     Svid(#[source] SvidError),
     #[error("the bundle")]
     Bundle(#[source] SvidError),
+    #[error("the signals")]
+    Signals(#[from] SignalsRefused),
     #[error("an endpoint")]
     Name(#[from] NameError),
     #[error("the address `{0}` of an endpoint")]
@@ -158,6 +164,7 @@ struct Sidecar {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     offered: Arc<Offered>,
+    heard: watch::Sender<()>, // signals
     reader: Reader,
     counted: Counted,
     queries: Arc<Semaphore>,
@@ -209,6 +216,8 @@ impl Sidecar {
             None
         };
         tokio::spawn(enforce::run(shared.clone(), offered.clone(), names, say.clone()));
+        let (heard, hears) = watch::channel(());
+        tokio::spawn(enforce::heed(shared.clone(), hears, say.clone()));
         if shared.setup.app.is_some() {
             tokio::spawn(app::watch(shared.clone(), say.clone()));
         }
@@ -228,7 +237,7 @@ impl Sidecar {
         tokio::spawn(closing.run(drains));
         info!(instance.id = %shared.setup.instance, workers = workers.len(), "sidecar listens");
         let queries = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok((Self { shared, workers, offered, reader, counted, queries, say, drain }, ended))
+        Ok((Self { shared, workers, offered, heard, reader, counted, queries, say, drain }, ended))
     }
 
     fn obey(&self, order: Option<sidecar_order::Order>) -> Result<(), LinkError> {
@@ -264,6 +273,7 @@ impl Sidecar {
                 let _ = self.say.try_send(message(sidecar_message::Message::Metrics(self.counted.now())));
                 Ok(())
             }
+            Some(Order::Signals(message)) => self.take_signals(&message),
             Some(Order::Drain(Drain { within_ms })) => {
                 self.drain(Duration::from_millis(within_ms));
                 Ok(())
@@ -283,6 +293,14 @@ impl Sidecar {
         let chain = identity.chain_der.iter().map(|der| der.to_vec().into()).collect();
         let svid = X509Svid::parse(chain, identity.key_pkcs8_der.to_vec()).map_err(Refused::Svid)?;
         self.shared.set_svid(svid);
+        Ok(())
+    }
+
+    fn take_signals(&self, message: &mesh::Signals) -> Result<(), Refused> {
+        let mut signals = Signals::default();
+        signals::take_in(&mut signals, message)?;
+        self.shared.heed(signals);
+        self.heard.send_replace(());
         Ok(())
     }
 
@@ -442,5 +460,6 @@ fn name(order: &sidecar_order::Order) -> &'static str {
         Order::RecordsQuery(_) => "records_query",
         Order::Drain(_) => "drain",
         Order::MetricsQuery(_) => "metrics_query",
+        Order::Signals(_) => "signals",
     }
 }

@@ -46,7 +46,7 @@ pub(crate) enum Cut {
     Denied(DecisionId),
     /// The view became too old to go on under.
     Stale,
-    /// The caller's SVID expired, or its authority is trusted no longer.
+    /// The caller's SVID expired or was revoked, or its authority is trusted no longer.
     Unproven,
     /// This proxy is closing and its time to drain is over.
     Closing,
@@ -185,6 +185,14 @@ impl Live {
     pub(crate) fn cut_of_peer(&self, peer: &Rc<Peer>, cut: Cut) {
         for exchange in self.open().iter().filter(|exchange| Rc::ptr_eq(&exchange.peer, peer)) {
             exchange.end_by(cut);
+        }
+    }
+
+    /// Cuts everything of peers whose SVID is revoked.
+    pub(crate) fn cut_revoked(&self) {
+        for exchange in self.open().iter().filter(|exchange| exchange.peer.proof().is_revoked(&exchange.worker.shared))
+        {
+            exchange.end_by(Cut::Unproven);
         }
     }
 

@@ -198,12 +198,12 @@ pub(crate) async fn connect_mesh(worker: &Worker, instance: &Instance) -> Result
     let config = worker.client_config(&instance.service).ok_or(ConnectError::NoIdentity)?;
     let tcp = TcpStream::connect(instance.address).await.map_err(ConnectError::Io)?;
     tune(&tcp);
-    let (shared, trust) = (worker.shared.clone(), worker.trust.subscribe());
+    let (shared, doubts) = (worker.shared.clone(), worker.doubts());
     let mut tls = TlsConnector::from(config).connect(server_name(), tcp).await.map_err(ConnectError::Io)?;
     let proof = Proof::of_connection(tls.get_ref().1, PeerSide::Server).ok_or(ConnectError::Unproven)?;
     accepted(&mut tls).await?;
     worker.counts.mesh_connections.add(1);
-    Http2::over(tls, async move { proof.lost(&shared, trust).await }).await
+    Http2::over(tls, async move { proof.lost(&shared, doubts).await }).await
 }
 
 /// Waits for the first word of the other sidecar, its HTTP/2 SETTINGS: it accepts us. Our handshake is done before it has

@@ -51,13 +51,13 @@ pub(crate) async fn connection(worker: &Rc<Worker>, door: &Door, accepted: Accep
     match door {
         Door::Inbound => {
             let Some(tls) = worker.server_config() else { return };
-            let (shared, trust) = (worker.shared.clone(), worker.trust.subscribe());
+            let (shared, doubts) = (worker.shared.clone(), worker.doubts());
             let Some((stream, peer)) = identify(accepted, &TlsAcceptor::from(tls)).await else {
                 worker.counts.handshakes_failed.add(1);
                 return;
             };
             let proven = peer.clone();
-            let lost = async move { proven.proof().lost(&shared, trust).await };
+            let lost = async move { proven.proof().lost(&shared, doubts).await };
             http2(worker, stream, Side::Mesh(peer), lost).await;
         }
         Door::ForwardProxy => from_app(worker, door, accepted.into_parts().0).await,

@@ -21,6 +21,7 @@ use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
     policy::{Library, PolicyError},
+    signal::{SignalSeq, Signals},
     view::View,
 };
 use parking_lot::Mutex;
@@ -71,6 +72,8 @@ pub(crate) enum Order {
     Rotate,
     /// As [`Order::Rotate`], and end what rests on an authority that is trusted no longer.
     Trust,
+    /// End what rests on an SVID that is revoked.
+    EndRevoked(oneshot::Sender<()>),
     /// Accept on this listener as well.
     Open(Door, Arc<TcpListener>),
     /// Accept there no more.
@@ -90,6 +93,7 @@ pub struct Shared {
     pub(crate) view: ArcSwapOption<Compiled>,
     pub(crate) endpoints: ArcSwap<EndpointsByService>,
     identity: Mutex<Identity>,
+    signals: ArcSwap<Signals>,
     library: Mutex<Library>, // one view is compiled at a time
     fresh_at_ms: AtomicU64,  // on `began`'s clock, plus one; 0: never
     began: Instant,
@@ -134,6 +138,7 @@ impl Shared {
             view: ArcSwapOption::empty(),
             endpoints: ArcSwap::default(),
             identity: Mutex::default(),
+            signals: ArcSwap::default(),
             library: Mutex::default(),
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
@@ -177,7 +182,7 @@ impl Shared {
         let mut identity = self.identity.lock();
         *identity = match std::mem::take(&mut *identity) {
             Identity::Unknown | Identity::Svid(_) => Identity::Svid(svid),
-            Identity::Bundle(bundle) => Identity::Known(TlsIdentity::new(svid, bundle)),
+            Identity::Bundle(bundle) => self.known(svid, bundle),
             Identity::Known(known) => {
                 known.renew(svid);
                 Identity::Known(known)
@@ -192,7 +197,7 @@ impl Shared {
         let mut identity = self.identity.lock();
         *identity = match std::mem::take(&mut *identity) {
             Identity::Unknown | Identity::Bundle(_) => Identity::Bundle(bundle),
-            Identity::Svid(svid) => Identity::Known(TlsIdentity::new(svid, bundle)),
+            Identity::Svid(svid) => self.known(svid, bundle),
             Identity::Known(known) => {
                 known.trust(bundle);
                 Identity::Known(known)
@@ -200,6 +205,38 @@ impl Shared {
         };
         drop(identity);
         self.order(|| Order::Trust);
+    }
+
+    /// Believes no certificate any more that `signals` say is revoked: no handshake and no new request rests on one from here on.
+    pub fn heed(&self, signals: Signals) {
+        // With the lock, so that an identity that becomes known meanwhile is told as well.
+        let identity = self.identity.lock();
+        self.signals.store(Arc::new(signals.clone()));
+        if let Identity::Known(known) = &*identity {
+            known.heed(signals);
+        }
+    }
+
+    /// Returns once every worker has ended what rests on an SVID that is revoked; with the number of the last signal that is heeded
+    /// so.
+    ///
+    /// INVARIANT (heeded-is-cut): a signal is acknowledged only when no handshake, no new request and nothing open rests any more
+    /// on what it revoked.
+    pub async fn end_revoked(&self) -> SignalSeq {
+        let sequence = self.signals.load().sequence();
+        self.every_worker(Order::EndRevoked).await;
+        sequence
+    }
+
+    /// All signals that hold.
+    pub(crate) fn signals(&self) -> arc_swap::Guard<Arc<Signals>> {
+        self.signals.load()
+    }
+
+    fn known(&self, svid: X509Svid, bundle: Bundle) -> Identity {
+        let known = TlsIdentity::new(svid, bundle);
+        known.heed(Signals::clone(&self.signals.load()));
+        Identity::Known(known)
     }
 
     /// Who this sidecar is, once it knows.

@@ -53,7 +53,8 @@ pub(crate) struct Worker {
     pub(crate) app: AppPool,
     pub(crate) drain: Drain,
     pub(crate) rotation: watch::Sender<()>,
-    pub(crate) trust: watch::Sender<()>,
+    trust: watch::Sender<()>,
+    signals: watch::Sender<()>,
     pub(crate) said: Said,
     in_force: RefCell<Option<InForce>>,
     server_config: RefCell<Option<Arc<ServerConfig>>>,
@@ -67,6 +68,14 @@ pub(crate) struct Worker {
 struct InForce {
     view: Arc<Compiled>,
     judge: Judge,
+}
+
+/// One connection's ear for what makes it look again at who is at its other end.
+pub(crate) struct Doubts {
+    /// Other authorities are trusted.
+    pub(crate) trust: watch::Receiver<()>,
+    /// Something was revoked.
+    pub(crate) signals: watch::Receiver<()>,
 }
 
 /// Tells every connection when to finish.
@@ -123,6 +132,11 @@ async fn run(
                 worker.rotate();
                 worker.trust.send_replace(());
             }
+            Some(Order::EndRevoked(done)) => {
+                worker.live.cut_revoked();
+                worker.signals.send_replace(());
+                let _ = done.send(()); // whoever asked may be gone
+            }
             Some(Order::Open(door, listener)) => {
                 let accepting = tokio::task::spawn_local(accept(worker.clone(), door.clone(), listener));
                 worker.doors.borrow_mut().push((door, accepting.abort_handle()));
@@ -147,6 +161,7 @@ impl Worker {
             drain: Drain(watch::Sender::new(false)),
             rotation: watch::Sender::new(()),
             trust: watch::Sender::new(()),
+            signals: watch::Sender::new(()),
             said: Said::default(),
             in_force: RefCell::default(),
             server_config: RefCell::default(),
@@ -160,6 +175,11 @@ impl Worker {
     fn enforce(&self, view: Option<Arc<Compiled>>) {
         let in_force = view.map(|view| InForce { judge: Judge::new(view.law.clone()), view });
         *self.in_force.borrow_mut() = in_force;
+    }
+
+    /// Hears from now on what makes a connection look again at who is at its other end.
+    pub(crate) fn doubts(&self) -> Doubts {
+        Doubts { trust: self.trust.subscribe(), signals: self.signals.subscribe() }
     }
 
     /// The view in force.

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 
 import grpc
 from cryptography import x509
@@ -62,4 +63,17 @@ def without_header():
     print(json.dumps(list(found.values())))
 
 
-{"once": once, "without_header": without_header}[sys.argv[1]]()
+def each():
+    """Says each X.509-SVID as it comes."""
+    client = WorkloadApiClient()
+    done = threading.Event()
+
+    def came(context):
+        svid = context.default_svid
+        print(json.dumps({"id": str(svid.spiffe_id), "serial": f"{svid.leaf.serial_number:032x}"}), flush=True)
+
+    client.stream_x509_contexts(came, lambda error: print(json.dumps({"error": str(error)}), flush=True))
+    done.wait()
+
+
+{"each": each, "once": once, "without_header": without_header}[sys.argv[1]]()

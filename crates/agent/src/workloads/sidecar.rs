@@ -5,9 +5,12 @@
 use std::{collections::BTreeSet, io, os::fd::OwnedFd, path::Path, process::Stdio, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use countersign_api::sidecar::{
-    AGENT_FD, AgentFrames, BROKER_FD, Configure, Drain, Fresh, Identity, MetricsQuery, SidecarMessage, SidecarOrder,
-    sidecar_message::Message, sidecar_order::Order,
+use countersign_api::{
+    sidecar::{
+        AGENT_FD, AgentFrames, BROKER_FD, Configure, Drain, Fresh, Identity, MetricsQuery, SidecarMessage,
+        SidecarOrder, sidecar_message::Message, sidecar_order::Order,
+    },
+    signals,
 };
 use countersign_core::{change::Revision, view::View};
 use futures_util::{SinkExt, StreamExt};
@@ -136,6 +139,7 @@ impl Talk<'_> {
         let mut orders = Orders { frames: FramedWrite::new(write, AgentFrames::default()) };
         let said: io::Result<std::convert::Infallible> = async {
             orders.say(Order::Configure(configure)).await?;
+            let mut signals = self.host.signals.subscribe();
             let mut bundle = self.host.bundle.subscribe();
             let mut discovery = self.host.discovery.subscribe();
             let mut tick = tokio::time::interval(FRESH_EVERY);
@@ -143,6 +147,7 @@ impl Talk<'_> {
             let mut sent = Sent::default();
             let mut settled = Box::pin(identity_is_settled(self.host, self.instance, self.identity.clone()));
             let mut is_settled = false;
+            signals.mark_changed();
             bundle.mark_changed();
             discovery.mark_changed();
             self.identity.mark_changed();
@@ -151,6 +156,11 @@ impl Talk<'_> {
                 tokio::select! {
                     biased;
                     () = said(&mut self.drain, Option::is_some) => break,
+                    // Before any identity: nothing is ever accepted that was revoked.
+                    Ok(()) = signals.changed() => {
+                        let all = signals::all(&signals.borrow_and_update());
+                        orders.say(Order::Signals(all)).await?;
+                    }
                     Ok(()) = bundle.changed() => {
                         let bundle = bundle.borrow_and_update().clone();
                         orders.say(Order::Bundle(bundle)).await?;
@@ -300,6 +310,7 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
                     host.tell(AgentEvent::ViewRefused { service, revision, why: applied.error });
                 }
             }
+            Some(Message::Heeded(sequence)) => host.acknowledgements.heeds(&instance.id, sequence),
             Some(Message::Report(report)) => host.reports.relay(report),
             Some(Message::Records(answer)) => host.reports.answer(&instance.id, answer),
             Some(Message::Metrics(metrics)) => heard(host, instance, telemetry::Told::Metrics(metrics)),

@@ -68,6 +68,8 @@ pub struct Control {
     shown_to: Mutex<BTreeMap<String, Ledger>>,
     streams: Mutex<Vec<(String, Told)>>,
     discovery: Mutex<(u64, BTreeMap<String, mesh::Endpoint>)>,
+    /// The number of the last signal, and what is revoked.
+    revoked: Mutex<(u64, Vec<mesh::Revocation>)>,
     /// Everything agents said, in order.
     pub said: Mutex<Vec<Message>>,
     /// Join tokens that were shown.
@@ -137,6 +139,7 @@ fn leaf(id: &SpiffeId, seconds: i64) -> CertificateParams {
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.subject_alt_names = vec![uri(id)];
+    params.serial_number = Some((u128::from(fastrand::u64(..)) | 0x40 << 120).to_be_bytes().to_vec().into());
     (params.not_before, params.not_after) = (at(-60), at(seconds));
     params
 }
@@ -165,6 +168,7 @@ impl Control {
             shown_to: Mutex::default(),
             streams: Mutex::default(),
             discovery: Mutex::new((1, BTreeMap::new())),
+            revoked: Mutex::default(),
             said: Mutex::default(),
             shown: Mutex::default(),
             tokens: Mutex::default(),
@@ -292,6 +296,23 @@ impl Control {
         self.tell(Event::Discovery(mesh::Discovery { sequence, full: false, up: vec![endpoint], down: vec![] }));
     }
 
+    /// Revokes a certificate.
+    pub fn revoke(&self, certificate: &[u8]) {
+        let (_, read) = x509_parser::parse_x509_certificate(certificate).unwrap();
+        let expires_at_ms = read.validity().not_after.timestamp() as u64 * 1000;
+        let one = mesh::Revocation { serial: read.raw_serial().to_vec().into(), expires_at_ms };
+        let mut revoked = self.revoked.lock();
+        revoked.0 += 1;
+        revoked.1.push(one.clone());
+        let (after, sequence) = (revoked.0 - 1, revoked.0);
+        self.tell(Event::Signals(mesh::Signals { after, sequence, full: false, revoked: vec![one] }));
+    }
+
+    /// Ends every stream.
+    pub fn hang_up(&self) {
+        self.streams.lock().clear();
+    }
+
     /// Agents connected.
     pub fn stream_count(&self) -> usize {
         self.streams.lock().len()
@@ -336,11 +357,11 @@ impl Control {
     }
 
     fn heartbeat(&self) {
-        let discovery_sequence = self.discovery.lock().0;
+        let (discovery_sequence, signal_sequence) = (self.discovery.lock().0, self.revoked.lock().0);
         self.streams.lock().retain(|(host, stream)| {
             let follower = self.ledger_for(host).follower;
             let (size, root) = (follower.revision().0, follower.root().0.to_vec().into());
-            let heartbeat = Event::Heartbeat(mesh::Heartbeat { size, root, discovery_sequence });
+            let heartbeat = Event::Heartbeat(mesh::Heartbeat { size, root, discovery_sequence, signal_sequence });
             stream.try_send(Ok(FollowEvent { event: Some(heartbeat) })).is_ok()
         });
     }
@@ -373,9 +394,10 @@ impl Control {
         if self.lies_about_root.load(Ordering::Relaxed) {
             entries.root = vec![7; 32].into();
         }
-        let discovery = self.discovery.lock();
+        let (discovery, revoked) = (self.discovery.lock(), self.revoked.lock());
         mesh::Welcome {
-            head: Some(mesh::Head { size, discovery_sequence: discovery.0 }),
+            head: Some(mesh::Head { size, discovery_sequence: discovery.0, signal_sequence: revoked.0 }),
+            signals: Some(mesh::Signals { after: 0, sequence: revoked.0, full: true, revoked: revoked.1.clone() }),
             snapshot,
             entries: Some(entries),
             discovery: Some(mesh::Discovery {
@@ -487,7 +509,8 @@ impl Mesh for Service {
 
     async fn read_head(&self, _: Request<mesh::ReadHeadRequest>) -> Result<Response<mesh::Head>, Status> {
         let size = self.0.ledger.lock().follower.revision().0;
-        let head = mesh::Head { size, discovery_sequence: self.0.discovery.lock().0 };
+        let (discovery_sequence, signal_sequence) = (self.0.discovery.lock().0, self.0.revoked.lock().0);
+        let head = mesh::Head { size, discovery_sequence, signal_sequence };
         let takes = std::time::Duration::from_millis(self.0.head_takes_ms.load(Ordering::Relaxed));
         tokio::time::sleep(takes).await;
         Ok(Response::new(head))

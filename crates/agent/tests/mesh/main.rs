@@ -83,6 +83,8 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_view_that_a_proxy_refuses_is_reported
         a_revision_that_changes_nothing_for_a_proxy_is_only_a_number
         an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart
+        what_is_revoked_is_told_before_any_identity_replaced_at_once_and_remembered
+        a_host_whose_own_identity_is_revoked_says_so_and_what_to_do
         a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar
         a_program_that_does_not_exist_is_named
         a_workload_finds_the_mesh_in_its_environment
@@ -486,6 +488,56 @@ async fn an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart(
 }
 
 // ---- workloads
+
+async fn what_is_revoked_is_told_before_any_identity_replaced_at_once_and_remembered() {
+    let mut ground = ground().await;
+    ground.control.append(vec![declare("web")], &[]);
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.told("web", "identity").await;
+    let first = ground.words_of("web", "identity").remove(0);
+    ground.control.revoke(&hex::decode(&first).unwrap());
+    until("another identity", || ground.words_of("web", "identity").len() == 2).await;
+    assert_ne!(ground.words_of("web", "identity")[1], first);
+    let heeded = || {
+        let said = ground.control.said.lock();
+        said.iter().any(|message| match message {
+            Message::Acknowledgement(ack) => {
+                ack.instances.iter().any(|one| one.signal_sequence == 1 && one.revision > 0)
+            }
+            _ => false,
+        })
+    };
+    until("control knows that the proxy heeds it", heeded).await;
+    until("it is kept", || ground.data_dir().join("agent/signals").exists()).await;
+    agent.stop(Duration::ZERO).await;
+    ground.served = None;
+    let before = ground.orders("web").len();
+    let agent =
+        start(config(ground.data_dir(), "127.0.0.1:1".parse().unwrap(), None, vec![idle("web")])).await.unwrap();
+    until("the next proxy is told without control", || ground.words_of("web", "signals").len() >= 3).await;
+    let orders = ground.orders("web").split_off(before);
+    let told = orders.iter().position(|order| order.starts_with("signals 1 ")).unwrap();
+    assert!(!orders[..told].iter().any(|order| order.starts_with("bundle") || order.starts_with("identity")));
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_host_whose_own_identity_is_revoked_says_so_and_what_to_do() {
+    let ground = ground().await;
+    let agent = ground.start(Vec::new()).await;
+    let mut events = agent.events();
+    until("it follows", || ground.control.stream_count() == 1).await;
+    let kept: serde_json::Value =
+        serde_json::from_slice(&fs::read(ground.data_dir().join("agent/identity.json")).unwrap()).unwrap();
+    let own = kept["chain"][0].as_str().unwrap();
+    ground.control.revoke(&base64::Engine::decode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, own).unwrap());
+    ground.control.hang_up();
+    let why = event(&mut events, |event| match event {
+        AgentEvent::HistoryRefused { why } => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.await.contains("this host's identity was revoked; invite it again"));
+    agent.stop(Duration::ZERO).await;
+}
 
 async fn a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar() {
     let ground = ground().await;

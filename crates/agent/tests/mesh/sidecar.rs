@@ -63,8 +63,12 @@ impl Sidecar {
     fn take(&mut self, order: Order) {
         match order {
             Order::Configure(configure) => self.configure(configure),
-            Order::Identity(identity) => self
-                .note(format!("identity {}", countersign_core::canonical::Digest::of(&identity.chain_der[0]).short())),
+            Order::Identity(identity) => self.note(format!("identity {}", hex::encode(&identity.chain_der[0]))),
+            Order::Signals(signals) => {
+                let revoked: Vec<String> = signals.revoked.iter().map(|one| hex::encode(&one.serial)).collect();
+                self.note(format!("signals {} {}", signals.sequence, revoked.join(",")));
+                say(&self.agent, Message::Heeded(signals.sequence));
+            }
             Order::Bundle(bundle) => self.note(format!("bundle {}", bundle.trust_domain)),
             Order::ViewJson(json) => {
                 let view: View = serde_json::from_slice(&json).unwrap();
@@ -107,7 +111,7 @@ impl Sidecar {
     }
 
     fn applied(&self, error: &str) {
-        let applied = InstanceRevision { instance: String::new(), revision: self.revision, error: error.into() };
+        let applied = InstanceRevision { revision: self.revision, error: error.into(), ..InstanceRevision::default() };
         say(&self.agent, Message::Applied(applied));
     }
 

@@ -44,7 +44,7 @@ struct Case {
 }
 
 /// The methods of [`Store`] that write nothing.
-const READS: [&str; 20] = [
+const READS: [&str; 22] = [
     "place",
     "is_shared",
     "head",
@@ -65,6 +65,8 @@ const READS: [&str; 20] = [
     "acknowledgements",
     "records",
     "callers",
+    "serials",
+    "signals",
 ];
 
 fn nothing(_: &mut dyn Store, _: u64) {}
@@ -123,6 +125,7 @@ fn instance(n: u64, suffix: &str) -> StoredInstance {
         revision: Revision(1),
         error: None,
         artifact: None,
+        signals: SignalSeq(0),
     }
 }
 
@@ -130,7 +133,7 @@ fn answered<T: std::fmt::Debug>(answer: Result<T, StoreError>) -> Result<String,
     answer.map(|answer| format!("{answer:?}"))
 }
 
-const CASES: [Case; 28] = [
+const CASES: [Case; 29] = [
     Case {
         write: "append",
         before: nothing,
@@ -361,7 +364,7 @@ const CASES: [Case; 28] = [
         before: |store, n| store.put_instances(&format!("r{n}"), &[instance(n, "1")]).unwrap(),
         act: |store, n| {
             let (instance, revision) = (InstanceId::new(&named(n), "1"), Revision(7));
-            let given = StoredAcknowledgement { instance, revision, error: None };
+            let given = StoredAcknowledgement { instance, revision, error: None, signals: SignalSeq(3) };
             answered(store.put_acknowledgements(&format!("r{n}"), &[given]))
         },
         look: |store, n| {
@@ -383,15 +386,32 @@ const CASES: [Case; 28] = [
         // Nothing was handed out, and the next certificate has another number.
         act: |store, _| {
             answered(store.put_serial(&IssuedSerial {
-                serial: format!("{:032x}", fastrand::u128(..)),
+                serial: format!("{:032x}", fastrand::u128(..)).parse().unwrap(),
                 id: "spiffe://shop.example/web".parse().unwrap(),
                 instance: None,
+                host: None,
+                key: None,
                 issued_at_ms: NOW,
                 expires_at_ms: LATER,
             }))
         },
         look: |_, _| String::new(),
         again: "()",
+    },
+    Case {
+        write: "put_revocations",
+        before: nothing,
+        act: |store, n| {
+            let revoked = Revocation { serial: format!("{n:032x}").parse().unwrap(), expires_at_ms: LATER };
+            let by = RevokedBy { at_ms: NOW, by: "alice".into(), reason: "lost".into() };
+            answered(store.put_revocations(&[revoked], &by, 10).map(|sequence| sequence.is_some()))
+        },
+        look: |store, n| {
+            let signals = store.signals(SignalSeq(0)).unwrap();
+            let serial = format!("{n:032x}").parse().unwrap();
+            format!("{}", signals.iter().filter(|signal| signal.revoked.serial == serial).count())
+        },
+        again: "true",
     },
     Case {
         write: "put_report",

@@ -12,7 +12,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Display,
     fs,
+    str::FromStr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -27,19 +29,20 @@ use tokio_postgres::{
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use countersign_api::local::{Caller, RecordFilter};
+use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
     identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
+    signal::{Revocation, SignalSeq},
 };
 
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
     Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
-    StoredHost, StoredInstance, StoredProposal,
+    StoredHost, StoredInstance, StoredProposal, StoredSignal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added. Tables and columns are those
@@ -170,6 +173,22 @@ const SCHEMA: &[&str] = &[
     -- The SHA-256 of what an instance's command names, hexadecimal.
     ALTER TABLE instances ADD COLUMN artifact TEXT;
 ",
+    "
+    -- Where a certificate was issued to, and the SHA-256 of its key, hexadecimal.
+    ALTER TABLE serials ADD COLUMN host TEXT;
+    ALTER TABLE serials ADD COLUMN key TEXT;
+    -- The signals that an instance's proxy enforces.
+    ALTER TABLE instances ADD COLUMN signals BIGINT NOT NULL DEFAULT 0;
+    -- Certificates that were revoked, in the order in which it is told.
+    CREATE TABLE signals (
+        seq           BIGINT PRIMARY KEY,
+        serial        TEXT NOT NULL UNIQUE,
+        expires_at_ms BIGINT NOT NULL,
+        at_ms         BIGINT NOT NULL,
+        actor         TEXT NOT NULL,
+        reason        TEXT NOT NULL
+    );
+",
 ];
 
 /// How long a connection may take to be made.
@@ -204,6 +223,7 @@ pub(super) enum Turn {
     Documents,
     Hosts,
     Records,
+    Signals,
 }
 
 /// Where a database is, and how it is reached: `postgres://USER@HOST/DATABASE`.
@@ -1022,8 +1042,8 @@ impl Store for PostgresStore {
     }
 
     fn instances(&mut self) -> Result<Vec<StoredInstance>, StoreError> {
-        let sql = "SELECT instance, host, address, ready, admin, isolation, replica, revision, error, artifact
-                   FROM instances ORDER BY instance COLLATE \"C\"";
+        let sql = "SELECT instance, host, address, ready, admin, isolation, replica, revision, error, artifact,
+                   signals FROM instances ORDER BY instance COLLATE \"C\"";
         self.read(|s| {
             s.rows(sql, &[])?
                 .iter()
@@ -1039,6 +1059,7 @@ impl Store for PostgresStore {
                         revision: Revision(unsigned(row, 7)?),
                         error: get(row, 8)?,
                         artifact: get::<Option<String>>(row, 9)?.and_then(|artifact| artifact.parse().ok()),
+                        signals: SignalSeq(unsigned(row, 10)?),
                     })
                 })
                 .collect()
@@ -1054,18 +1075,30 @@ impl Store for PostgresStore {
         let errors: Vec<Option<&str>> = instances.iter().map(|i| i.error.as_deref()).collect();
         let artifacts: Vec<Option<String>> =
             instances.iter().map(|i| i.artifact.map(|artifact| artifact.to_string())).collect();
+        let signals: Vec<i64> = instances.iter().map(|i| signed(i.signals.0)).collect();
         let sql = "INSERT INTO instances (instance, host, address, ready, admin, isolation, revision, error, artifact,
-                   replica)
-                   SELECT *, $10 FROM unnest($1::TEXT[], $2::TEXT[], $3::TEXT[], $4::BOOLEAN[], $5::TEXT[], $6::TEXT[],
-                   $7::BIGINT[], $8::TEXT[], $9::TEXT[])
+                   signals, replica)
+                   SELECT *, $11 FROM unnest($1::TEXT[], $2::TEXT[], $3::TEXT[], $4::BOOLEAN[], $5::TEXT[], $6::TEXT[],
+                   $7::BIGINT[], $8::TEXT[], $9::TEXT[], $10::BIGINT[])
                    ON CONFLICT (instance) DO UPDATE SET host = excluded.host, address = excluded.address,
                    ready = excluded.ready, admin = excluded.admin, isolation = excluded.isolation,
                    revision = excluded.revision, error = excluded.error, artifact = excluded.artifact,
-                   replica = excluded.replica";
+                   signals = excluded.signals, replica = excluded.replica";
         self.write(Turn::Hosts, |s| {
             s.execute("DELETE FROM instances WHERE replica = $1 AND instance <> ALL($2)", &[&replica, &ids])?;
-            let values: [&(dyn ToSql + Sync); 10] =
-                [&ids, &hosts, &addresses, &ready, &admins, &isolations, &revisions, &errors, &artifacts, &replica];
+            let values: [&(dyn ToSql + Sync); 11] = [
+                &ids,
+                &hosts,
+                &addresses,
+                &ready,
+                &admins,
+                &isolations,
+                &revisions,
+                &errors,
+                &artifacts,
+                &signals,
+                &replica,
+            ];
             s.execute(sql, &values)?;
             s.notify()
         })
@@ -1075,17 +1108,19 @@ impl Store for PostgresStore {
         let ids: Vec<&str> = given.iter().map(|one| one.instance.as_str()).collect();
         let revisions: Vec<i64> = given.iter().map(|one| signed(one.revision.0)).collect();
         let errors: Vec<Option<&str>> = given.iter().map(|one| one.error.as_deref()).collect();
-        let sql = "UPDATE instances SET revision = given.revision, error = given.error
-                   FROM unnest($1::TEXT[], $2::BIGINT[], $3::TEXT[]) AS given (instance, revision, error)
-                   WHERE instances.instance = given.instance AND replica = $4";
+        let signals: Vec<i64> = given.iter().map(|one| signed(one.signals.0)).collect();
+        let sql = "UPDATE instances SET revision = given.revision, error = given.error, signals = given.signals
+                   FROM unnest($1::TEXT[], $2::BIGINT[], $3::TEXT[], $4::BIGINT[])
+                   AS given (instance, revision, error, signals)
+                   WHERE instances.instance = given.instance AND replica = $5";
         self.write(Turn::Hosts, |s| {
-            s.execute(sql, &[&ids, &revisions, &errors, &replica])?;
+            s.execute(sql, &[&ids, &revisions, &errors, &signals, &replica])?;
             s.execute("SELECT pg_notify($1, $2)", &[&ACKNOWLEDGED, &replica]).map(drop)
         })
     }
 
     fn acknowledgements(&mut self, replica: &str) -> Result<Vec<StoredAcknowledgement>, StoreError> {
-        let sql = "SELECT instance, revision, error FROM instances WHERE replica <> $1";
+        let sql = "SELECT instance, revision, error, signals FROM instances WHERE replica <> $1";
         self.read(|s| {
             s.rows(sql, &[&replica])?
                 .iter()
@@ -1094,6 +1129,7 @@ impl Store for PostgresStore {
                         instance: name(row, 0, InstanceId::parse)?,
                         revision: Revision(unsigned(row, 1)?),
                         error: get(row, 2)?,
+                        signals: SignalSeq(unsigned(row, 3)?),
                     })
                 })
                 .collect()
@@ -1119,8 +1155,84 @@ impl Store for PostgresStore {
             s.execute("DELETE FROM serials WHERE expires_at_ms < $1", &[&day_ago])?;
             let instance = serial.instance.as_ref().map(InstanceId::as_str);
             let (issued, expires) = (signed(serial.issued_at_ms), signed(serial.expires_at_ms));
-            let sql = "INSERT INTO serials VALUES ($1, $2, $3, $4, $5)";
-            s.execute(sql, &[&serial.serial, &serial.id.as_str(), &instance, &issued, &expires]).map(drop)
+            let host = serial.host.as_ref().map(ServiceName::as_str);
+            let (number, key) = (serial.serial.to_string(), serial.key.map(|key| key.to_string()));
+            let sql = "INSERT INTO serials (serial, id, instance, issued_at_ms, expires_at_ms, host, key)
+                       VALUES ($1, $2, $3, $4, $5, $6, $7)";
+            s.execute(sql, &[&number, &serial.id.as_str(), &instance, &issued, &expires, &host, &key]).map(drop)
+        })
+    }
+
+    fn serials(&mut self, filter: &IdentityFilter, now_ms: u64, limit: u32) -> Result<Vec<IssuedSerial>, StoreError> {
+        let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms FROM serials
+                   WHERE expires_at_ms >= $1 AND ($2::TEXT IS NULL OR serial = $2) AND ($3::TEXT IS NULL OR id = $3)
+                   AND ($4::TEXT IS NULL OR host = $4) AND ($5::TEXT IS NULL OR key = $5)
+                   ORDER BY issued_at_ms DESC, serial LIMIT $6";
+        let serial = filter.serial.map(|serial| serial.to_string());
+        let id = filter.id.as_ref().map(SpiffeId::as_str);
+        let host = filter.host.as_ref().map(ServiceName::as_str);
+        let key = filter.key.map(|key| key.to_string());
+        self.read(|s| {
+            s.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &i64::from(limit)])?
+                .iter()
+                .map(|row| {
+                    Ok(IssuedSerial {
+                        serial: parsed(row, 0)?,
+                        id: parsed(row, 1)?,
+                        instance: optional(row, 2, InstanceId::parse)?,
+                        host: optional(row, 3, ServiceName::parse)?,
+                        key: optional(row, 4, str::parse)?,
+                        issued_at_ms: unsigned(row, 5)?,
+                        expires_at_ms: unsigned(row, 6)?,
+                    })
+                })
+                .collect()
+        })
+    }
+
+    fn put_revocations(
+        &mut self,
+        revoked: &[Revocation],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError> {
+        let serials: Vec<String> = revoked.iter().map(|one| one.serial.to_string()).collect();
+        let at_ms = signed(by.at_ms);
+        self.write(Turn::Signals, |s| {
+            let last: i64 = s.one("SELECT coalesce(max(seq), 0) FROM signals", &[])?;
+            s.execute("DELETE FROM signals WHERE expires_at_ms < $1 AND seq < $2", &[&at_ms, &last])?;
+            let held: i64 = s.one("SELECT count(*) FROM signals", &[])?;
+            let known = s.rows("SELECT serial FROM signals WHERE serial = ANY($1)", &[&serials])?;
+            let known = known.iter().map(|row| get(row, 0)).collect::<Result<BTreeSet<String>, Broken>>()?;
+            let new = serials.iter().zip(revoked).filter(|(serial, _)| !known.contains(*serial));
+            let (serials, expiries): (Vec<&String>, Vec<i64>) =
+                new.map(|(serial, one)| (serial, signed(one.expires_at_ms))).unzip();
+            let added = signed(serials.len() as u64);
+            if held + added > i64::from(max) {
+                return Ok(None);
+            }
+            let sql = "INSERT INTO signals (seq, serial, expires_at_ms, at_ms, actor, reason)
+                       SELECT $1 + number, serial, expires_at_ms, $2, $3, $4
+                       FROM unnest($5::TEXT[], $6::BIGINT[]) WITH ORDINALITY AS new (serial, expires_at_ms, number)";
+            s.execute(sql, &[&last, &at_ms, &by.by, &by.reason, &serials, &expiries])?;
+            s.notify()?;
+            Ok(Some(SignalSeq((last + added).unsigned_abs())))
+        })
+    }
+
+    fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
+        let sql = "SELECT seq, serial, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > $1 ORDER BY seq";
+        self.read(|s| {
+            s.rows(sql, &[&signed(after.0)])?
+                .iter()
+                .map(|row| {
+                    Ok(StoredSignal {
+                        sequence: SignalSeq(unsigned(row, 0)?),
+                        revoked: Revocation { serial: parsed(row, 1)?, expires_at_ms: unsigned(row, 2)? },
+                        by: RevokedBy { at_ms: unsigned(row, 3)?, by: get(row, 4)?, reason: get(row, 5)? },
+                    })
+                })
+                .collect()
         })
     }
 
@@ -1259,6 +1371,14 @@ fn digest(row: &Row, column: usize) -> Result<Digest, Broken> {
 
 fn name<T>(row: &Row, column: usize, parse: fn(&str) -> Result<T, NameError>) -> Result<T, Broken> {
     parse(get(row, column)?).map_err(|error| damaged(error.to_string()))
+}
+
+fn parsed<T: FromStr<Err: Display>>(row: &Row, column: usize) -> Result<T, Broken> {
+    get::<&str>(row, column)?.parse().map_err(|error: T::Err| damaged(error.to_string()))
+}
+
+fn optional<T, E: Display>(row: &Row, column: usize, parse: fn(&str) -> Result<T, E>) -> Result<Option<T>, Broken> {
+    get::<Option<&str>>(row, column)?.map(parse).transpose().map_err(|error| damaged(error.to_string()))
 }
 
 fn names_of_text(text: &str) -> Result<BTreeSet<ServiceName>, Broken> {

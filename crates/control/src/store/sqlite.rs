@@ -3,29 +3,32 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    error::Error,
     fs::{OpenOptions, Permissions},
     io,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
+    str::FromStr,
     sync::Arc,
     time::Duration,
 };
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, ToSql, TransactionBehavior, params};
 
-use countersign_api::local::{Caller, RecordFilter};
+use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
-    identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName},
+    identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
+    signal::{Revocation, SignalSeq},
 };
 
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
     Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
-    StoredHost, StoredInstance, StoredProposal,
+    StoredHost, StoredInstance, StoredProposal, StoredSignal,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -168,6 +171,22 @@ pub(super) const SCHEMA: &[&str] = &[
     "
     -- The SHA-256 of what an instance's command names, hexadecimal.
     ALTER TABLE instances ADD COLUMN artifact TEXT;
+",
+    "
+    -- Where a certificate was issued to, and the SHA-256 of its key, hexadecimal.
+    ALTER TABLE serials ADD COLUMN host TEXT;
+    ALTER TABLE serials ADD COLUMN key TEXT;
+    -- The signals that an instance's proxy enforces.
+    ALTER TABLE instances ADD COLUMN signals INTEGER NOT NULL DEFAULT 0;
+    -- Certificates that were revoked, in the order in which it is told.
+    CREATE TABLE signals (
+        seq           INTEGER PRIMARY KEY,
+        serial        TEXT NOT NULL UNIQUE,
+        expires_at_ms INTEGER NOT NULL,
+        at_ms         INTEGER NOT NULL,
+        actor         TEXT NOT NULL,
+        reason        TEXT NOT NULL
+    ) STRICT;
 ",
 ];
 
@@ -713,6 +732,7 @@ impl Store for SqliteStore {
                 revision: Revision(unsigned(row, 7)?),
                 error: row.get(8)?,
                 artifact: row.get::<_, Option<String>>(9)?.and_then(|artifact| artifact.parse().ok()),
+                signals: SignalSeq(unsigned(row, 10)?),
             })
         })
     }
@@ -720,8 +740,8 @@ impl Store for SqliteStore {
     fn put_instances(&mut self, replica: &str, instances: &[StoredInstance]) -> Result<(), StoreError> {
         self.write(|t| {
             t.execute("DELETE FROM instances WHERE replica = ?1", [replica])?;
-            let mut insert =
-                t.prepare_cached("INSERT OR REPLACE INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")?;
+            let sql = "INSERT OR REPLACE INTO instances VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)";
+            let mut insert = t.prepare_cached(sql)?;
             for i in instances {
                 insert.execute(params![
                     i.instance.as_str(),
@@ -733,7 +753,8 @@ impl Store for SqliteStore {
                     replica,
                     signed(i.revision.0),
                     i.error,
-                    i.artifact.map(|artifact| artifact.to_string())
+                    i.artifact.map(|artifact| artifact.to_string()),
+                    signed(i.signals.0)
                 ])?;
             }
             Ok(())
@@ -742,22 +763,25 @@ impl Store for SqliteStore {
 
     fn put_acknowledgements(&mut self, replica: &str, given: &[StoredAcknowledgement]) -> Result<(), StoreError> {
         self.write(|t| {
-            let sql = "UPDATE instances SET revision = ?3, error = ?4 WHERE instance = ?1 AND replica = ?2";
+            let sql =
+                "UPDATE instances SET revision = ?3, error = ?4, signals = ?5 WHERE instance = ?1 AND replica = ?2";
             let mut update = t.prepare_cached(sql)?;
             for one in given {
-                update.execute(params![one.instance.as_str(), replica, signed(one.revision.0), one.error])?;
+                let (revision, signals) = (signed(one.revision.0), signed(one.signals.0));
+                update.execute(params![one.instance.as_str(), replica, revision, one.error, signals])?;
             }
             Ok(())
         })
     }
 
     fn acknowledgements(&mut self, replica: &str) -> Result<Vec<StoredAcknowledgement>, StoreError> {
-        let sql = "SELECT instance, revision, error FROM instances WHERE replica <> ?1";
+        let sql = "SELECT instance, revision, error, signals FROM instances WHERE replica <> ?1";
         self.rows(sql, &[&replica], |row| {
             Ok(StoredAcknowledgement {
                 instance: name(row, 0, InstanceId::parse)?,
                 revision: Revision(unsigned(row, 1)?),
                 error: row.get(2)?,
+                signals: SignalSeq(unsigned(row, 3)?),
             })
         })
     }
@@ -779,16 +803,88 @@ impl Store for SqliteStore {
             let day_ago = serial.issued_at_ms.saturating_sub(DAY_MS);
             t.execute("DELETE FROM serials WHERE expires_at_ms < ?1", [signed(day_ago)])?;
             t.execute(
-                "INSERT INTO serials VALUES (?1, ?2, ?3, ?4, ?5)",
+                "INSERT INTO serials (serial, id, instance, issued_at_ms, expires_at_ms, host, key)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
                 params![
-                    serial.serial,
+                    serial.serial.to_string(),
                     serial.id.as_str(),
                     serial.instance.as_ref().map(InstanceId::as_str),
                     signed(serial.issued_at_ms),
-                    signed(serial.expires_at_ms)
+                    signed(serial.expires_at_ms),
+                    serial.host.as_ref().map(ServiceName::as_str),
+                    serial.key.map(|key| key.to_string())
                 ],
             )
             .map(drop)
+        })
+    }
+
+    fn serials(&mut self, filter: &IdentityFilter, now_ms: u64, limit: u32) -> Result<Vec<IssuedSerial>, StoreError> {
+        let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms FROM serials
+                   WHERE expires_at_ms >= ?1 AND (?2 IS NULL OR serial = ?2) AND (?3 IS NULL OR id = ?3)
+                   AND (?4 IS NULL OR host = ?4) AND (?5 IS NULL OR key = ?5)
+                   ORDER BY issued_at_ms DESC, serial LIMIT ?6";
+        let serial = filter.serial.map(|serial| serial.to_string());
+        let id = filter.id.as_ref().map(SpiffeId::as_str);
+        let host = filter.host.as_ref().map(ServiceName::as_str);
+        let key = filter.key.map(|key| key.to_string());
+        self.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &limit], |row| {
+            Ok(IssuedSerial {
+                serial: parsed(row, 0)?,
+                id: parsed(row, 1)?,
+                instance: optional(row, 2, InstanceId::parse)?,
+                host: optional(row, 3, ServiceName::parse)?,
+                key: optional(row, 4, str::parse)?,
+                issued_at_ms: unsigned(row, 5)?,
+                expires_at_ms: unsigned(row, 6)?,
+            })
+        })
+    }
+
+    fn put_revocations(
+        &mut self,
+        revoked: &[Revocation],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError> {
+        self.write(|t| {
+            let last = |t: &rusqlite::Transaction<'_>| {
+                t.query_row("SELECT coalesce(max(seq), 0) FROM signals", [], |row| unsigned(row, 0))
+            };
+            let mut sequence = last(t)?;
+            let ended = "DELETE FROM signals WHERE expires_at_ms < ?1 AND seq < ?2";
+            t.execute(ended, params![signed(by.at_ms), signed(sequence)])?;
+            let held: u64 = t.query_row("SELECT count(*) FROM signals", [], |row| unsigned(row, 0))?;
+            let known = "SELECT 1 FROM signals WHERE serial = ?1";
+            let insert = "INSERT INTO signals (seq, serial, expires_at_ms, at_ms, actor, reason)
+                          VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+            let (mut known, mut insert) = (t.prepare_cached(known)?, t.prepare_cached(insert)?);
+            let mut new = Vec::new();
+            for one in revoked {
+                if !known.exists([one.serial.to_string()])? {
+                    new.push(one);
+                }
+            }
+            if held + new.len() as u64 > u64::from(max) {
+                return Ok(None);
+            }
+            for Revocation { serial, expires_at_ms } in new {
+                sequence += 1;
+                let (serial, expires_at_ms, at_ms) = (serial.to_string(), signed(*expires_at_ms), signed(by.at_ms));
+                insert.execute(params![signed(sequence), serial, expires_at_ms, at_ms, by.by, by.reason])?;
+            }
+            Ok(Some(SignalSeq(sequence)))
+        })
+    }
+
+    fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
+        let sql = "SELECT seq, serial, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > ?1 ORDER BY seq";
+        self.rows(sql, &[&signed(after.0)], |row| {
+            Ok(StoredSignal {
+                sequence: SignalSeq(unsigned(row, 0)?),
+                revoked: Revocation { serial: parsed(row, 1)?, expires_at_ms: unsigned(row, 2)? },
+                by: RevokedBy { at_ms: unsigned(row, 3)?, by: row.get(4)?, reason: row.get(5)? },
+            })
         })
     }
 
@@ -955,8 +1051,7 @@ fn stored_proposal(row: &Row<'_>) -> rusqlite::Result<StoredProposal> {
 }
 
 fn names_of_text(column: usize, text: &str) -> rusqlite::Result<BTreeSet<ServiceName>> {
-    serde_json::from_str(text)
-        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e)))
+    serde_json::from_str(text).map_err(|error| misread(column, error))
 }
 
 fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
@@ -965,8 +1060,25 @@ fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
 
 fn name<T>(row: &Row<'_>, column: usize, parse: fn(&str) -> Result<T, NameError>) -> rusqlite::Result<T> {
     let text: String = row.get(column)?;
-    parse(&text)
-        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(e)))
+    parse(&text).map_err(|error| misread(column, error))
+}
+
+fn parsed<T: FromStr<Err: Error + Send + Sync + 'static>>(row: &Row<'_>, column: usize) -> rusqlite::Result<T> {
+    let text: String = row.get(column)?;
+    text.parse().map_err(|error| misread(column, error))
+}
+
+fn optional<T, E: Error + Send + Sync + 'static>(
+    row: &Row<'_>,
+    column: usize,
+    parse: fn(&str) -> Result<T, E>,
+) -> rusqlite::Result<Option<T>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| parse(&text)).transpose().map_err(|error| misread(column, error))
+}
+
+fn misread(column: usize, error: impl Error + Send + Sync + 'static) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, Box::new(error))
 }
 
 #[cfg(test)]

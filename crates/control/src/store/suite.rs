@@ -184,6 +184,7 @@ fn each_replica_replaces_its_own_instances_and_takes_over_those_that_moved_to_it
             revision: Revision(1),
             error: None,
             artifact: Some(Digest::of(id.as_bytes())),
+            signals: SignalSeq(4),
         };
         store.put_instances("one", &[instance("web/1", "h1"), instance("web/2", "h2")]).unwrap();
         store.put_instances("two", &[instance("web/2", "h2"), instance("web/3", "h3")]).unwrap();
@@ -197,6 +198,7 @@ fn each_replica_replaces_its_own_instances_and_takes_over_those_that_moved_to_it
             instance: countersign_core::identity::InstanceId::parse(id).unwrap(),
             revision: Revision(revision),
             error: error.map(str::to_owned),
+            signals: SignalSeq(if revision == 1 { 4 } else { 6 }),
         };
         let given = [enforces("web/2", 9, None), enforces("web/4", 3, Some("a text is missing"))];
         store.put_acknowledgements("one", &given).unwrap();
@@ -206,6 +208,68 @@ fn each_replica_replaces_its_own_instances_and_takes_over_those_that_moved_to_it
         assert_eq!(of_two, [enforces("web/2", 1, None), enforces("web/3", 1, None)]);
         assert_eq!(store.beat("one", 60_000).unwrap(), Vec::<String>::new());
         assert_eq!(store.beat("two", 60_000).unwrap(), ["one"]);
+    });
+}
+
+#[test]
+fn certificates_are_found_by_what_they_are_for_until_they_expire() {
+    on_each(|store| {
+        let issued = |n: u8, service: &str, on: Option<&str>, expires_at_ms| IssuedSerial {
+            serial: format!("{n:032x}").parse().unwrap(),
+            id: format!("spiffe://shop.example/{service}").parse().unwrap(),
+            instance: Some(countersign_core::identity::InstanceId::parse(&format!("{service}/1")).unwrap()),
+            host: on.map(host),
+            key: on.map(|on| Digest::of(on.as_bytes())),
+            issued_at_ms: u64::from(n),
+            expires_at_ms,
+        };
+        let all = [issued(1, "web", Some("h1"), 50), issued(2, "web", Some("h2"), 100), issued(3, "db", None, 100)];
+        all.iter().for_each(|one| store.put_serial(one).unwrap());
+        let everything = IdentityFilter::default();
+        let of =
+            |serial: u8| IdentityFilter { serial: Some(all[usize::from(serial) - 1].serial), ..everything.clone() };
+        let web = IdentityFilter { id: Some(all[0].id.clone()), ..everything.clone() };
+        let h2 = IdentityFilter { host: Some(host("h2")), ..everything.clone() };
+        let key = IdentityFilter { key: all[0].key, ..everything.clone() };
+        let both = IdentityFilter { host: Some(host("h2")), ..key.clone() };
+        for (filter, now_ms, limit, expected) in [
+            (&everything, 50, 10, &[3, 2, 1][..]),
+            (&everything, 51, 10, &[3, 2]),
+            (&everything, 0, 2, &[3, 2]),
+            (&of(2), 0, 10, &[2]),
+            (&web, 0, 10, &[2, 1]),
+            (&h2, 0, 10, &[2]),
+            (&key, 0, 10, &[1]),
+            (&both, 0, 10, &[]),
+        ] {
+            let found = store.serials(filter, now_ms, limit).unwrap();
+            let expected: Vec<_> = expected.iter().map(|n| all[*n - 1].clone()).collect();
+            assert_eq!(found, expected, "{filter:?} at {now_ms}");
+        }
+    });
+}
+
+#[test]
+fn a_revocation_has_one_number_for_ever_and_is_forgotten_when_its_certificate_has_expired() {
+    on_each(|store| {
+        let revoked = |n: u8, expires_at_ms| Revocation { serial: format!("{n:032x}").parse().unwrap(), expires_at_ms };
+        let by = |at_ms| RevokedBy { at_ms, by: "alice".into(), reason: "lost".into() };
+        let numbers = |store: &mut dyn Store, after| {
+            let signals = store.signals(SignalSeq(after)).unwrap();
+            signals.iter().map(|signal| (signal.sequence.0, signal.revoked)).collect::<Vec<_>>()
+        };
+        let [one, two, three] = [revoked(1, 10), revoked(2, 100), revoked(3, 100)];
+        assert_eq!(store.put_revocations(&[], &by(1), 3).unwrap(), Some(SignalSeq(0)));
+        assert_eq!(store.put_revocations(&[one, two], &by(1), 3).unwrap(), Some(SignalSeq(2)));
+        assert_eq!(store.put_revocations(&[two, three], &by(2), 3).unwrap(), Some(SignalSeq(3)));
+        assert_eq!(numbers(store, 0), [(1, one), (2, two), (3, three)]);
+        assert_eq!(numbers(store, 2), [(3, three)]);
+        assert_eq!(store.signals(SignalSeq(0)).unwrap()[1].by, by(1), "the first to revoke it");
+        assert_eq!(store.put_revocations(&[revoked(4, 100), revoked(5, 100)], &by(11), 3).unwrap(), None, "no room");
+        assert_eq!(store.put_revocations(&[revoked(4, 100)], &by(11), 3).unwrap(), Some(SignalSeq(4)));
+        assert_eq!(numbers(store, 0).iter().map(|(number, _)| *number).collect::<Vec<_>>(), [2, 3, 4]);
+        assert_eq!(store.put_revocations(&[], &by(200), 3).unwrap(), Some(SignalSeq(4)), "no number comes twice");
+        assert_eq!(numbers(store, 0).len(), 1);
     });
 }
 

@@ -280,6 +280,20 @@ impl<S: Store> Store for Faulty<S> {
     fn put_serial(&mut self, serial: &IssuedSerial) -> Result<(), StoreError> {
         self.write("put_serial", |inner| inner.put_serial(serial))
     }
+    fn serials(&mut self, filter: &IdentityFilter, now_ms: u64, limit: u32) -> Result<Vec<IssuedSerial>, StoreError> {
+        self.inner.serials(filter, now_ms, limit)
+    }
+    fn put_revocations(
+        &mut self,
+        revoked: &[Revocation],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError> {
+        self.write("put_revocations", |inner| inner.put_revocations(revoked, by, max))
+    }
+    fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
+        self.inner.signals(after)
+    }
     fn put_report(&mut self, records: &[DecisionRecord], edges: &[EdgeCount], now_ms: u64) -> Result<(), StoreError> {
         self.write("put_report", |inner| inner.put_report(records, edges, now_ms))
     }

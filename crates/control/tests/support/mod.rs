@@ -305,7 +305,7 @@ impl Stream {
     }
 
     pub async fn acknowledge(&self, instance: &str, revision: u64) {
-        let instances = vec![mesh::InstanceRevision { instance: instance.into(), revision, error: String::new() }];
+        let instances = vec![mesh::InstanceRevision { instance: instance.into(), revision, ..Default::default() }];
         self.say(Said::Acknowledgement(mesh::Acknowledgement { instances })).await;
     }
 

@@ -1,5 +1,5 @@
 //! What an operator does that changes nothing in the ledger, and is judged by the change gate all the same: reading what the mesh
-//! recorded, taking the ledger along, letting a host in.
+//! recorded, taking the ledger along, letting a host in, revoking identities.
 //!
 //! Nothing is countersigned here: there is no change-set that somebody could stand behind. What was shown is
 //! shown for one act; being signed in says who asks, and meets no obligation.
@@ -29,6 +29,8 @@ pub enum Act {
     ExportLedger,
     /// A join token for one more host.
     InviteHost,
+    /// Certificates that are good for nothing from now on.
+    RevokeIdentity,
 }
 
 /// The question put to the change gate.
@@ -52,7 +54,8 @@ pub struct AskedTo<'a> {
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::ReadLedger, Self::ReadDecisions, Self::ExportLedger, Self::InviteHost];
+    pub const ALL: [Self; 5] =
+        [Self::ReadLedger, Self::ReadDecisions, Self::ExportLedger, Self::InviteHost, Self::RevokeIdentity];
 
     /// The act as the gate spells it.
     pub fn as_str(self) -> &'static str {
@@ -61,12 +64,13 @@ impl Act {
             Self::ReadDecisions => "read_decisions",
             Self::ExportLedger => "export_ledger",
             Self::InviteHost => "invite_host",
+            Self::RevokeIdentity => "revoke_identity",
         }
     }
 
     /// Whether it only reads. What was shown for reading is good for some minutes; what was shown for anything else, once.
     pub fn only_reads(self) -> bool {
-        self != Self::InviteHost
+        matches!(self, Self::ReadLedger | Self::ReadDecisions | Self::ExportLedger)
     }
 }
 
@@ -77,6 +81,7 @@ impl fmt::Display for Act {
             Self::ReadDecisions => "reading decisions",
             Self::ExportLedger => "exporting the ledger",
             Self::InviteHost => "inviting a host",
+            Self::RevokeIdentity => "revoking an identity",
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Takes up views, one at a time, away from the threads that carry traffic, and acknowledges each when it holds.
+//! Takes up views, one at a time, away from the threads that carry traffic, and signals, at once; acknowledges each when it holds.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use countersign_core::{change::Revision, view::View};
 use parking_lot::Mutex;
 use tokio::{
     runtime::Handle,
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     task::spawn_blocking,
 };
 use tracing::{info, warn};
@@ -74,11 +74,27 @@ pub(super) async fn run(
         }
         let revision = shared.revision().unwrap_or_default();
         let instance = String::new(); // the agent knows
-        let applied = InstanceRevision { instance, revision: revision.0, error: refused.clone().unwrap_or_default() };
+        let applied = InstanceRevision {
+            instance,
+            revision: revision.0,
+            error: refused.clone().unwrap_or_default(),
+            ..InstanceRevision::default()
+        };
         if refused.is_none() {
             info!(revision = revision.0, "view enforced");
         }
         if say.send(message(sidecar_message::Message::Applied(applied))).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Ends what signals revoked, and says so, until the agent is gone: not in turn with views, whose compiling takes its time.
+pub(super) async fn heed(shared: Arc<Shared>, mut heard: watch::Receiver<()>, say: mpsc::Sender<SidecarMessage>) {
+    while heard.changed().await.is_ok() {
+        let sequence = shared.end_revoked().await;
+        info!(signal = sequence.0, "signals heeded");
+        if say.send(message(sidecar_message::Message::Heeded(sequence.0))).await.is_err() {
             return;
         }
     }

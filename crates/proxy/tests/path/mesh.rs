@@ -77,6 +77,7 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.subject_alt_names =
             vec![SanType::URI(trust_domain().workload(&name(service)).as_str().try_into().unwrap())];
+        params.serial_number = Some((u128::from(fastrand::u64(..)) | 0x40 << 120).to_be_bytes().to_vec().into());
         params.not_before = until - time::Duration::DAY;
         params.not_after = until;
         let key = KeyPair::generate().unwrap();

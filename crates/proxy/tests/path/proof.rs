@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use countersign_api::svid::X509Svid;
 use countersign_core::{
     record::End,
     service::Protocol::{self, Http},
+    signal::{Revocation, SignalSeq, Signals},
 };
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, body::Incoming};
@@ -102,6 +104,66 @@ async fn an_expired_svid_ends_what_is_open() {
     let records = catalog.records.lock().unwrap().clone();
     assert_eq!(records[0].ended.as_ref().unwrap().how, End::Cut);
     assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("certificate-refused")), "nothing new either");
+}
+
+fn revoking(svids: &[&X509Svid]) -> Signals {
+    let revoked = svids.iter().map(|svid| Revocation { serial: svid.serial().unwrap(), expires_at_ms: u64::MAX });
+    let mut signals = Signals::default();
+    signals.welcome(SignalSeq(1), revoked);
+    signals
+}
+
+/// PROVES (revoked-proves-nothing)
+/// PROVES (heeded-is-cut)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_whose_svid_is_revoked_is_cut_off_before_that_is_acknowledged_and_comes_back_with_another() {
+    let Mesh { old, web, batch, catalog, .. } = mesh().await;
+    let shown = web.shared.identity().unwrap().svid();
+    let (mut cut, mut kept) = (events(&web).await, events(&batch).await);
+    assert!(goes_on(&mut cut, Duration::from_millis(200)).await);
+    catalog.shared.heed(revoking(&[&shown]));
+    assert_eq!(catalog.shared.end_revoked().await, SignalSeq(1));
+    let ends: Vec<_> = catalog.records.lock().unwrap().iter().filter_map(|record| record.ended.clone()).collect();
+    assert!(ends.iter().all(|ended| ended.how == End::Cut), "{ends:?}");
+    let answer = web.get("http://catalog.mesh/").await;
+    assert!(matches!(answer.seen(), (503, Some("unproven" | "certificate-refused"))), "{:?}", answer.seen());
+    assert!(!goes_on(&mut cut, Duration::from_secs(2)).await);
+    assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("certificate-refused")), "no new connection");
+    assert!(goes_on(&mut kept, Duration::from_millis(500)).await, "the other caller does not notice");
+    web.shared.set_svid(old.svid("web"));
+    let back = async {
+        while web.get("http://catalog.mesh/").await.status != 200 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(Duration::from_secs(5), back).await.expect("another SVID is good");
+}
+
+/// PROVES (revoked-proves-nothing)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_callee_whose_svid_is_revoked_is_left() {
+    let Mesh { web, batch, catalog, .. } = mesh().await;
+    let shown = catalog.shared.identity().unwrap().svid();
+    let (mut cut, mut kept) = (events(&web).await, events(&batch).await);
+    assert!(goes_on(&mut cut, Duration::from_millis(200)).await);
+    web.shared.heed(revoking(&[&shown]));
+    web.shared.end_revoked().await;
+    assert!(!goes_on(&mut cut, Duration::from_secs(2)).await);
+    assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("unreachable")));
+    assert!(goes_on(&mut kept, Duration::from_millis(500)).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_revoked_before_a_sidecar_had_an_identity_is_believed_by_it_never() {
+    let app = Workload::http().await;
+    let authority = Authority::new("shop.example");
+    let start = |service, app| Sidecar::start(service, "1", app);
+    let (web, catalog) = (start("web", None), start("catalog", Some(app.address)));
+    web.ready(&authority, &Plan::new(SERVICES, EVERYONE), &[&catalog]).await;
+    let shown = web.shared.identity().unwrap().svid();
+    catalog.shared.heed(revoking(&[&shown]));
+    catalog.ready(&authority, &Plan::new(SERVICES, EVERYONE), &[&catalog]).await;
+    assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("certificate-refused")));
 }
 
 #[tokio::test(flavor = "multi_thread")]

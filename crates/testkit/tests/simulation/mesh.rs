@@ -309,7 +309,7 @@ impl Mesh {
             root: Bytes::copy_from_slice(&root.0),
             ..mesh::FollowHello::default()
         };
-        let joined = self.control.publisher.join(&hello, &host.name, self.now_ms);
+        let joined = self.control.publisher.join(&hello, &host.name, None, self.now_ms);
         self.control.stored_hosts.insert(host.name.clone(), joined.host.clone());
         let welcome = self.control.welcome(revision, &joined);
         host.stream = Some(Stream {
@@ -661,7 +661,7 @@ impl Control {
             keyring_json: Bytes::new(),
         });
         let discovery = Some(joined.discovery.clone());
-        mesh::Welcome { snapshot, entries: Some(entries), discovery, bundle: None, head: None }
+        mesh::Welcome { snapshot, entries: Some(entries), discovery, bundle: None, head: None, signals: None }
     }
 }
 
@@ -851,7 +851,7 @@ impl Proxy {
     fn says(&self, enforces: Revision) -> [Said; 2] {
         let instance = self.instance.to_string();
         let revision =
-            mesh::InstanceRevision { instance: instance.clone(), revision: enforces.0, error: String::new() };
+            mesh::InstanceRevision { instance: instance.clone(), revision: enforces.0, ..Default::default() };
         let address = "127.0.0.1:1".to_owned();
         [
             Said::Up(mesh::InstanceUp { instance, address, ready: true, ..mesh::InstanceUp::default() }),
