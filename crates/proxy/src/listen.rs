@@ -256,19 +256,20 @@ mod tests {
         let serving = serve(theirs, false);
         let sockets = Sockets::brokered(ours).unwrap();
         let ready = sockets.broker.as_ref().unwrap().ready.clone();
-        let full = || {
-            (0..400).any(|_| {
-                ready.lock().len() == IN_ADVANCE || {
+        let holds = |count: usize| {
+            (0..4_000).any(|_| {
+                ready.lock().len() >= count || {
                     thread::sleep(Duration::from_millis(5));
                     false
                 }
             })
         };
-        assert!(full(), "nothing was fetched in advance");
+        assert!(holds(IN_ADVANCE), "nothing was fetched in advance");
         for _ in 0..100 {
             sockets.socket().unwrap();
         }
-        assert!(full());
+        // They are fetched when half of them are gone: what is left may be any number above that.
+        assert!(holds(IN_ADVANCE / 2));
         drop(sockets);
         drop(ready);
         assert!(serving.join().unwrap() <= 100 + 2 * IN_ADVANCE);
