@@ -24,6 +24,7 @@ use countersign_core::{
 
 use crate::{
     Plane,
+    audit::{self, Event},
     ceremony::{self, CEREMONY_LIFETIME_MS},
     local_api::{problem, store_problem},
     mfa::{self, CodeRefused, ShownFactor, key},
@@ -118,9 +119,12 @@ pub async fn pass(plane: &Plane, act: Act, by: By<'_>, shown: &Shown) -> Result<
     }
     if answer != Answer::Permit {
         tracing::info!(operator = %asked.operator, act = act.as_str(), "an act was not let pass");
-        return Err(refusal(plane, &asked, by, &answer, why.as_ref()).await);
+        let refused = refusal(plane, &asked, by, &answer, why.as_ref()).await;
+        let (operator, why) = (asked.operator.clone(), audit::cut(&*refused.title));
+        plane.tell(Event::NotPassed { operator, act, from: by.into(), why });
+        return Err(refused);
     }
-    tell(&asked, by);
+    tell(plane, &asked, by).await?;
     Ok(Opened { operator: Some(asked.operator), act, until_ms })
 }
 
@@ -130,14 +134,32 @@ pub async fn may(plane: &Plane, act: Act, session: &Session) -> Result<Answer, P
     needed(plane, &asked, session).await
 }
 
-/// Whoever reads what is sensitive is written down.
-fn tell(asked: &Asked, by: By<'_>) {
+/// Whoever reads what is sensitive, or lets a host in, is written down before it is done. What takes something away does not wait
+/// for a disk.
+async fn tell(plane: &Plane, asked: &Asked, by: By<'_>) -> Result<(), Problem> {
+    let passed = Event::Passed { operator: asked.operator.clone(), act: asked.act, from: by.into() };
+    match asked.act {
+        Act::ReadLedger => return Ok(()),
+        Act::RevokeIdentity => plane.tell(passed),
+        Act::ReadDecisions | Act::ExportLedger | Act::InviteHost => {
+            plane.audit.keep(plane.clock.now_ms(), passed).await?;
+        }
+    }
     let (operator, act) = (&asked.operator, asked.act.as_str());
     match by {
-        _ if asked.act == Act::ReadLedger => {}
         By::Socket(_) => tracing::info!(%operator, act, origin = "socket", "an act passed the gate"),
         By::Session(session) => {
             tracing::info!(%operator, act, origin = %session.address, session = &session.id[..12], "an act passed the gate");
+        }
+    }
+    Ok(())
+}
+
+impl From<By<'_>> for audit::From {
+    fn from(by: By<'_>) -> Self {
+        match by {
+            By::Socket(_) => Self::Socket,
+            By::Session(session) => Self::Session { address: session.address, session: audit::short(&session.id) },
         }
     }
 }

@@ -42,6 +42,7 @@ use countersign_core::{
 
 use crate::{
     Plane,
+    audit::{self, Identity},
     authority::{AuthorityError, SigningRequest, jwt_key::SignedJwtSvid},
     enrol::Enrolment,
     ledger::{Ledger, PAGE_ENTRIES},
@@ -454,6 +455,12 @@ impl mesh::mesh_server::Mesh for Agents {
         plane.publisher.registry(|registry| registry.issued(&host, &instance, issued.expires_at_ms));
         plane.metrics.issued("workload");
         tracing::info!(instance = %instance, host = %host, expires_at_ms = issued.expires_at_ms, "svid issued");
+        plane.tell(audit::Event::Issued {
+            what: Identity::Workload,
+            name: instance.to_string(),
+            host: host.to_string(),
+            expires_at_ms: issued.expires_at_ms,
+        });
         Ok(Response::new(authority.to_message(issued)))
     }
 
@@ -474,6 +481,12 @@ impl mesh::mesh_server::Mesh for Agents {
         let audience = asked.audience.join(" ");
         tracing::info!(instance = %instance, host = %host, audience, expires_at_ms = signed.expires_at_ms, "jwt-svid issued");
         let SignedJwtSvid { token, issued_at_ms, expires_at_ms } = signed;
+        self.0.tell(audit::Event::Issued {
+            what: Identity::Jwt,
+            name: instance.to_string(),
+            host: host.to_string(),
+            expires_at_ms,
+        });
         Ok(Response::new(mesh::IssueJwtSvidResponse { token, issued_at_ms, expires_at_ms }))
     }
 
@@ -486,6 +499,8 @@ impl mesh::mesh_server::Mesh for Agents {
         let authority = self.0.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
         let issued = authority.issue_agent(&host, &signing_request).await.map_err(|e| refused(&e))?;
         self.0.metrics.issued("agent");
+        let (name, expires_at_ms) = (host.to_string(), issued.expires_at_ms);
+        self.0.tell(audit::Event::Issued { what: Identity::Agent, name: name.clone(), host: name, expires_at_ms });
         Ok(Response::new(authority.to_message(issued)))
     }
 }

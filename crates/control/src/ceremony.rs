@@ -24,6 +24,7 @@ use countersign_core::{
 
 use crate::{
     Plane,
+    audit::Event,
     local_api::{problem, store_problem},
     mfa,
     store::{Document, StoreError},
@@ -171,6 +172,7 @@ pub async fn count(plane: &Plane, operator: &OperatorName, factor: &FactorId, fo
     keep_count(plane, factor, found).await.map_err(|why| {
         if matches!(why, Uncounted::Refused(_)) {
             tracing::error!(%operator, %why, "a key may have been cloned");
+            plane.tell(Event::KeyCloned { operator: operator.clone() });
         }
         why.problem()
     })
@@ -253,6 +255,7 @@ mod tests {
                 witnesses: Default::default(),
                 site: None,
                 pipelines: Default::default(),
+                audit: None,
             };
             let clock = Clock::from_fn(move || told.load(Ordering::Relaxed));
             let control = start_with_clock(config, clock).await.unwrap();

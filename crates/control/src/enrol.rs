@@ -14,6 +14,7 @@ use countersign_core::{canonical::Digest, identity::ServiceName, keyring::Pins};
 
 use crate::{
     Plane,
+    audit::{Event, Identity},
     authority::SigningRequest,
     local_api::problem,
     store::{NewInvitation, Spent, StoreError},
@@ -139,6 +140,7 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
         Spent::Unknown => return Err(unknown()),
         Spent::Used => {
             tracing::warn!(%host, "a join token was shown a second time: whoever used it first may not be who was invited");
+            plane.tell(Event::JoinTokenReused { host: host.to_string() });
             return Err(tonic::Status::unauthenticated("the join token was used before; a token is good for one join"));
         }
         Spent::Expired => return Err(tonic::Status::unauthenticated("the join token has expired")),
@@ -150,6 +152,8 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
     })?;
     plane.metrics.issued("agent");
     tracing::info!(host = %host, "host joined");
+    let (name, expires_at_ms) = (host.to_string(), issued.expires_at_ms);
+    plane.tell(Event::Issued { what: Identity::Agent, name: name.clone(), host: name, expires_at_ms });
     Ok(mesh::JoinResponse { svid: Some(authority.to_message(issued)) })
 }
 

@@ -14,6 +14,7 @@ use countersign_core::{
 use crate::{
     Plane,
     acts::{self, By},
+    audit::{self, Event},
     local_api::{problem, store_problem},
     store::{IssuedSerial, Store, StoreError, StoredSignal},
 };
@@ -24,6 +25,8 @@ pub const REVOKED_MAX: u32 = 65_536;
 pub const IDENTITIES_MAX: u32 = 10_000;
 /// Longest reason, in characters.
 const REASON_CHARS_MAX: usize = 256;
+/// Identities that the audit trail names of those that were revoked together.
+const NAMES_TOLD: usize = 16;
 
 /// Takes in the signals that are in the store and not known yet.
 pub async fn catch_up(plane: &Plane) -> Result<(), StoreError> {
@@ -97,6 +100,9 @@ pub async fn revoke(plane: &Plane, asked: RevokeAs, by: By<'_>) -> Result<Revoke
     plane.metrics.revoked.inc_by(revoked.identities.len() as u64);
     let (signal, count) = (revoked.signal.0, revoked.identities.len());
     tracing::warn!(by = by.by, reason = by.reason, signal, count, meant = ?identities, "identities were revoked");
+    let names = revoked.identities.iter().take(NAMES_TOLD).map(|one| one.id.to_string()).collect();
+    let (by, reason) = (by.by.clone(), audit::cut(by.reason.as_str()));
+    plane.tell(Event::Revoked { by, reason, signal, count, names });
     Ok(revoked)
 }
 

@@ -55,6 +55,7 @@ use countersign_api::{
 };
 use countersign_core::{
     change::Revision,
+    gate::Answer,
     identity::{ServiceName, TrustDomain},
     ledger::Entry,
 };
@@ -62,6 +63,7 @@ use countersign_core::{
 pub mod acts;
 pub mod advertise;
 pub mod agents;
+mod audit;
 pub mod authority;
 pub mod ceremony;
 pub mod checkpoint;
@@ -88,7 +90,10 @@ pub mod site;
 pub mod store;
 pub mod witness;
 
+pub use audit::{AUDIT_FILE, AuditError};
+
 use advertise::{Advertise, Advertised, Own};
+use audit::{Audit, Event};
 use authority::{
     Authority, AuthorityError, SVID_LIFETIME,
     log_key::LogKey,
@@ -151,6 +156,8 @@ pub struct ControlConfig {
     pub site: Option<SiteConfig>,
     /// Where pipelines propose.
     pub pipelines: pipelines::Settings,
+    /// The file of the audit trail; nothing is written down unless given.
+    pub audit: Option<PathBuf>,
 }
 
 /// A running control plane.
@@ -245,6 +252,9 @@ pub enum StartError {
     /// Browsers cannot be served.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// What is done cannot be written down.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// The mesh in the ledger is another one.
     #[error("the ledger in `{data_dir}` is of mesh `{found}`, not of `{wanted}`")]
     OtherMesh {
@@ -296,6 +306,7 @@ impl StartError {
             Self::Pipelines(error) => error.help().into(),
             Self::Mark(error) => format!("make {} readable, or remove it to start without it", error.path.display()),
             Self::Site(error) => error.help(),
+            Self::Audit(error) => error.help(),
             Self::OtherMesh { .. } => {
                 "a trust domain is for life: correct `trust_domain` in mesh.toml, or use another --data-dir".into()
             }
@@ -323,6 +334,8 @@ pub struct Plane {
     pub metrics: Arc<Metrics>,
     /// When it started, in milliseconds since 1970.
     pub started_at_ms: u64,
+    /// What is done is written down.
+    pub(crate) audit: Audit,
     /// Where agents connect.
     pub listen: SocketAddr,
     /// Where browsers are served.
@@ -369,6 +382,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         witnesses,
         site,
         pipelines,
+        audit,
     } = config;
     let (providers, certificate) = (pipelines.providers()?, pipelines.tls()?);
     let socket = data_dir.join(CONTROL_SOCKET);
@@ -377,6 +391,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     }
     make_private_dir(&data_dir)?;
     let lock = lock(&data_dir)?;
+    let audit = audit.as_deref().map(Audit::open).transpose()?.unwrap_or_default();
     let metrics = Arc::new(Metrics::default());
     let (path, shared) = (data_dir.join(STORE_FILE), store.clone());
     let opened = tokio::task::spawn_blocking(move || -> Result<Box<dyn Store>, StoreError> {
@@ -459,6 +474,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         checkpoints: Checkpoints::new(witnesses),
         metrics,
         started_at_ms: now_ms,
+        audit,
         listen,
         site: served,
         attempts: Attempts::default(),
@@ -517,6 +533,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     }
     // It ends by itself when told to stop: agents are told that their connection goes.
     tasks.spawn(serve_agents(plane.clone(), listener, stopping));
+    plane.tell(Event::Started);
     tracing::info!(%listen, revision = plane.ledger.head().follower.revision().0, "control plane started");
     Ok(Control {
         listen,
@@ -587,12 +604,19 @@ impl Control {
             tasks.shutdown().await;
         }
         let _ = self.plane.write_instances().await;
+        // It comes after everything that was told before, and nothing comes after it.
+        let _ = self.plane.audit.keep(self.plane.clock.now_ms(), Event::Stopped).await;
         let _ = fs::remove_file(&self.socket);
         tracing::info!("control plane stopped");
     }
 }
 
 impl Plane {
+    /// Writes an event down.
+    pub(crate) fn tell(&self, event: Event) {
+        self.audit.tell(self.clock.now_ms(), event);
+    }
+
     /// The authority, once there is a mesh.
     pub fn authority(&self) -> Option<Arc<Authority>> {
         self.authority.read().clone()
@@ -605,7 +629,14 @@ impl Plane {
         let unprotected = (!is_protected).then(|| unprotected.to_owned());
         let waiting = sealing::waiting(self);
         let recovered = recover::told(self.ledger.head().follower.state(), mfa::seconds(self.clock.now_ms()));
-        unprotected.into_iter().chain(recovered).chain(waiting).chain(self.warnings.read().values().cloned()).collect()
+        let unwritten = self.audit.failing().map(|why| format!("the audit trail cannot be written: {why}"));
+        unprotected
+            .into_iter()
+            .chain(unwritten)
+            .chain(recovered)
+            .chain(waiting)
+            .chain(self.warnings.read().values().cloned())
+            .collect()
     }
 
     /// The flow of a change: gate, ledger, and what follows from it.
@@ -629,11 +660,18 @@ impl Plane {
         let (gate, head) = (self.gate.clone(), self.ledger.head());
         let (before, now_seconds) = (head.clone(), mfa::seconds(asked_at_ms));
         // Parsing ten thousand policies takes a second: not on a thread that serves others.
+        let author = audit::author_of(&petitioner);
         let judged =
             tokio::task::spawn_blocking(move || gate.admit_of(asked, &petitioner, &head, own.as_ref(), now_seconds));
         let admitted = match judged.await.map_err(|_| local_api::append_problem(ledger::AppendError::Stopping))? {
             Ok(admitted) => admitted,
-            Err(refused) => return Ok(Err(refused)),
+            Err(refused) => {
+                if let Refused::Gate { answer: Answer::Deny(denied), digest } = &refused {
+                    let why = audit::cut(denied.join(", "));
+                    self.tell(Event::ChangeDenied { actor: author, digest: digest.to_string(), why });
+                }
+                return Ok(Err(refused));
+            }
         };
         let actor = admitted.actor().to_owned();
         let appended = match self.ledger.append(admitted).await {
@@ -658,6 +696,7 @@ impl Plane {
         let last = appended.follower.snapshot().and_then(|snapshot| Entry::parse(&snapshot.last_entry).ok());
         let digest = last.map(|entry| entry.digest).unwrap_or_default();
         tracing::info!(revision = revision.0, digest = %digest.short(), %actor, "change applied");
+        audit::tell_change(self, &changes, before.follower.state(), &actor, revision.0, &digest);
         // Nobody need listen.
         let _ = self.changes.send(Changed {
             revision,

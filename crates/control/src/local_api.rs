@@ -37,6 +37,7 @@ use countersign_core::{
 use crate::{
     Plane,
     acts::{self, By},
+    audit,
     authority::log_key::SignError,
     ceremony, decisions, enrol, gate, identities,
     ledger::{AppendError, Head, PAGE_ENTRIES},
@@ -777,15 +778,16 @@ async fn end_sessions(
         which.operator.as_ref().is_none_or(|operator| *operator == session.operator)
             && which.id.as_ref().is_none_or(|id| session.id.starts_with(id.as_str()))
     });
-    let ids: Vec<String> = sessions.map(|session| session.id).collect();
-    if ids.is_empty() {
+    let sessions: Vec<Session> = sessions.collect();
+    if sessions.is_empty() {
         return Err(not_found(
             "there is no such session".into(),
             "`countersign session list` shows those that are open",
         ));
     }
-    let ended = ids.len();
-    session::end(&plane, ids).await.map_err(stored)?;
+    let ended = sessions.len();
+    let by = session.as_ref().map_or(audit::By::Socket, |session| audit::By::Operator(session.operator.clone()));
+    session::end(&plane, &sessions, by).await.map_err(stored)?;
     tracing::info!(ended, "sessions were ended");
     Ok(Json(SessionsEnded { ended }))
 }

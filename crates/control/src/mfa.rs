@@ -25,7 +25,9 @@ use countersign_core::{
 };
 
 use crate::{
-    Plane, ceremony,
+    Plane,
+    audit::{self, Event},
+    ceremony,
     gate::Petitioner,
     local_api::{problem, store_problem},
     proposals,
@@ -229,7 +231,9 @@ pub async fn prove(plane: &Plane, operator: &OperatorName, shown: &Shown) -> Res
     if let Some(oldest_ms) = count.await? {
         let again_in_seconds = (oldest_ms + GUESSES_WITHIN_MS).saturating_sub(now_ms).div_ceil(1000);
         tracing::warn!(%operator, again_in_seconds, "too many codes were tried");
-        return Err(CodeRefused::Throttled { again_in_seconds });
+        let why = CodeRefused::Throttled { again_in_seconds };
+        plane.tell(Event::FactorRefused { operator: operator.clone(), factor: kind, why: why.to_string() });
+        return Err(why);
     }
     let accepted = match kind {
         FactorKind::Totp => accept_totp(plane, operator, enrolled, &code, now_ms).await,
@@ -237,6 +241,7 @@ pub async fn prove(plane: &Plane, operator: &OperatorName, shown: &Shown) -> Res
     };
     if let Err(why) = accepted {
         tracing::info!(%operator, kind = kind.as_str(), %why, "a code was refused");
+        plane.tell(Event::FactorRefused { operator: operator.clone(), factor: kind, why: audit::cut(why.to_string()) });
         return Err(why);
     }
     let who = operator.clone();

@@ -21,6 +21,7 @@ use countersign_core::{
 
 use crate::{
     KEY_FILE, STORE_FILE, StartError,
+    audit::{self, Audit, Event},
     authority::seal::{Sealer, SealingKey},
     clock::Clock,
     gate::Admitted,
@@ -53,6 +54,8 @@ pub struct RecoverConfig {
     pub operator: OperatorName,
     /// Why, for the ledger.
     pub reason: String,
+    /// The file of the audit trail.
+    pub audit: PathBuf,
 }
 
 /// Proof that the key opened what this data directory's control plane sealed last.
@@ -69,6 +72,7 @@ pub struct Begun {
     storage: Storage,
     sealer: Arc<Sealer>,
     high_water: HighWater,
+    audit: Audit,
     clock: Clock,
     _lock: std::fs::File,
 }
@@ -149,7 +153,7 @@ impl From<StoreError> for RecoverError {
 /// INVARIANT (recovery-needs-the-key): nothing is appointed before the key opened what sealed the ledger's head, while no control
 /// plane runs on the directory.
 pub async fn begin(config: RecoverConfig, clock: Clock) -> Result<Begun, RecoverError> {
-    let RecoverConfig { data_dir, store, key, operator, reason } = config;
+    let RecoverConfig { data_dir, store, key, operator, reason, audit } = config;
     if reason.trim().is_empty() || reason.len() > REASON_BYTES_MAX {
         return Err(RecoverError::Reason);
     }
@@ -161,6 +165,7 @@ pub async fn begin(config: RecoverConfig, clock: Clock) -> Result<Begun, Recover
         make_private_dir(&data_dir)?;
     }
     let lock = lock(&data_dir)?;
+    let audit = Audit::open(&audit).map_err(StartError::from)?;
     let in_dir = |source| StartError::Io { path: data_dir.clone(), source };
     // On a thread of its own: the database's client has a runtime for itself.
     let opening = tokio::task::spawn_blocking(move || -> Result<Box<dyn Store>, StoreError> {
@@ -202,7 +207,20 @@ pub async fn begin(config: RecoverConfig, clock: Clock) -> Result<Begun, Recover
     aws_lc_rs::rand::fill(&mut secret).expect("INVARIANT: the system's random source does not fail");
     let otpauth = totp::uri(&secret, trust_domain.as_str(), operator.as_str());
     let held = KeyHeld(());
-    Ok(Begun { operator, reason, secret, otpauth, held, ledger, storage, sealer, high_water, clock, _lock: lock })
+    Ok(Begun {
+        operator,
+        reason,
+        secret,
+        otpauth,
+        held,
+        ledger,
+        storage,
+        sealer,
+        high_water,
+        audit,
+        clock,
+        _lock: lock,
+    })
 }
 
 impl Begun {
@@ -265,6 +283,12 @@ impl Begun {
             tracing::warn!(%error, "the ledger's high-water mark could not be written");
         }
         let revision = appended.follower.revision();
+        let (operator, reason) = (self.operator.clone(), audit::cut(self.reason.as_str()));
+        let recovered = Event::Recovered { operator, reason, revision: revision.0 };
+        // The ledger says it in any case.
+        if let Err(unwritten) = self.audit.keep(self.clock.now_ms(), recovered).await {
+            tracing::error!(why = unwritten.detail, "the recovery could not be written into the audit trail");
+        }
         tracing::warn!(operator = %self.operator, revision = revision.0, "the mesh was recovered past its gate");
         Ok(Recovered { operator: self.operator.clone(), factor, revision, removed, sealed, own_gate_stays })
     }

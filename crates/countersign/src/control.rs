@@ -6,7 +6,7 @@ use clap::Args;
 
 use countersign_api::run_file::{CONTROL_SOCKET, RunFile};
 use countersign_control::{
-    Control, ControlConfig,
+    AUDIT_FILE, Control, ControlConfig,
     advertise::Advertise,
     pipelines,
     site::{SiteConfig, place::TlsFiles},
@@ -47,6 +47,21 @@ impl PipelineArguments {
     pub fn settings(self) -> pipelines::Settings {
         let Self { api, api_cert, api_key, issuer_ca } = self;
         pipelines::Settings { listen: api, certificate: api_cert.zip(api_key), issuer_ca }
+    }
+}
+
+/// Where the audit trail is.
+#[derive(Debug, Args)]
+pub struct AuditArguments {
+    /// The file that says what operators did and were refused, in lines of JSON [default: audit.jsonl in the data directory]
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+}
+
+impl AuditArguments {
+    /// The file.
+    pub fn file(self, place: &Place) -> PathBuf {
+        self.audit_log.unwrap_or_else(|| place.data_dir.join(AUDIT_FILE))
     }
 }
 
@@ -92,6 +107,9 @@ pub struct ControlArguments {
     /// Where pipelines propose
     #[command(flatten)]
     pub pipelines: PipelineArguments,
+    /// Where what operators do is written down
+    #[command(flatten)]
+    pub audit: AuditArguments,
     /// The PostgreSQL database that several control planes share [default: a file]
     #[arg(long, value_name = "URL", env = "COUNTERSIGN_STORE", hide_env_values = true)]
     pub store: Option<String>,
@@ -126,6 +144,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         witnesses: arguments.witnesses.witnesses()?,
         site,
         pipelines: arguments.pipelines.settings(),
+        audit: Some(arguments.audit.file(&place)),
     };
     let control = start(config).await?;
     telemetry.follow(&control, trust_domain.as_ref());

@@ -13,7 +13,7 @@ use countersign_control::{
 use countersign_core::identity::OperatorName;
 
 use crate::{
-    control,
+    control::{self, AuditArguments},
     error::{Done, Failure},
     mesh_finder::Place,
     qr,
@@ -40,6 +40,9 @@ pub struct Recover {
     /// What seals the mesh's keys
     #[command(flatten)]
     pub key: SealingKeyArguments,
+    /// Where the control plane writes what operators do: the recovery is written there too
+    #[command(flatten)]
+    pub audit: AuditArguments,
 }
 
 /// Recovers the mesh at `place`, which does not run.
@@ -56,6 +59,7 @@ pub async fn recover(arguments: Recover, place: &Place, output: Output) -> Done 
         key: arguments.key.place()?,
         operator: arguments.operator.clone(),
         reason: arguments.reason,
+        audit: arguments.audit.file(place),
     };
     let begun = recover::begin(config, Clock::system()).await.map_err(failed)?;
     let paint = Paint::stderr();

@@ -31,7 +31,7 @@ use crate::{
     change, cli,
     cli::Global,
     client::{Client, shown},
-    control::{self, PipelineArguments},
+    control::{self, AuditArguments, PipelineArguments},
     error::{Done, Failure},
     glance::{self, Glance},
     ledger::WitnessArguments,
@@ -76,6 +76,9 @@ pub struct Up {
     /// Where pipelines propose
     #[command(flatten)]
     pub pipelines: PipelineArguments,
+    /// Where what operators do is written down
+    #[command(flatten)]
+    pub audit: AuditArguments,
     /// Where other hosts reach the sidecars of this one [default: the address of --listen]
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
@@ -118,6 +121,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         witnesses: arguments.witnesses.witnesses()?,
         site: Some(SiteConfig { listen: arguments.dashboard, origin: None, tls: None }),
         pipelines: arguments.pipelines.settings(),
+        audit: Some(arguments.audit.file(&place)),
     })
     .await?;
     telemetry.follow(&control, Some(&directory.trust_domain));

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     Plane,
     acts::{self, By},
+    audit,
     local_api::{self, BODY_BYTES_MAX, Refusal, problem, store_problem},
 };
 
@@ -240,6 +241,7 @@ async fn end(
     Extension(session): Extension<Session>,
 ) -> Result<Json<SessionsEnded>, Refusal> {
     tracing::info!(operator = %session.operator, session = &session.id[..12], "a command signed out");
-    session::end(&plane, vec![session.id]).await.map_err(|error| store_problem(&error))?;
+    let by = audit::By::Operator(session.operator.clone());
+    session::end(&plane, &[session], by).await.map_err(|error| store_problem(&error))?;
     Ok(Json(SessionsEnded { ended: 1 }))
 }

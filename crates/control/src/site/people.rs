@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     Plane,
+    audit::By,
     local_api::{Refusal, problem, store_problem},
     proposals,
 };
@@ -268,6 +269,7 @@ pub async fn end_session(
     let found =
         found.ok_or_else(|| problem(404, "there is no such session of yours", None, Some("load the page again")))?;
     tracing::info!(operator = %found.operator, by = %session.operator, session = &found.id[..12], "a session was ended");
-    session::end(&plane, vec![found.id.clone()]).await.map_err(|error| store_problem(&error))?;
+    let by = By::Operator(session.operator.clone());
+    session::end(&plane, std::slice::from_ref(found), by).await.map_err(|error| store_problem(&error))?;
     Ok(Json(serde_json::json!({ "ended": true })))
 }

@@ -27,6 +27,7 @@ use countersign_core::{
 
 use crate::{
     Plane,
+    audit::{self, Event},
     local_api::{Refusal, problem, store_problem},
     site::guard::text,
     store::{Document, StoreError},
@@ -162,6 +163,13 @@ pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Proble
     match kept.map_err(|error| store_problem(&error))? {
         true => {
             tracing::info!(operator = %session.operator, session = &session.id[..12], kind = kind.as_str(), %address, "an operator signed in");
+            plane.tell(Event::SignedIn {
+                operator: session.operator.clone(),
+                session: audit::short(&session.id),
+                factor: kind,
+                address,
+                held_by: session.held_by(),
+            });
             Ok(token)
         }
         false => Err(problem(429, "too many sessions are open", None, Some("sign out somewhere, or wait"))),
@@ -195,7 +203,7 @@ async fn find_held(
         return Ok(None);
     }
     if !is_of_an_operator(plane, &session) {
-        end(plane, vec![session.id]).await?;
+        forget(plane, vec![session.id]).await?;
         return Ok(None);
     }
     if is_used && now_ms >= session.used_at_ms + WRITE_EVERY_MS {
@@ -246,8 +254,17 @@ pub fn is_owner(state: &MeshState, operator: &OperatorName) -> bool {
     state.operators.get(operator).is_some_and(|operator| operator.roles.contains(OWNER))
 }
 
-/// Ends sessions, by their ids.
-pub async fn end(plane: &Plane, ids: Vec<String>) -> Result<(), StoreError> {
+/// Ends sessions, as `by` asks.
+pub async fn end(plane: &Plane, sessions: &[Session], by: audit::By) -> Result<(), StoreError> {
+    forget(plane, sessions.iter().map(|session| session.id.clone()).collect()).await?;
+    for session in sessions {
+        let (operator, session) = (session.operator.clone(), audit::short(&session.id));
+        plane.tell(Event::SignedOut { operator, session, by: by.clone() });
+    }
+    Ok(())
+}
+
+async fn forget(plane: &Plane, ids: Vec<String>) -> Result<(), StoreError> {
     plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await
 }
 

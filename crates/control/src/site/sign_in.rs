@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     Plane,
+    audit::{self, Event},
     local_api::{Refusal, problem, store_problem},
     mfa::{
         self, CodeRefused,
@@ -57,7 +58,7 @@ pub async fn finish_key(
     headers: HeaderMap,
     Json(answer): Json<SignedChallenge>,
 ) -> Result<Response, Refusal> {
-    let signed_in = key::sign_in(&plane, &answer).await?;
+    let signed_in = key::sign_in(&plane, &answer).await.map_err(|refused| unopened(&plane, None, from, refused))?;
     opened(&plane, signed_in, from, &headers).await
 }
 
@@ -79,16 +80,24 @@ pub async fn code(
     let wrong = || Refusal::from(CodeRefused::Wrong.problem());
     let operator = OperatorName::parse(operator.trim()).map_err(|_| wrong())?;
     let shown = Shown { otp: Some(code), ..Shown::default() };
-    mfa::prove(&plane, &operator, &shown).await.map_err(|why| why.problem())?;
+    let refused = |why: Problem| unopened(&plane, Some(&operator), from, why);
+    mfa::prove(&plane, &operator, &shown).await.map_err(|why| refused(why.problem()))?;
     let head = plane.ledger.head();
     let factors = head.follower.state().operators.get(&operator).map(|operator| &operator.factors).ok_or_else(wrong)?;
     if factors.values().any(|factor| factor.signing_key().is_some()) {
         let help = "sign in with your passkey or security key";
-        return Err(problem(403, "an operator who has a key signs in with it", None, Some(help)).into());
+        return Err(refused(problem(403, "an operator who has a key signs in with it", None, Some(help))).into());
     }
     let factor = factors.iter().find(|(_, factor)| factor.kind() == FactorKind::Totp).map(|(id, _)| id.clone());
     let signed_in = SignedIn { operator, factor: factor.ok_or_else(wrong)?, kind: FactorKind::Totp };
     opened(&plane, signed_in, from, &headers).await
+}
+
+/// Writes down that no session was opened.
+fn unopened(plane: &Plane, operator: Option<&OperatorName>, From(address): From, refused: Problem) -> Problem {
+    let (operator, why) = (operator.cloned(), audit::cut(&*refused.title));
+    plane.tell(Event::SignInRefused { operator, address, why });
+    refused
 }
 
 async fn opened(
@@ -105,7 +114,8 @@ async fn opened(
 
 /// Ends the session.
 pub async fn sign_out(State(plane): State<Arc<Plane>>, session: Session) -> Result<Response, Refusal> {
-    session::end(&plane, vec![session.id]).await.map_err(|error| store_problem(&error))?;
+    let by = audit::By::Operator(session.operator.clone());
+    session::end(&plane, &[session], by).await.map_err(|error| store_problem(&error))?;
     let cookie = session::set_cookie(&plane, None);
     Ok(([(header::SET_COOKIE, cookie)], Json(json!({ "signed_in": false }))).into_response())
 }

@@ -27,6 +27,7 @@ use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, propo
 
 mod authenticators;
 mod commands;
+mod trail;
 
 struct Mesh {
     control: Control,
@@ -50,6 +51,7 @@ impl Mesh {
             trust_domain: None,
             witnesses: Default::default(),
             pipelines: Default::default(),
+            audit: Some(dir.path().join(crate::AUDIT_FILE)),
             site: Some(SiteConfig { listen: "127.0.0.1:0".parse().unwrap(), origin: None, tls: None }),
         };
         let control = start_with_clock(config, Clock::from_fn(move || told.load(Ordering::Relaxed))).await.unwrap();

@@ -56,6 +56,7 @@ pub fn config(data_dir: PathBuf) -> ControlConfig {
         witnesses: Default::default(),
         site: None,
         pipelines: Default::default(),
+        audit: None,
     }
 }
 
