@@ -71,7 +71,7 @@ def test_a_passkey_makes_the_owner_and_signs_what_the_page_shows(mesh, browser):
     assert alice.complaints() == []
 
     [session] = json.loads(countersign(mesh.directory, "session", "list").stdout)
-    assert session["operator"] == "alice" and session["factor"] == "platform"
+    assert session["who"] == "alice" and session["factor"] == "platform"
     assert countersign(mesh.directory, "session", "revoke", "0000").returncode == 1
     assert json.loads(countersign(mesh.directory, "session", "revoke", "--operator", "alice").stdout) == {"ended": 1}
     alice.open(refusal["url"])

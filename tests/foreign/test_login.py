@@ -82,13 +82,13 @@ def test_a_command_is_allowed_on_the_page_and_its_session_is_good_for_its_key_al
     alice.shot("device-answered")
     answer, said = login.communicate(timeout=60)
     assert login.returncode == 0, said
-    assert json.loads(answer)["operator"] == "alice"
+    assert json.loads(answer)["who"] == "alice"
     alice.open(f"{mesh.origin}/device?code={asked['user_code']}")
     assert "no command waits" in alice.text(), "a code is answered once"
     assert alice.complaints() == []
 
     assert json.loads(command("status").stdout)["protected"]
-    assert json.loads(command("whoami").stdout)["operator"] == "alice"
+    assert json.loads(command("whoami").stdout)["who"] == "alice"
     assert command("host", "invite").returncode != 0, "what the machine of the mesh may do is refused from afar"
 
     # The same session, by another implementation.

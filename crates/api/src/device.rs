@@ -13,8 +13,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use countersign_core::identity::OperatorName;
-
 /// Where a command asks.
 pub const AUTHORIZE_PATH: &str = "/device/authorize";
 /// Where it asks whether somebody has answered.
@@ -52,8 +50,8 @@ pub struct Granted {
     pub token_type: String,
     /// How long it lasts at most, in seconds.
     pub expires_in: u64,
-    /// Who is signed in.
-    pub operator: OperatorName,
+    /// Who is signed in, named as in [`SessionView::who`](crate::local::SessionView::who).
+    pub who: String,
 }
 
 /// Why there is no token (RFC 6749, 5.2).

@@ -459,17 +459,17 @@ impl SessionKind {
     }
 }
 
-/// A session of an operator.
+/// A session of somebody who is signed in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionView {
     /// What it is called. It opens nothing.
     pub id: String,
-    /// Whose.
-    pub operator: OperatorName,
+    /// Whose: an operator's name, or `NAME:…` of somebody whom the provider of `[sign_in.NAME]` vouched for.
+    pub who: String,
     /// What holds it.
     #[serde(default)]
     pub kind: SessionKind,
-    /// The kind of the factor that it began with.
+    /// The kind of the factor that it began with; `provider` where one vouched for them.
     pub factor: String,
     /// Where it began.
     pub address: String,
@@ -490,9 +490,9 @@ pub struct EndSessions {
     /// The one of this id, or of this beginning of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// All of one operator.
+    /// All of one, named as in [`SessionView::who`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub operator: Option<OperatorName>,
+    pub who: Option<String>,
 }
 
 /// How many sessions ended.

@@ -14,7 +14,7 @@ use countersign_core::{
     assurance::{Assurance, Proof, challenge::Acting},
     canonical::Digest,
     gate::{
-        Answer, Origin, Requires,
+        Answer, Author, Origin, Requires,
         act::{Act, AskedTo},
     },
     identity::OperatorName,
@@ -28,7 +28,10 @@ use crate::{
     ceremony::{self, CEREMONY_LIFETIME_MS},
     local_api::{problem, store_problem},
     mfa::{self, CodeRefused, ShownFactor, key},
-    site::{Site, session::Session},
+    site::{
+        Site,
+        session::{Session, Who},
+    },
     store::Document,
 };
 
@@ -75,7 +78,9 @@ impl Asked {
     fn of(act: Act, by: By<'_>, state: &MeshState) -> Result<Self, Problem> {
         Ok(match by {
             By::Socket(operator) => Self { operator: mfa::named(state, operator)?, act, session: None },
-            By::Session(session) => Self { operator: session.operator.clone(), act, session: Some(session.id.clone()) },
+            By::Session(session) => {
+                Self { operator: session.as_operator()?.clone(), act, session: Some(session.id.clone()) }
+            }
         })
     }
 
@@ -94,6 +99,9 @@ pub async fn pass(plane: &Plane, act: Act, by: By<'_>, shown: &Shown) -> Result<
     let state = head.follower.state();
     if !state.is_protected() {
         return Ok(Opened { operator: None, act, until_ms: None });
+    }
+    if let By::Session(session @ Session { who: Who::Person { .. }, .. }) = by {
+        return pass_vouched(plane, act, session);
     }
     let asked = Asked::of(act, by, state)?;
     let granted = granted(plane, &asked, state).await?;
@@ -120,16 +128,56 @@ pub async fn pass(plane: &Plane, act: Act, by: By<'_>, shown: &Shown) -> Result<
     if answer != Answer::Permit {
         tracing::info!(operator = %asked.operator, act = act.as_str(), "an act was not let pass");
         let refused = refusal(plane, &asked, by, &answer, why.as_ref()).await;
-        let (operator, why) = (asked.operator.clone(), audit::cut(&*refused.title));
-        plane.tell(Event::NotPassed { operator, act, from: by.into(), why });
+        let (who, why) = (asked.operator.to_string(), audit::cut(&*refused.title));
+        plane.tell(Event::NotPassed { who, act, from: by.into(), why });
         return Err(refused);
     }
     tell(plane, &asked, by).await?;
     Ok(Opened { operator: Some(asked.operator), act, until_ms })
 }
 
+/// What the gate says to somebody whom a provider vouched for: nothing that they could show opens more.
+fn judge_vouched(plane: &Plane, act: Act, session: &Session) -> Answer {
+    let (head, author) = (plane.ledger.head(), session.author());
+    let asked = AskedTo {
+        author: &author,
+        act,
+        state: head.follower.state(),
+        assurance: &Assurance::default(),
+        signed_in: true,
+        origin: Origin::Network(session.address),
+        now_seconds: mfa::seconds(plane.clock.now_ms()),
+    };
+    plane.gate.answer_act(&asked, &head)
+}
+
+fn pass_vouched(plane: &Plane, act: Act, session: &Session) -> Result<Opened, Problem> {
+    let denied = match judge_vouched(plane, act, session) {
+        Answer::Permit => return Ok(Opened { operator: None, act, until_ms: None }),
+        Answer::Deny(denied) => denied,
+        Answer::StepUp(_) | Answer::NeedsCountersign(_) => Vec::new(),
+    };
+    tracing::info!(who = %session.author(), act = act.as_str(), "an act was not let pass");
+    let help = "an owner can invite you as an operator: you enrol a passkey or a security key, and show it";
+    let refusal = GateRefusal {
+        outcome: GateOutcome::Denied,
+        change: None,
+        digest: None,
+        act: Some(act),
+        requires: None,
+        url: None,
+    };
+    let title = format!("{act} is closed to whom a provider vouched for");
+    let (who, why) = (session.author().to_string(), audit::cut(&*title));
+    plane.tell(Event::NotPassed { who, act, from: By::Session(session).into(), why });
+    Err(Problem { refusal: Some(Box::new(refusal)), ..problem(403, title, Some(denied.join("\n")), Some(help)) })
+}
+
 /// Whether an act would pass now. It is not done by that, and not written down.
 pub async fn may(plane: &Plane, act: Act, session: &Session) -> Result<Answer, Problem> {
+    if let Who::Person { .. } = session.who {
+        return Ok(judge_vouched(plane, act, session));
+    }
     let asked = Asked::of(act, By::Session(session), plane.ledger.head().follower.state())?;
     needed(plane, &asked, session).await
 }
@@ -168,8 +216,9 @@ fn judge(plane: &Plane, asked: &Asked, by: By<'_>, proof: Option<Proof>) -> Answ
     let head = plane.ledger.head();
     let mut assurance = Assurance::default();
     proof.into_iter().for_each(|proof| assurance.add(proof));
+    let author = Author::Operator(asked.operator.clone());
     let asked = AskedTo {
-        operator: &asked.operator,
+        author: &author,
         act: asked.act,
         state: head.follower.state(),
         assurance: &assurance,
@@ -295,7 +344,7 @@ pub async fn asked(plane: &Plane, given: &str, session: &Session) -> Result<Aske
     let found = found.map_err(|error| store_problem(&error))?;
     let asked = found.and_then(|bytes| serde_json::from_slice::<Asked>(&bytes).ok());
     // Whoever it is not for is not told that it is there.
-    asked.filter(|asked| asked.operator == session.operator).ok_or_else(|| {
+    asked.filter(|asked| session.operator() == Some(&asked.operator)).ok_or_else(|| {
         let help = "it waits for five minutes, for the operator whom the command named: run the command again";
         problem(404, "nothing of yours waits here", None, Some(help))
     })

@@ -60,17 +60,19 @@ pub enum Event {
     },
     /// A session was opened.
     SignedIn {
-        operator: OperatorName,
+        /// An operator, or somebody whom a provider vouched for.
+        who: String,
         /// The beginning of its id.
         session: String,
-        factor: FactorKind,
+        /// The kind of a factor, or `provider`.
+        with: &'static str,
         address: IpAddr,
         held_by: SessionKind,
     },
     /// None was.
-    SignInRefused { operator: Option<OperatorName>, address: IpAddr, why: String },
+    SignInRefused { who: Option<String>, address: IpAddr, why: String },
     /// A session was ended before its time.
-    SignedOut { operator: OperatorName, session: String, by: By },
+    SignedOut { who: String, session: String, by: By },
     /// What somebody showed was not what an operator has.
     FactorRefused { operator: OperatorName, factor: FactorKind, why: String },
     /// A key showed a count that it had shown before.
@@ -80,7 +82,7 @@ pub enum Event {
     /// The gate let an act pass.
     Passed { operator: OperatorName, act: Act, from: From },
     /// It did not.
-    NotPassed { operator: OperatorName, act: Act, from: From, why: String },
+    NotPassed { who: String, act: Act, from: From, why: String },
     /// A change-set became an entry.
     Changed { actor: String, revision: u64, digest: String, kinds: Vec<&'static str> },
     /// The gate denied one.
@@ -124,7 +126,9 @@ pub enum Identity {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum By {
     /// Somebody who is signed in.
-    Operator(OperatorName),
+    SignedIn(String),
+    /// The provider that had vouched for them.
+    Provider(String),
     /// The mesh's own user, at the socket.
     Socket,
 }
@@ -251,8 +255,7 @@ fn write(mut file: TrailFile, jobs: &Receiver<Job>, shared: &Shared) {
 
 /// Who asks, as an event names them.
 pub fn author_of(petitioner: &Petitioner) -> String {
-    let pipeline = petitioner.pipeline.as_ref().map(|pipeline| format!("pipeline {}", pipeline.name));
-    petitioner.operator.as_ref().map(ToString::to_string).or(pipeline).unwrap_or_else(|| "local".to_owned())
+    petitioner.author.as_ref().map_or_else(|| "local".to_owned(), ToString::to_string)
 }
 
 /// Tells of a change-set that became an entry, and of each operator whom it changed.
@@ -350,16 +353,17 @@ mod tests {
             Event::Stopped,
             Event::Lost { count: 3 },
             Event::SignedIn {
-                operator: operator(),
+                who: "alice".into(),
                 session: session.clone(),
-                factor,
+                with: factor.as_str(),
                 address,
                 held_by: SessionKind::Browser,
             },
-            Event::SignInRefused { operator: None, address, why: cut(HOSTILE) },
-            Event::SignInRefused { operator: Some(operator()), address, why: cut(HOSTILE.repeat(100)) },
-            Event::SignedOut { operator: operator(), session: session.clone(), by: By::Operator(operator()) },
-            Event::SignedOut { operator: operator(), session, by: By::Socket },
+            Event::SignInRefused { who: None, address, why: cut(HOSTILE) },
+            Event::SignInRefused { who: Some("alice".into()), address, why: cut(HOSTILE.repeat(100)) },
+            Event::SignedOut { who: "alice".into(), session: session.clone(), by: By::SignedIn("bob".into()) },
+            Event::SignedOut { who: "corp:1".into(), session: session.clone(), by: By::Provider(HOSTILE.into()) },
+            Event::SignedOut { who: "alice".into(), session, by: By::Socket },
             Event::FactorRefused { operator: operator(), factor, why: "wrong".into() },
             Event::KeyCloned { operator: operator() },
             changed(How::Invited(vec!["owner".into()])),
@@ -368,7 +372,7 @@ mod tests {
             changed(How::FactorAdded(id.clone(), factor)),
             changed(How::FactorRemoved(id)),
             Event::Passed { operator: operator(), act: Act::InviteHost, from: from.clone() },
-            Event::NotPassed { operator: operator(), act: Act::ExportLedger, from, why: "no".into() },
+            Event::NotPassed { who: "alice".into(), act: Act::ExportLedger, from, why: "no".into() },
             Event::Changed { actor: "alice".into(), revision: 7, digest: "d".into(), kinds: vec!["set_policy"] },
             Event::ChangeDenied { actor: "alice".into(), digest: "d".into(), why: "no".into() },
             Event::Recovered { operator: operator(), reason: HOSTILE.into(), revision: 8 },

@@ -333,8 +333,7 @@ mod tests {
         let other = mesh.proposed("alice", vec![declare("catalog")]).await;
         let detail = proposals::show(mesh.plane(), &id).await.unwrap();
         let at_seconds = mfa::seconds(mesh.plane().clock.now_ms());
-        let mut petitioner =
-            Petitioner { operator: Some(name("alice")), asked_at_seconds: at_seconds, ..Petitioner::default() };
+        let mut petitioner = Petitioner::operator(name("alice"), at_seconds);
         let kind = countersign_core::assurance::FactorKind::Roaming;
         petitioner.assurance.add(Proof { kind, at_seconds, user_verified: true, device_bound: true });
         // The entry is there, and whoever made it did not come to write it down.
@@ -426,7 +425,7 @@ mod tests {
 
         // Whatever the gate would admit: what agents would refuse does not become an entry.
         let asked = mesh.asked(vec![declare("catalog")]);
-        let mut petitioner = Petitioner { operator: Some(name("alice")), ..Petitioner::default() };
+        let mut petitioner = Petitioner::operator(name("alice"), 0);
         petitioner.asked_at_seconds = mfa::seconds(mesh.plane().clock.now_ms());
         let key = countersign_core::assurance::FactorKind::Roaming;
         let at_seconds = petitioner.asked_at_seconds;

@@ -20,7 +20,7 @@ use countersign_core::{
     change::{Bodies, Change, ChangeSet, Member, PolicyId, Revision},
     contract::Contract,
     countersignature::Countersignature,
-    gate::{Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires, act::AskedTo},
+    gate::{Answer, Asked, Author, ChangeGate, Origin, Requires, act::AskedTo},
     identity::{OperatorName, TrustDomain},
     pipeline::{self, MESH_ISSUER},
     policy::{self, Factor, Library, ParsedPolicy, PolicyError},
@@ -86,10 +86,8 @@ pub enum Refused {
 /// Who asks for a change-set, as far as it was proven.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Petitioner {
-    /// The operator who is said to ask; nobody in an unprotected mesh.
-    pub operator: Option<OperatorName>,
-    /// The pipeline that asks, in place of an operator.
-    pub pipeline: Option<Pipeline>,
+    /// Who is said to ask; nobody in an unprotected mesh.
+    pub author: Option<Author>,
     /// Where it came in; at the socket when absent.
     pub from: Option<IpAddr>,
     /// What was proven: that it is they, how strongly, when.
@@ -105,13 +103,9 @@ pub struct Petitioner {
 }
 
 impl Petitioner {
-    /// Who asks.
-    pub fn author(&self) -> Option<Author> {
-        match (&self.operator, &self.pipeline) {
-            (Some(name), _) => Some(Author::Operator(name.clone())),
-            (None, Some(pipeline)) => Some(Author::Pipeline(pipeline.clone())),
-            (None, None) => None,
-        }
+    /// An operator who asked at `at_seconds`, and has shown nothing yet.
+    pub fn operator(name: OperatorName, at_seconds: i64) -> Self {
+        Self { author: Some(Author::Operator(name)), asked_at_seconds: at_seconds, ..Self::default() }
     }
 }
 
@@ -144,7 +138,7 @@ impl Gate {
     /// Examines `asked`, of `petitioner`, against the mesh at `head`, and puts it to the change gate when the mesh is protected.
     ///
     /// INVARIANT (gated): a protected mesh admits only what its own change gate, as it stands before the change, permits to an
-    /// operator who has proven to be one, or to a pipeline that an operator countersigned.
+    /// operator who has proven to be one, or to somebody without a factor here for whom an operator countersigned.
     pub fn admit_of(
         &self,
         asked: Apply,
@@ -193,7 +187,7 @@ impl Gate {
         }
         let answer = self.answer(&change_set, petitioner, head, now_seconds);
         let answer = with_seal(answer, head, petitioner);
-        match (answer, petitioner.author()) {
+        match (answer, &petitioner.author) {
             (Answer::Permit, Some(_)) if base != held && petitioner.countersignatures.is_empty() => moved,
             (Answer::Permit, Some(author)) => {
                 let (actor, countersignatures) = (author.to_string(), petitioner.countersignatures.clone());
@@ -205,7 +199,7 @@ impl Gate {
 
     /// What the change gate of the mesh at `head` says to `change_set`, of `petitioner`. It admits nothing.
     pub fn answer(&self, change_set: &ChangeSet, petitioner: &Petitioner, head: &Head, now_seconds: i64) -> Answer {
-        let Some(author) = petitioner.author() else {
+        let Some(author) = &petitioner.author else {
             return Answer::Deny(vec!["the mesh is protected: an operator has to ask".to_owned()]);
         };
         let gate = match self.change_gate(head) {
@@ -213,7 +207,7 @@ impl Gate {
             Err(errors) => return Answer::Deny(errors.iter().map(ToString::to_string).collect()),
         };
         gate.decide(&Asked {
-            author: &author,
+            author,
             change_set,
             state: head.follower.state(),
             assurance: &petitioner.assurance,
@@ -290,9 +284,9 @@ fn with_seal(answer: Answer, head: &Head, petitioner: &Petitioner) -> Answer {
     let Some(seal) = head.keyring.seal() else { return answer };
     let signers: BTreeSet<_> = petitioner.countersignatures.iter().map(|signed| &signed.operator).collect();
     let missing = seal.quorum.saturating_sub(signers.len() as u32);
-    // A pipeline signs nothing: as many others do.
-    let author_signed =
-        petitioner.pipeline.is_some() || petitioner.operator.as_ref().is_some_and(|author| signers.contains(author));
+    // Who is no operator signs nothing: as many others do.
+    let author = petitioner.author.as_ref();
+    let author_signed = author.is_some_and(|author| author.operator().is_none_or(|name| signers.contains(name)));
     let of_author = || Requires { factor: Some(Factor::Phr), max_age_seconds: None, countersign: missing - 1 };
     let of_others = Requires { countersign: missing, ..Requires::default() };
     match answer {
@@ -391,10 +385,41 @@ fn mistakes_of_references(next: &MeshState) -> Vec<String> {
         };
         mistakes.extend(refusals.into_iter().map(|refusal| format!("pipeline `{name}`: {}", refusal.what)));
     }
+    for (name, sign_in) in &next.sign_ins {
+        if !next.issuers.contains_key(&sign_in.issuer) {
+            mistakes.push(format!("sign-in `{name}` names issuer `{}`, which is not declared", sign_in.issuer));
+        }
+        if let Some(pipeline) = sign_in.is_confused_with(&next.issuers, &next.pipelines) {
+            mistakes.push(format!("sign-in `{name}`: its tokens would be taken for those of pipeline `{pipeline}`"));
+        }
+    }
     for (name, route) in &next.routes {
         for service in std::iter::once(&route.service).chain(route.split.keys()).filter(|service| !declared(service)) {
             mistakes.push(format!("route `{name}` names service `{service}`, which is not declared"));
         }
     }
     mistakes
+}
+
+#[cfg(test)]
+mod tests {
+    use countersign_core::{pipeline::Issuer, sign_in::SignIn};
+
+    use super::*;
+
+    #[test]
+    fn an_issuer_that_a_sign_in_names_does_not_go_before_it() {
+        let sign_in = SignIn {
+            issuer: "corp".into(),
+            client_id: "mesh".into(),
+            groups_claim: "groups".into(),
+            roles: [("staff".to_owned(), ["editor".into()].into())].into(),
+        };
+        let mut state = MeshState::default();
+        state.sign_ins.insert("corp".into(), sign_in);
+        assert_eq!(mistakes_of_references(&state), ["sign-in `corp` names issuer `corp`, which is not declared"]);
+        let issuer = Issuer { url: "https://id.example".into(), audience: "mesh".into() };
+        state.issuers.insert("corp".into(), issuer);
+        assert_eq!(mistakes_of_references(&state), [""; 0]);
+    }
 }

@@ -28,7 +28,7 @@ use countersign_api::local::{
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
-    gate::{Answer, act::Act},
+    gate::{Answer, Author, act::Act},
     identity::{OperatorName, ServiceName},
     ledger::{AddCheckpoint, Entry, EntryProof, Note},
     signal::SignalSeq,
@@ -46,7 +46,7 @@ use crate::{
     recover, sealing,
     site::{
         self,
-        session::{self, Session},
+        session::{self, Session, Who},
     },
     store::{StoreError, StoredEntry},
 };
@@ -257,11 +257,16 @@ async fn mesh(State(plane): State<Arc<Plane>>) -> Json<Mesh> {
     Json(mesh_of(&plane.ledger.head()))
 }
 
-async fn apply(State(plane): State<Arc<Plane>>, body: Bytes) -> Answered<Applied> {
+async fn apply(State(plane): State<Arc<Plane>>, session: Option<Extension<Session>>, body: Bytes) -> Answered<Applied> {
     let asked: ApplyAs = serde_json::from_slice(&body).map_err(|error| {
         let help = "is the command of the same version as the control plane?";
         Refusal(problem(400, "the request is no change-set", Some(error.to_string()), Some(help)))
     })?;
+    if let Some(Extension(Session { who: Who::Person { person, .. }, address, .. })) = session {
+        let Proposal { id, digest, requires, .. } =
+            proposals::propose_as(&plane, asked.apply, Author::Person(person), address).await?;
+        return Err(proposals::refusal(&plane, &Answer::NeedsCountersign(requires), digest, Some(id), None).into());
+    }
     Ok(Json(proposals::apply(&plane, asked).await?))
 }
 
@@ -743,7 +748,7 @@ async fn withdraw(
 /// Whoever is signed in need not show anything for what ends without any effect, as in a browser.
 fn answering(session: Option<Extension<Session>>, shown: Shown) -> Answering {
     match session {
-        Some(Extension(session)) => Answering::SignedIn(session.operator),
+        Some(Extension(session)) => Answering::signed_in(session.who),
         None => Answering::Shows(shown),
     }
 }
@@ -775,7 +780,7 @@ async fn end_sessions(
 ) -> Answered<SessionsEnded> {
     let seen = session::seen_by(&plane, session.as_deref()).await.map_err(stored)?;
     let sessions = seen.into_iter().filter(|session| {
-        which.operator.as_ref().is_none_or(|operator| *operator == session.operator)
+        which.who.as_ref().is_none_or(|who| *who == session.author().to_string())
             && which.id.as_ref().is_none_or(|id| session.id.starts_with(id.as_str()))
     });
     let sessions: Vec<Session> = sessions.collect();
@@ -786,7 +791,7 @@ async fn end_sessions(
         ));
     }
     let ended = sessions.len();
-    let by = session.as_ref().map_or(audit::By::Socket, |session| audit::By::Operator(session.operator.clone()));
+    let by = session.as_ref().map_or(audit::By::Socket, |session| audit::By::SignedIn(session.author().to_string()));
     session::end(&plane, &sessions, by).await.map_err(stored)?;
     tracing::info!(ended, "sessions were ended");
     Ok(Json(SessionsEnded { ended }))

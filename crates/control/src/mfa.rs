@@ -18,7 +18,7 @@ use countersign_core::{
     },
     canonical::Digest,
     change::{Bodies, Change, ChangeSet},
-    gate::OWNER,
+    gate::{Author, OWNER},
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, Operator},
     state::MeshState,
@@ -555,11 +555,11 @@ async fn enrol(
             Way::First | Way::Link(_) => {}
             // The first use of the new factor is what an invited operator shows.
             Way::Invited(_) => {
-                petitioner.operator = Some(operator.clone());
+                petitioner.author = Some(Author::Operator(operator.clone()));
                 petitioner.assurance.add(new.proof);
             }
             Way::More(shown) => {
-                petitioner.operator = Some(operator.clone());
+                petitioner.author = Some(Author::Operator(operator.clone()));
                 petitioner.assurance.add((*shown).into());
             }
             Way::Proposed => return proposals::enrol(plane, asked, operator.clone()).await.map(Entry::Waits),

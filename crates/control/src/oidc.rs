@@ -6,7 +6,10 @@
 //!
 //! | furniture | does |
 //! |---|---|
-//! | [`keys`] | the issuers' keys: discovery, key sets, how long they are good and how often they are asked for |
+//! | [`keys`] | the issuers' keys and endpoints: discovery, key sets, how long they are good and how often they are asked for |
+//! | [`code`] | the authorization code flow: where a browser is sent, and what its answer is traded for |
+
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
@@ -14,17 +17,20 @@ use countersign_api::svid::Bundle;
 use countersign_core::{
     canonical::Digest,
     identity::TrustDomain,
-    jws::{Presented, TokenMalformed},
+    jws::{Presented, TokenMalformed, Typ},
     jwt_svid::{self, JwtSvidRefused},
     pipeline::Issuer,
 };
 
+pub mod code;
 pub mod keys;
 
 pub use keys::{KeysUnavailable, Providers};
 
 /// How far clocks may be apart.
 pub const LEEWAY_SECONDS: i64 = 60;
+/// Texts of a list in a token at most: a token of 16 KiB holds more only if they are of a few letters.
+const LIST_MAX: usize = 1_000;
 /// Longest life of a token, from its issue to its end: a job of a pipeline lasts no longer.
 pub const LIFETIME_SECONDS_MAX: i64 = 24 * 60 * 60;
 
@@ -92,6 +98,36 @@ impl VerifiedToken {
         self.claims.get(name).and_then(text)
     }
 
+    /// A claim that says several things, or one: each a text.
+    pub fn list(&self, name: &str) -> Result<BTreeSet<String>, String> {
+        let texts: Option<Vec<&str>> = match self.claims.get(name) {
+            None => Some(Vec::new()),
+            Some(Value::String(one)) => Some(vec![one]),
+            Some(Value::Array(several)) => several.iter().map(Value::as_str).collect(),
+            Some(_) => None,
+        };
+        match texts {
+            Some(texts) if texts.len() <= LIST_MAX => Ok(texts.into_iter().map(str::to_owned).collect()),
+            Some(texts) => Err(format!("its `{name}` says {} things; at most {LIST_MAX} are taken", texts.len())),
+            None => Err(format!("its `{name}` is no list of texts")),
+        }
+    }
+
+    /// Whether the issuer keeps a claim elsewhere, because it is too long for a token (OpenID Connect Core 1.0, 5.6.2).
+    pub fn is_elsewhere(&self, name: &str) -> bool {
+        self.claims.get("_claim_names").is_some_and(|names| names.get(name).is_some())
+    }
+
+    /// When it was issued, in seconds since 1970.
+    pub fn issued_at_seconds(&self) -> Option<i64> {
+        self.claims.get("iat").and_then(seconds)
+    }
+
+    /// A claim, as it is.
+    pub fn value(&self, name: &str) -> Option<&Value> {
+        self.claims.get(name)
+    }
+
     /// All claims that have a text.
     pub fn claims(&self) -> impl Iterator<Item = (&str, String)> {
         self.claims.iter().filter_map(|(name, value)| Some((name.as_str(), text(value)?)))
@@ -113,14 +149,25 @@ impl VerifiedToken {
     }
 }
 
-/// Verifies a token of one of `issuers`.
+/// Verifies a token about somebody, of one of `issuers`.
 pub async fn verify<'a>(
     providers: &Providers,
     issuers: impl IntoIterator<Item = &'a Issuer>,
     token: &str,
     now_ms: u64,
 ) -> Result<VerifiedToken, TokenRefused> {
-    let presented = Presented::parse(token)?;
+    verify_as(Typ::Token, providers, issuers, token, now_ms).await
+}
+
+/// Verifies a token of one kind, of one of `issuers`.
+pub async fn verify_as<'a>(
+    typ: Typ,
+    providers: &Providers,
+    issuers: impl IntoIterator<Item = &'a Issuer>,
+    token: &str,
+    now_ms: u64,
+) -> Result<VerifiedToken, TokenRefused> {
+    let presented = Presented::parse_as(token, typ)?;
     let named = presented.issuer()?;
     // Which issuer's keys to ask is all that is taken of an unverified token, and only one of ours is asked.
     let issuer = issuers.into_iter().find(|issuer| issuer.url == named);
@@ -185,8 +232,7 @@ fn is_meant_for(claims: &Map<String, Value>, wanted: &str) -> Result<(), TokenRe
 fn is_in_time(claims: &Map<String, Value>, now_seconds: i64) -> Result<i64, TokenRefused> {
     let at = |name: &str, otherwise: &'static str| match claims.get(name) {
         None => Ok(None),
-        // "NumericDate … values may be non-integer" (RFC 7519, 2): what is beyond the second changes nothing here.
-        Some(value) => match value.as_i64().or_else(|| value.as_f64().map(|seconds| seconds.floor() as i64)) {
+        Some(value) => match seconds(value) {
             Some(at) if (0..=i64::MAX / 2).contains(&at) => Ok(Some(at)),
             _ => Err(TokenRefused::Time(otherwise)),
         },
@@ -206,6 +252,11 @@ fn is_in_time(claims: &Map<String, Value>, now_seconds: i64) -> Result<i64, Toke
         return Err(TokenRefused::Time("it lives for more than a day"));
     }
     Ok(expires)
+}
+
+/// "NumericDate … values may be non-integer" (RFC 7519, 2): what is beyond the second changes nothing here.
+fn seconds(value: &Value) -> Option<i64> {
+    value.as_i64().or_else(|| value.as_f64().map(|seconds| seconds.floor() as i64))
 }
 
 fn text(value: &Value) -> Option<String> {

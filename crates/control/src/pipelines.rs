@@ -358,7 +358,7 @@ async fn propose_as(plane: &Plane, named: Option<&str>, request: Request) -> Res
     let from = from.ok_or_else(|| problem(500, "the request came from nowhere", None, None))?;
     let apply = read(body).await?;
     let used = Used::of(plane, &signed_in, apply.change_set.digest()).await?;
-    let proposal = proposals::propose_as(plane, apply, signed_in.pipeline, from).await?;
+    let proposal = proposals::propose_as(plane, apply, Author::Pipeline(signed_in.pipeline.clone()), from).await?;
     used.keep(plane, &proposal).await?;
     let answer = Answer::NeedsCountersign(proposal.requires);
     Err(proposals::refusal(plane, &answer, proposal.digest, Some(proposal.id), None))

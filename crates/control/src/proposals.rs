@@ -18,9 +18,10 @@ use countersign_core::{
     canonical::Digest,
     change::{Change, ChangeSet, Revision},
     countersignature::Countersignature,
-    gate::{Answer, Author, Pipeline, Requires},
+    gate::{Answer, Author, Requires},
     identity::OperatorName,
     ledger::Entry,
+    sign_in::Person,
 };
 
 use crate::{
@@ -29,6 +30,7 @@ use crate::{
     ledger::Head,
     local_api::{self, gate_problem, problem, store_problem},
     mfa::{self, CodeRefused, ShownFactor},
+    site::session::Who,
     store::StoredProposal,
 };
 
@@ -36,12 +38,12 @@ use crate::{
 pub const STEP_UP_LIFETIME_MS: u64 = 5 * 60 * 1000;
 /// How long a proposal waits for other operators.
 pub const COUNTERSIGN_LIFETIME_MS: u64 = 24 * 60 * 60 * 1000;
-/// Proposals of one pipeline that wait at the same time at most.
-pub const PIPELINE_OPEN_MAX: usize = 16;
+/// Proposals of one pipeline, or of one person who is no operator, that wait at the same time at most.
+pub const OPEN_OF_ONE_MAX: usize = 16;
 /// Changes of a proposal that its summary names at most.
 const NAMED_MAX: usize = 1_000;
 
-/// Tells those who wait that a proposal was decided.
+/// Tells those who wait that a proposal was decided, or that there is another reason to look again.
 pub struct Decided(watch::Sender<()>);
 
 impl Default for Decided {
@@ -51,6 +53,11 @@ impl Default for Decided {
 }
 
 impl Decided {
+    /// Has those who wait look again.
+    pub fn look_again(&self) {
+        self.0.send_replace(());
+    }
+
     /// Told whenever a proposal begins to wait, or is answered.
     pub fn subscribe(&self) -> watch::Receiver<()> {
         self.0.subscribe()
@@ -123,38 +130,41 @@ async fn ask(
     Err(refusal(plane, &held.answer, held.digest, Some(id), why.as_ref()))
 }
 
-/// A pipeline asks for a change-set. It shows no factor, and nothing that it asks for is applied before somebody countersigned: the
-/// answer is the pending change, or why there is none.
-pub async fn propose_as(plane: &Plane, apply: Apply, pipeline: Pipeline, from: IpAddr) -> Result<Proposal, Problem> {
+/// Somebody who is no operator asks for a change-set. They show no factor, and nothing that they ask for is applied before somebody
+/// countersigned: the answer is the pending change, or why there is none.
+pub async fn propose_as(plane: &Plane, apply: Apply, author: Author, from: IpAddr) -> Result<Proposal, Problem> {
     let head = plane.ledger.head();
+    let author = match author {
+        Author::Person(person) => Author::Person(person.as_mapped(head.follower.state())),
+        author @ (Author::Operator(_) | Author::Pipeline(_)) => author,
+    };
     if !head.follower.state().is_protected() {
         let help = "enrol an operator first, with `countersign operator enroll`";
         return Err(problem(409, "the mesh is unprotected: nobody could countersign", None, Some(help)));
     }
     let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
     let petitioner =
-        Petitioner { pipeline: Some(pipeline.clone()), from: Some(from), asked_at_seconds, ..Petitioner::default() };
+        Petitioner { author: Some(author.clone()), from: Some(from), asked_at_seconds, ..Petitioner::default() };
     let (answer, digest) = match enter(plane, &apply, &petitioner).await? {
         Err(held) => held,
-        Ok(_) => unreachable!("INVARIANT: no pipeline is let through whom nobody has countersigned"),
+        Ok(_) => unreachable!("INVARIANT: nobody without a factor is let through whom nobody has countersigned"),
     };
     if !matches!(answer, Answer::NeedsCountersign(_)) {
         return Err(refusal(plane, &answer, digest, None, None));
     }
+    let named = author.to_string();
     let waits = |document: &Document| {
         let Proposal { author, state, digest: waiting, .. } = &document.proposal;
-        is_open(state)
-            && *waiting != digest
-            && matches!(author, Author::Pipeline(author) if author.name == pipeline.name)
+        is_open(state) && *waiting != digest && author.to_string() == named
     };
-    if documents(plane).await?.iter().filter(|(_, document)| waits(document)).count() >= PIPELINE_OPEN_MAX {
+    if documents(plane).await?.iter().filter(|(_, document)| waits(document)).count() >= OPEN_OF_ONE_MAX {
         let help = "an operator rejects some: `countersign change list --pending`";
-        return Err(problem(429, "too many changes of this pipeline wait already", None, Some(help)));
+        return Err(problem(429, format!("too many changes of `{named}` wait already"), None, Some(help)));
     }
     let held = Held { answer, digest, petitioner };
-    let id = propose(plane, &head, apply, Author::Pipeline(pipeline), ProposalState::NeedsCountersign, &held).await?;
+    let id = propose(plane, &head, apply, author, ProposalState::NeedsCountersign, &held).await?;
     let (_, Document { proposal, .. }) = document(plane, &id).await?;
-    tracing::info!(proposal = id, author = %proposal.author, digest = %digest.short(), "a pipeline proposed a change");
+    tracing::info!(proposal = id, author = %proposal.author, digest = %digest.short(), "a change was proposed");
     Ok(proposal)
 }
 
@@ -167,8 +177,7 @@ async fn attempt(
     enrols: bool,
 ) -> Result<Result<Applied, (Held, Option<CodeRefused>)>, Problem> {
     let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
-    let mut petitioner =
-        Petitioner { operator: Some(operator.clone()), asked_at_seconds, enrols, ..Petitioner::default() };
+    let mut petitioner = Petitioner { enrols, ..Petitioner::operator(operator.clone(), asked_at_seconds) };
     let held = match enter(plane, apply, &petitioner).await? {
         Ok(applied) => return Ok(Ok(applied)),
         Err((answer, digest)) => Held { answer, digest, petitioner: petitioner.clone() },
@@ -256,7 +265,7 @@ async fn propose(
     let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
     match kept.map_err(|error| store_problem(&error))? {
         true => {
-            plane.decided.0.send_replace(());
+            plane.decided.look_again();
             Ok(id)
         }
         false => {
@@ -271,7 +280,7 @@ pub async fn begin_ceremony(plane: &Plane, id: &str, shown: &Shown) -> Result<Ce
     let (_, document) = pending(plane, id).await?;
     let operator = match (&shown.operator, &document.proposal.author) {
         (Some(named), _) | (None, Author::Operator(named)) => named.clone(),
-        (None, Author::Pipeline(_)) => mfa::named(plane.ledger.head().follower.state(), None)?,
+        (None, Author::Pipeline(_) | Author::Person(_)) => mfa::named(plane.ledger.head().follower.state(), None)?,
     };
     ceremony::begin(plane, &document.proposal, operator).await
 }
@@ -321,8 +330,7 @@ pub async fn countersign(plane: &Plane, id: &str, shown: Shown) -> Result<Answer
     save(plane, version, &document).await?;
     tracing::info!(proposal = id, by = %approver, digest = %document.proposal.digest.short(), "a change was countersigned");
     let mut petitioner = Petitioner {
-        operator: document.proposal.author.operator().cloned(),
-        pipeline: document.proposal.author.pipeline().cloned(),
+        author: Some(document.proposal.author.clone()),
         from: document.from,
         asked_at_seconds: mfa::seconds(document.proposal.asked_at_ms),
         approvals: document.proposal.approvals.clone(),
@@ -350,7 +358,7 @@ pub async fn reject(plane: &Plane, id: &str, answering: Answering) -> Result<Pro
     let (version, mut document) = pending(plane, id).await?;
     let by = approver(plane, &document, answering.operator())?;
     let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
-    let petitioner = Petitioner { operator: Some(by.clone()), asked_at_seconds, ..Petitioner::default() };
+    let petitioner = Petitioner::operator(by.clone(), asked_at_seconds);
     let change_set = &document.apply.change_set;
     let answer = plane.gate.answer(change_set, &petitioner, &plane.ledger.head(), asked_at_seconds);
     if matches!(answer, Answer::Deny(_)) {
@@ -366,11 +374,23 @@ pub async fn reject(plane: &Plane, id: &str, answering: Answering) -> Result<Pro
 pub async fn withdraw(plane: &Plane, id: &str, answering: Answering) -> Result<Proposal, Problem> {
     let (version, mut document) = pending(plane, id).await?;
     let help = "another operator rejects it: `countersign change reject ID --otp CODE`";
-    let author = own(&document.proposal.author, answering.operator(), "withdraw", help)?;
-    answering.is(plane, &author).await?;
+    let author = &document.proposal.author;
+    match &answering {
+        Answering::SignedInAs(person) if author.person().is_some_and(|author| author.is(person)) => {}
+        _ => {
+            let author = own(author, answering.operator(), "withdraw", help)?;
+            answering.is(plane, &author).await?;
+        }
+    }
     document.proposal.state = ProposalState::Withdrawn;
     save(plane, version, &document).await?;
     Ok(document.proposal)
+}
+
+/// Somebody who is no operator asks for what only operators do.
+pub fn no_operator(person: &Person) -> Problem {
+    let help = "an owner can invite you as an operator: you enrol a passkey or a security key, and sign in with it";
+    problem(403, format!("`{person}` is no operator, and has no factor to show here"), None, Some(help))
 }
 
 /// Who ends a proposal without any effect.
@@ -379,13 +399,24 @@ pub enum Answering {
     Shows(Shown),
     /// They are signed in.
     SignedIn(OperatorName),
+    /// They are signed in, and no operator: only what they asked for themselves is theirs to end.
+    SignedInAs(Person),
 }
 
 impl Answering {
+    /// Who is signed in.
+    pub fn signed_in(who: Who) -> Self {
+        match who {
+            Who::Operator { operator, .. } => Self::SignedIn(operator),
+            Who::Person { person, .. } => Self::SignedInAs(person),
+        }
+    }
+
     fn operator(&self) -> Option<&OperatorName> {
         match self {
             Self::Shows(shown) => shown.operator.as_ref(),
             Self::SignedIn(operator) => Some(operator),
+            Self::SignedInAs(_) => None,
         }
     }
 
@@ -394,6 +425,7 @@ impl Answering {
         match self {
             Self::Shows(shown) => show_one(plane, operator, shown).await.map(drop),
             Self::SignedIn(_) => Ok(()),
+            Self::SignedInAs(person) => Err(no_operator(person)),
         }
     }
 }
@@ -458,7 +490,7 @@ fn not_own(author: &Author) -> Problem {
 /// `approver` shows a factor, and the gate would let them ask for the same.
 async fn agree(plane: &Plane, document: &Document, approver: &OperatorName, shown: &Shown) -> Result<(), Problem> {
     let asked_at_seconds = mfa::seconds(plane.clock.now_ms());
-    let mut petitioner = Petitioner { operator: Some(approver.clone()), asked_at_seconds, ..Petitioner::default() };
+    let mut petitioner = Petitioner::operator(approver.clone(), asked_at_seconds);
     let change_set = &document.apply.change_set;
     let digest = document.proposal.digest;
     let head = plane.ledger.head();
@@ -570,7 +602,7 @@ async fn save(plane: &Plane, version: u64, document: &Document) -> Result<(), Pr
     let stored = stored(document, version + 1);
     let saved = plane.storage.run("replace_proposal", move |store| store.replace_proposal(&stored)).await;
     let saved = saved.map_err(|error| store_problem(&error))?;
-    plane.decided.0.send_replace(());
+    plane.decided.look_again();
     // Applied is applied, whoever wrote in between.
     if saved || matches!(document.proposal.state, ProposalState::Applied { .. }) {
         return Ok(());

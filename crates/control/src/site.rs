@@ -7,7 +7,9 @@
 //! | [`serve`] | connections: TLS, limits, time |
 //! | [`guard`] | what every request passes before anything else looks at it |
 //! | [`session`] | who is signed in |
-//! | [`sign_in`] | how they came to be |
+//! | [`sign_in`] | how operators came to be |
+//! | [`logout`] | how a provider says that they are it no more |
+//! | [`provider`] | how somebody came to be whom a provider vouches for |
 //! | [`device`] | how a command on another machine comes to be |
 //! | [`proof`] | what it shows with each request |
 //! | [`command`] | what it may ask |
@@ -49,11 +51,13 @@ pub mod enroll;
 pub mod entries;
 pub mod guard;
 pub mod live;
+pub mod logout;
 pub mod overview;
 pub mod pages;
 pub mod people;
 pub mod place;
 pub mod proof;
+pub mod provider;
 pub mod serve;
 pub mod session;
 pub mod sign_in;
@@ -73,6 +77,8 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .route("/sign-in/key/begin", post(sign_in::begin_key))
         .route("/sign-in/key/finish", post(sign_in::finish_key))
         .route("/sign-in/code", post(sign_in::code))
+        .route("/sign-in/with/{name}", get(provider::ask))
+        .route("/sign-in/with/{name}/answer", get(provider::answer))
         .route("/enroll/key/begin", post(enroll::begin_key))
         .route("/enroll/key/finish", post(enroll::finish_key))
         .route("/enroll/code/begin", post(enroll::begin_code))
@@ -98,6 +104,7 @@ pub fn router(plane: Arc<Plane>) -> Router {
         .merge(strangers)
         .merge(operators)
         .merge(command::router(&plane))
+        .route("/sign-in/with/{name}/logout", post(logout::logout))
         .route(PAGE_PATH, get(device::device))
         .route("/assets/{name}", get(assets::asset))
         .fallback(pages::not_found)

@@ -34,6 +34,7 @@ use countersign_core::{
     gate::Author,
     identity::OperatorName,
     pipeline::{Issuer, MESH_ISSUER, Pipeline},
+    sign_in::SignIn,
 };
 use countersign_testkit::authenticator::App;
 use support::{Plane, config, declare, trust_domain};
@@ -356,7 +357,14 @@ async fn what_a_pipeline_may_not_ask_for_or_see_is_refused() {
         claims: [("repository_owner_id".to_owned(), "70".to_owned())].into(),
         roles: ["owner".into()].into(),
     };
+    let sign_in = SignIn {
+        issuer: "ci".into(),
+        client_id: "mesh".into(),
+        groups_claim: "groups".into(),
+        roles: [("staff".to_owned(), ["owner".into()].into())].into(),
+    };
     let widening = [
+        Change::SetSignIn { name: "ci".into(), sign_in },
         Change::SetPipeline { name: "deploy".into(), pipeline },
         Change::RemoveIssuer { name: "ci".into() },
         Change::SetOperatorRoles { name: operator("alice"), roles: Default::default() },

@@ -19,6 +19,7 @@ use crate::{
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     route::Route,
     service::ServiceSpec,
+    sign_in::{SignIn, SignInName},
 };
 
 /// The number of a state of the mesh: the ledger's size. It only rises; 0 is the empty mesh.
@@ -193,6 +194,18 @@ pub enum Change {
         /// Its name.
         name: PipelineName,
     },
+    /// Lets people whom a provider knows act by their groups there, or replaces which groups those are.
+    SetSignIn {
+        /// Its name.
+        name: SignInName,
+        /// Whom it lets in.
+        sign_in: SignIn,
+    },
+    /// Lets nobody in by this provider any more.
+    RemoveSignIn {
+        /// Its name.
+        name: SignInName,
+    },
     /// Seals the control plane's own keys with another key-encryption key from now on.
     RotateSealingKey {
         /// What tells the new one from others; never the key.
@@ -240,7 +253,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 27] = [
+    pub const KINDS: [&str; 29] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -266,6 +279,8 @@ impl Change {
         "remove_issuer",
         "set_pipeline",
         "remove_pipeline",
+        "set_sign_in",
+        "remove_sign_in",
         "rotate_sealing_key",
         "recover",
     ];
@@ -298,6 +313,8 @@ impl Change {
             Self::RemoveIssuer { .. } => "remove_issuer",
             Self::SetPipeline { .. } => "set_pipeline",
             Self::RemovePipeline { .. } => "remove_pipeline",
+            Self::SetSignIn { .. } => "set_sign_in",
+            Self::RemoveSignIn { .. } => "remove_sign_in",
             Self::RotateSealingKey { .. } => "rotate_sealing_key",
             Self::Recover { .. } => "recover",
         }
@@ -326,6 +343,7 @@ impl Change {
             Self::Deploy { service, .. } => format!("deployment of service {service}"),
             Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),
             Self::SetPipeline { name, .. } | Self::RemovePipeline { name } => format!("pipeline {name}"),
+            Self::SetSignIn { name, .. } | Self::RemoveSignIn { name } => format!("sign-in {name}"),
             Self::RotateSealingKey { fingerprint } => format!("sealing key {}", fingerprint.short()),
         }
     }

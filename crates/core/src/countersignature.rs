@@ -294,6 +294,8 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveIssuer { .. }
             | Change::SetPipeline { .. }
             | Change::RemovePipeline { .. }
+            | Change::SetSignIn { .. }
+            | Change::RemoveSignIn { .. }
             | Change::RotateSealingKey { .. }
             | Change::Recover { .. } => {}
         }
@@ -333,6 +335,8 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemoveIssuer { .. }
             | Change::SetPipeline { .. }
             | Change::RemovePipeline { .. }
+            | Change::SetSignIn { .. }
+            | Change::RemoveSignIn { .. }
             | Change::Recover { .. } => Part::Gate,
         };
         written.insert(part);

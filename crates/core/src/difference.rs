@@ -68,6 +68,7 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => state.pipelines.get(name).map(toml),
+        Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => state.sign_ins.get(name).map(toml),
         Change::RotateSealingKey { .. } => state.sealing_key.map(|fingerprint| format!("{fingerprint}\n")),
         Change::Recover { operator: name, .. } => state.operators.get(name).map(operator),
     }
@@ -96,6 +97,7 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
         Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
         Change::SetPipeline { pipeline, .. } => Some(toml(pipeline)),
+        Change::SetSignIn { sign_in, .. } => Some(toml(sign_in)),
         Change::RotateSealingKey { fingerprint } => Some(format!("{fingerprint}\n")),
         Change::Recover { factor: enrolled, reason, .. } => Some(format!("{}reason = {reason:?}\n", factor(enrolled))),
         Change::RemoveService { .. }
@@ -107,7 +109,8 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         | Change::RemoveAuthenticators {}
         | Change::RemoveGatePolicy { .. }
         | Change::RemoveIssuer { .. }
-        | Change::RemovePipeline { .. } => None,
+        | Change::RemovePipeline { .. }
+        | Change::RemoveSignIn { .. } => None,
     }
 }
 
@@ -128,7 +131,7 @@ fn declared<'b>(spec: &ServiceSpec, text_of: impl Fn(&Digest) -> Option<&'b Arc<
 }
 
 fn toml<T: Serialize>(value: &T) -> String {
-    toml::to_string(value).expect("INVARIANT: specs, routes, issuers and pipelines were read from TOML")
+    toml::to_string(value).expect("INVARIANT: specs, routes, issuers, pipelines and sign-ins were read from TOML")
 }
 
 fn lines<'a, T: ToString + 'a>(members: impl IntoIterator<Item = &'a T>) -> String {

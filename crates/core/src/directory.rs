@@ -12,6 +12,7 @@ mod read;
 mod reference;
 mod roles;
 mod routes;
+mod sign_in;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,6 +39,7 @@ use crate::{
     policy::{self, FilePolicy},
     route::Route,
     service::{Recorded, ServiceSpec},
+    sign_in::{SignIn, SignInName},
 };
 use contracts::Contracts;
 use read::Source;
@@ -85,6 +87,8 @@ pub struct Directory {
     pub issuers: BTreeMap<IssuerName, Issuer>,
     /// The automations that may propose changes.
     pub pipelines: BTreeMap<PipelineName, Pipeline>,
+    /// The providers that people sign in with.
+    pub sign_ins: BTreeMap<SignInName, SignIn>,
     /// The policy tests: text by file. [`crate::policy`] reads them.
     pub tests: BTreeMap<Arc<str>, Arc<str>>,
 }
@@ -224,6 +228,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             routes,
             issuers: mesh.issuers,
             pipelines: mesh.pipelines,
+            sign_ins: mesh.sign_ins,
             tests,
         }),
         _ => Err(Mistakes(mistakes)),
@@ -486,6 +491,30 @@ instances = 3
     }
 
     const OPENAPI: &str = "openapi: 3.1.0\npaths:\n  /charges:\n    post: { operationId: createCharge }\n";
+
+    #[test]
+    fn a_sign_in_by_which_somebody_would_be_taken_for_somebody_else_is_a_mistake() {
+        let of = |more: &str| {
+            let issuers = "[issuers.id]\nurl = \"https://id.example\"\naudience = \"mesh\"\n";
+            let text = format!("trust_domain = \"a.example\"\n{issuers}{more}");
+            told(&files(&[("mesh.toml", &text)]))
+        };
+        let good = "issuer = \"id\"\nclient_id = \"web\"\nroles = { staff = [\"editor\"] }\n";
+        assert_eq!(of(&format!("[sign_in.corp]\n{good}")), "no mistake\n");
+        let pipeline = "[pipelines.deploy]\nissuer = \"id\"\nclaims = { sub = \"robot\" }\n";
+        for (case, more, what) in [
+            ("a prefix of ours", format!("[sign_in.Pipeline]\n{good}"), "would be taken for somebody else"),
+            ("no name", format!("[sign_in.\"a:b\"]\n{good}"), "is not the name of a sign-in"),
+            (
+                "a token for a pipeline",
+                format!("{pipeline}[sign_in.corp]\n{}", good.replace("web", "mesh")),
+                "a token for people would be one of pipeline `deploy`",
+            ),
+        ] {
+            let found = of(&more);
+            assert!(found.contains(what), "{case}: {found}");
+        }
+    }
 
     #[test]
     fn a_contract_is_read_from_the_file_that_a_service_names() {

@@ -36,6 +36,7 @@ use crate::{
     pipeline::{ACTOR_PREFIX, PipelineName},
     policy::{self, Factor, FilePolicy, JudgedBy, Mistake, Obligation, PolicyError},
     service::ServiceSpec,
+    sign_in::Person,
     state::MeshState,
 };
 
@@ -50,14 +51,16 @@ pub const OWNER: &str = "owner";
 /// Changes that one denial names at most.
 const DENIED_MAX: usize = 20;
 
-/// Who asks for a change-set. In JSON an operator is a string, and a pipeline an object.
+/// Who asks for a change-set. In JSON an operator is a string, and everybody else an object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Author {
-    /// A person.
+    /// A person who has factors here.
     Operator(OperatorName),
     /// An automation, by what it proved of itself.
     Pipeline(Pipeline),
+    /// A person whom a provider vouched for.
+    Person(Person),
 }
 
 /// An automation that proposes changes, as its token said and was verified.
@@ -237,8 +240,16 @@ impl ChangeGate {
     /// recovery code alone opens the way to a new factor of one's own and to nothing else.
     ///
     /// INVARIANT (bots-not-exempt): no policy lets a pipeline through whom no operator has countersigned.
+    ///
+    /// INVARIANT (no-word-for-a-factor): no policy lets a person through whom a provider vouched for and no operator has
+    /// countersigned; and where it asks for countersignatures, one more stands in for the factor that nobody here has seen.
     pub fn decide(&self, asked: &Asked<'_>) -> Answer {
         let (mut requires, mut denied) = (Requires::default(), Vec::new());
+        if let Author::Person(person) = asked.author
+            && person.roles(asked.state).is_empty()
+        {
+            return Answer::Deny(vec![nobody(person)]);
+        }
         let questions = match Questions::of(asked) {
             Ok(questions) => questions,
             Err(what) => return Answer::Deny(vec![what]),
@@ -259,7 +270,7 @@ impl ChangeGate {
         {
             requires.factor = Some(Factor::Mfa);
         }
-        if matches!(asked.author, Author::Pipeline(_)) && asked.approvals.is_empty() {
+        if matches!(asked.author, Author::Pipeline(_) | Author::Person(_)) && asked.approvals.is_empty() {
             requires.countersign = requires.countersign.max(1);
         }
         if requires.asks_author() {
@@ -378,9 +389,13 @@ impl Requires {
 
     /// What is left of it after what was shown.
     fn unmet(&self, asked: &Asked<'_>) -> Self {
-        let mut left = *self;
+        let mut left = match asked.author {
+            Author::Operator(_) | Author::Pipeline(_) => *self,
+            // They have nothing to show: one operator more does.
+            Author::Person(_) => Self { countersign: self.countersign + 1, ..Self::default() },
+        };
         let obligation = Obligation { factor: self.factor, max_age_seconds: self.max_age_seconds };
-        if self.asks_author() && asked.assurance.meets(&obligation, asked.asked_at_seconds) {
+        if left.asks_author() && asked.assurance.meets(&obligation, asked.asked_at_seconds) {
             (left.factor, left.max_age_seconds) = (None, None);
         }
         if approvals(asked).count() >= left.countersign as usize {
@@ -419,6 +434,7 @@ impl Questions {
         let principal = match asked.author {
             Author::Operator(name) => uid("Operator", name.as_str()),
             Author::Pipeline(pipeline) => uid("Pipeline", &pipeline.name),
+            Author::Person(person) => uid("Person", &person.to_string()),
         };
         let context = context(asked).map_err(|error| unfit(&error))?;
         let after = services(asked, |change, held| match change {
@@ -434,6 +450,7 @@ impl Questions {
             let all = people(asked)
                 .into_iter()
                 .chain(pipelines(asked))
+                .chain(vouched_for(asked))
                 .chain(services.iter().map(|(name, spec)| service(name, spec.as_ref())));
             Entities::from_entities(all, Some(schema())).map_err(|error| unfit(&error))
         };
@@ -498,6 +515,17 @@ fn pipelines(asked: &Asked<'_>) -> impl Iterator<Item = Entity> {
     })
 }
 
+/// Who asks, when a provider vouched for them, with what their groups mean now.
+fn vouched_for(asked: &Asked<'_>) -> Option<Entity> {
+    let Author::Person(person) = asked.author else { return None };
+    let roles: HashSet<EntityUid> = person.roles(asked.state).iter().map(|role| uid("Role", role)).collect();
+    Some(Entity::new_no_attrs(uid("Person", &person.to_string()), roles))
+}
+
+fn nobody(person: &Person) -> String {
+    format!("`{person}` is in no group that means anything here")
+}
+
 fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
     match change {
         Change::CreateMesh { trust_domain } => uid("Mesh", trust_domain.as_str()),
@@ -521,6 +549,7 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         | Change::Recover { operator: name, .. } => uid("Operator", name.as_str()),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => uid("Issuer", name),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => uid("Pipeline", name),
+        Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => uid("SignIn", name),
     }
 }
 
@@ -570,6 +599,12 @@ fn context(asked: &Asked<'_>) -> Result<Context, String> {
             record(vec![("issuer", text(&pipeline.issuer)), ("subject", text(&pipeline.subject)), ("claims", claims)])?;
         members.push(("pipeline", claims));
     }
+    if let Author::Person(person) = asked.author {
+        let groups = RestrictedExpression::new_set(person.groups.iter().map(|group| text(group)));
+        let (issuer, subject) = (text(&person.issuer), text(&person.subject));
+        let person = record(vec![("issuer", issuer), ("subject", subject), ("groups", groups)])?;
+        members.push(("person", person));
+    }
     Context::from_pairs(members.into_iter().map(|(name, value)| (name.to_owned(), value)))
         .map_err(|error| error.to_string())
 }
@@ -584,25 +619,34 @@ impl Author {
     pub fn operator(&self) -> Option<&OperatorName> {
         match self {
             Self::Operator(name) => Some(name),
-            Self::Pipeline(_) => None,
+            Self::Pipeline(_) | Self::Person(_) => None,
         }
     }
 
     /// The pipeline, if it is one.
     pub fn pipeline(&self) -> Option<&Pipeline> {
         match self {
-            Self::Operator(_) => None,
             Self::Pipeline(pipeline) => Some(pipeline),
+            Self::Operator(_) | Self::Person(_) => None,
+        }
+    }
+
+    /// The person whom a provider vouched for, if it is one.
+    pub fn person(&self) -> Option<&Person> {
+        match self {
+            Self::Person(person) => Some(person),
+            Self::Operator(_) | Self::Pipeline(_) => None,
         }
     }
 }
 
-/// As the ledger names them: no operator's name holds a `:`.
+/// As the ledger names them: no operator's name holds a `:`, and no sign-in is called like a pipeline's prefix.
 impl fmt::Display for Author {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Operator(name) => name.fmt(f),
             Self::Pipeline(pipeline) => write!(f, "{ACTOR_PREFIX}{}", pipeline.name),
+            Self::Person(person) => person.fmt(f),
         }
     }
 }

@@ -42,6 +42,9 @@ pub enum Algorithm {
 pub enum Typ {
     /// A token about somebody: `JWT`, or nothing.
     Token,
+    /// A token by which a provider ends sessions: `logout+jwt`, `JWT`, or nothing (OpenID Connect Back-Channel Logout 1.0, 2.4). What it
+    /// says tells it from one about somebody.
+    Logout,
     /// A proof of a key (RFC 9449), which brings that key.
     Proof,
     /// A JWT-SVID: `JWT`, `JOSE`, or nothing; and nothing else in its header than that, `alg` and `kid` (JWT-SVID, 2).
@@ -141,8 +144,11 @@ impl<'t> Presented<'t> {
             return no("it demands extensions".to_owned());
         }
         let is_meant = match (typ, header.get("typ")) {
-            (Typ::Token, None) => true,
-            (Typ::Token, Some(said)) => said.as_str().is_some_and(|said| said.eq_ignore_ascii_case("JWT")),
+            (Typ::Token | Typ::Logout, None) => true,
+            (Typ::Logout, Some(Value::String(said))) if said.eq_ignore_ascii_case("logout+jwt") => true,
+            (Typ::Token | Typ::Logout, Some(said)) => {
+                said.as_str().is_some_and(|said| said.eq_ignore_ascii_case("JWT"))
+            }
             (Typ::Proof, said) => said.and_then(Value::as_str) == Some(PROOF_TYP),
             (Typ::Svid, None) => true,
             (Typ::Svid, Some(said)) => matches!(said.as_str(), Some("JWT" | "JOSE")),

@@ -20,6 +20,7 @@
 //! | [`jws`] | signed tokens taken apart, and the keys that verify them |
 //! | [`jwt_svid`] | whom a JWT-SVID speaks for, and to whom |
 //! | [`pipeline`] | whose tokens are believed, and which automations may propose changes |
+//! | [`sign_in`] | the providers that people sign in with, and which groups there mean which roles |
 //! | [`gate`] | the change gate: who may change what, and what they have to show for it |
 //! | [`policy`] | the request gate: the schema, the compiled law, the decision and its explanation, lint and tests |
 //! | [`route`] | traffic rules as data |
@@ -48,6 +49,7 @@ pub mod policy;
 pub mod record;
 pub mod route;
 pub mod service;
+pub mod sign_in;
 pub mod signal;
 pub mod state;
 pub mod view;

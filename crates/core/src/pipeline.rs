@@ -177,7 +177,7 @@ pub fn refusals(url: Option<&str>, claims: &BTreeMap<String, String>) -> Vec<Ref
     refusals
 }
 
-fn is_plain_text(given: &str) -> bool {
+pub(crate) fn is_plain_text(given: &str) -> bool {
     (1..=CLAIM_BYTES_MAX).contains(&given.len()) && !given.chars().any(char::is_control)
 }
 

@@ -19,6 +19,7 @@ use crate::{
     pipeline::{self, Issuer, IssuerName, PIPELINES_MAX, Pipeline, PipelineName},
     route::Route,
     service::ServiceSpec,
+    sign_in::{self, SIGN_INS_MAX, SignIn, SignInName},
 };
 
 /// Services of one mesh at the same time: each has a loopback address of its own in 127.81.0.0/16.
@@ -60,6 +61,9 @@ pub struct MeshState {
     /// The automations that may propose changes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pipelines: BTreeMap<PipelineName, Pipeline>,
+    /// The providers that people sign in with.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sign_ins: BTreeMap<SignInName, SignIn>,
     /// What tells the key-encryption key of the control plane from others, since one was chosen by a change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealing_key: Option<Digest>,
@@ -227,6 +231,17 @@ impl MeshState {
                 self.pipelines.insert(name.clone(), pipeline.clone());
             }
             Change::RemovePipeline { name } => known(self.pipelines.remove(name).is_some())?,
+            Change::SetSignIn { name, sign_in } => {
+                let others = self.sign_ins.keys().filter(|held| *held != name).count();
+                if others >= SIGN_INS_MAX {
+                    let what = format!("a mesh has at most {SIGN_INS_MAX} of them");
+                    return Err(FoldError::Pipeline(change.subject(), what));
+                }
+                let refusals = sign_in::name_refusal(name).into_iter().chain(sign_in.refusals());
+                taken(change, name, refusals.collect(), others)?;
+                self.sign_ins.insert(name.clone(), sign_in.clone());
+            }
+            Change::RemoveSignIn { name } => known(self.sign_ins.remove(name).is_some())?,
             Change::RotateSealingKey { fingerprint } => self.sealing_key = Some(*fingerprint),
             Change::Recover { operator, id, factor, reason, at_seconds } => {
                 let recovery = Recovery { operator: operator.clone(), reason: reason.clone(), at_seconds: *at_seconds };
@@ -660,6 +675,28 @@ mod tests {
         }
         let gone = [issuer("https://ci.example"), Change::RemoveIssuer { name: "ci".into() }];
         assert_eq!(folded(&gone).unwrap().digest(), created().digest());
+    }
+
+    #[test]
+    fn a_sign_in_folds_with_its_groups_and_a_history_without_one_keeps_its_digest() {
+        let set = |named: &str, client_id: &str| Change::SetSignIn {
+            name: named.into(),
+            sign_in: SignIn {
+                issuer: "corp".into(),
+                client_id: client_id.into(),
+                groups_claim: "groups".into(),
+                roles: [("mesh-editors".to_owned(), ["editor".into()].into())].into(),
+            },
+        };
+        let gone = Change::RemoveSignIn { name: "corp".into() };
+        assert!(folded(&[set("corp", "")]).unwrap_err().to_string().starts_with("sign-in corp: a client id"));
+        assert!(folded(&[set("corp:x", "mesh")]).unwrap_err().to_string().contains("not a name"));
+        assert!(folded(&[set("pipeline", "mesh")]).unwrap_err().to_string().contains("taken for somebody else"));
+        assert_eq!(folded(std::slice::from_ref(&gone)).unwrap_err(), FoldError::Unknown("sign-in corp".into()));
+        let many: Vec<Change> = (0..=SIGN_INS_MAX).map(|n| set(&format!("corp{n}"), "mesh")).collect();
+        assert!(folded(&many).unwrap_err().to_string().contains("at most 16"));
+        assert_eq!(folded(&many[1..]).unwrap().sign_ins.len(), SIGN_INS_MAX);
+        assert_eq!(folded(&[set("corp", "mesh"), gone]).unwrap().digest(), created().digest());
     }
 
     #[test]

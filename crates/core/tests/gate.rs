@@ -20,6 +20,7 @@ use countersign_core::{
     policy::Factor,
     route::Route,
     service::{Protocol, ServiceSpec},
+    sign_in::{Person, SignIn},
     state::MeshState,
 };
 use expect_test::expect;
@@ -106,12 +107,38 @@ fn decide_with(
 fn decide_act(
     gate: &ChangeGate,
     state: &MeshState,
-    operator: &OperatorName,
+    author: &Author,
     act: Act,
     assurance: &Assurance,
     signed_in: bool,
 ) -> Answer {
-    gate.decide_act(&AskedTo { operator, act, state, assurance, signed_in, origin: Origin::Socket, now_seconds: NOW })
+    gate.decide_act(&AskedTo { author, act, state, assurance, signed_in, origin: Origin::Socket, now_seconds: NOW })
+}
+
+/// The same mesh, where people sign in with a provider: its admins are owners, its staff editors.
+fn with_people(mut state: MeshState) -> MeshState {
+    state.issuers.insert("id".into(), Issuer { url: "https://id.example".into(), audience: "ci".into() });
+    let roles = [("admins", "owner"), ("staff", "editor")];
+    let sign_in = SignIn {
+        issuer: "id".into(),
+        client_id: "mesh".into(),
+        groups_claim: "groups".into(),
+        roles: roles.into_iter().map(|(group, role)| (group.to_owned(), [role.into()].into())).collect(),
+    };
+    state.sign_ins.insert("corp".into(), sign_in);
+    state
+}
+
+/// Somebody whom the provider says to be in this group.
+fn person(group: &str) -> Author {
+    Author::Person(Person {
+        sign_in: "corp".into(),
+        issuer: "https://id.example".into(),
+        client_id: "mesh".into(),
+        groups_claim: "groups".into(),
+        subject: "1234".into(),
+        groups: [group.to_owned()].into(),
+    })
 }
 
 /// A gate of these policies.
@@ -189,6 +216,16 @@ fn one_of(kind: &str, author: &str) -> Change {
         "remove_issuer" => Change::RemoveIssuer { name: id },
         "set_pipeline" => Change::SetPipeline { name: id, pipeline: pipeline(&[]) },
         "remove_pipeline" => Change::RemovePipeline { name: id },
+        "set_sign_in" => Change::SetSignIn {
+            name: id,
+            sign_in: SignIn {
+                issuer: "corp".into(),
+                client_id: "mesh".into(),
+                groups_claim: "groups".into(),
+                roles: [("staff".to_owned(), ["editor".into()].into())].into(),
+            },
+        },
+        "remove_sign_in" => Change::RemoveSignIn { name: id },
         other => panic!("no change of kind {other}"),
     }
 }
@@ -209,6 +246,7 @@ fn cell(answer: &Answer) -> String {
 #[test]
 fn the_shipped_gate_is_this_matrix() {
     let codes = mesh(&[("alice", "owner", false), ("bob", "editor", false), ("dan", "deployer", false)]);
+    let codes = with_people(codes);
     let keys = mesh(&[("alice", "owner", true), ("bob", "owner", false), ("eve", "editor", true)]);
     let (totp, roaming) = ([FactorKind::Totp], [FactorKind::Roaming]);
     let operator = |given: &str| Author::Operator(name(given));
@@ -219,6 +257,8 @@ fn the_shipped_gate_is_this_matrix() {
         ("deployer, code", &codes, operator("dan"), &totp),
         ("nobody, code", &codes, operator("zoe"), &totp),
         ("pipeline", &codes, proposer("deploy"), &[]),
+        ("somebody whom a provider says to be an owner", &codes, person("admins"), &[]),
+        ("somebody whom a provider says to be an editor", &codes, person("staff"), &[]),
         ("owner with a key, code", &keys, operator("alice"), &totp),
         ("owner with a key, key", &keys, operator("alice"), &roaming),
         ("owner without one, code", &keys, operator("bob"), &totp),
@@ -237,8 +277,10 @@ fn the_shipped_gate_is_this_matrix() {
             let _ = writeln!(text, "  {kind:<20} {}", cell(&answer));
         }
         for act in Act::ALL {
-            let Author::Operator(operator) = author else { continue };
-            let answer = decide_act(&ChangeGate::shipped(), state, operator, act, &shown(kinds), true);
+            if author.pipeline().is_some() {
+                continue;
+            }
+            let answer = decide_act(&ChangeGate::shipped(), state, author, act, &shown(kinds), true);
             let _ = writeln!(text, "  {:<20} {}", act.as_str(), cell(&answer));
         }
     }
@@ -331,11 +373,11 @@ fn nobody_reads_or_invites_who_is_no_operator_or_has_shown_nothing_whatever_the_
         ("and lets no host in", &shipped, "eve", Act::InviteHost, key, true, "deny"),
         ("being signed in meets no obligation", &shipped, "alice", Act::ExportLedger, nothing, true, "step-up mfa"),
     ] {
-        let answer = decide_act(gate, &state, &name(who), act, &shown(kinds), signed_in);
+        let answer = decide_act(gate, &state, &Author::Operator(name(who)), act, &shown(kinds), signed_in);
         assert_eq!(cell(&answer), expected, "{case}");
     }
     let late = AskedTo {
-        operator: &name("alice"),
+        author: &Author::Operator(name("alice")),
         act: Act::ReadDecisions,
         state: &state,
         assurance: &shown(code),
@@ -364,12 +406,59 @@ fn a_pipeline_is_let_through_by_nobody_alone_and_never_widens_itself() {
         ("the shipped gate", &ChangeGate::shipped(), "deploy", "set_policy", &["bob"], "permit"),
         ("itself", &ChangeGate::shipped(), "root", "set_pipeline", &["alice", "bob"], "deny"),
         ("whom to believe", &ChangeGate::shipped(), "root", "set_issuer", &["alice", "bob"], "deny"),
+        ("who signs in", &ChangeGate::shipped(), "root", "set_sign_in", &["alice", "bob"], "deny"),
         ("the gate", &ChangeGate::shipped(), "root", "set_gate_policy", &["alice", "bob"], "deny"),
         ("operators", &ChangeGate::shipped(), "root", "set_operator_roles", &["alice", "bob"], "deny"),
         ("factors", &ChangeGate::shipped(), "root", "remove_factor", &["alice", "bob"], "deny"),
         ("the seal", &ChangeGate::shipped(), "root", "seal_settings", &["alice", "bob"], "deny"),
     ] {
         let answer = decide_with(gate, &state, &proposer(who), &nothing, vec![one_of(kind, "")], approvals);
+        assert_eq!(cell(&answer), expected, "{case}");
+    }
+}
+
+/// PROVES (no-word-for-a-factor)
+#[test]
+fn whom_a_provider_vouches_for_changes_nothing_alone_and_one_operator_more_stands_in_for_their_factor() {
+    let state = with_people(mesh(&[("alice", "owner", true), ("bob", "owner", false), ("eve", "owner", false)]));
+    let open = own("@id(\"open\") permit (principal, action, resource);");
+    let strict = own("@id(\"open\") permit (principal, action, resource);
+        @id(\"key\") @step_up(\"phr\") @max_age(\"60\") forbid (principal, action, resource);
+        @id(\"two\") @countersign(\"1\") forbid (principal, action == Action::\"set_route\", resource);");
+    let shipped = ChangeGate::shipped();
+    let nothing = Assurance::default();
+    for (case, gate, group, kind, approvals, expected) in [
+        ("an open gate", &open, "staff", "set_policy", &[][..], "countersign 1"),
+        ("and somebody", &open, "staff", "set_policy", &["bob"], "permit"),
+        ("in no group", &open, "others", "set_policy", &["alice", "bob"], "deny"),
+        ("a factor that they do not have", &strict, "staff", "set_policy", &[], "countersign 1"),
+        ("and somebody who has one", &strict, "staff", "set_policy", &["bob"], "permit"),
+        ("one more than the gate asks for", &strict, "staff", "set_route", &["bob"], "countersign 2"),
+        ("and those two", &strict, "staff", "set_route", &["alice", "bob"], "permit"),
+        ("the shipped gate", &shipped, "staff", "set_policy", &[], "countersign 1"),
+        ("and somebody behind it", &shipped, "staff", "set_policy", &["bob"], "permit"),
+        ("what editors do not change", &shipped, "staff", "set_sign_in", &["alice", "bob"], "deny"),
+        ("what owners change", &shipped, "admins", "set_sign_in", &[], "countersign 1"),
+    ] {
+        let answer = decide_with(gate, &state, &person(group), &nothing, vec![one_of(kind, "")], approvals);
+        assert_eq!(cell(&answer), expected, "{case}");
+    }
+    // A factor that somebody else showed is none of theirs.
+    let shown = shown(&[FactorKind::Roaming]);
+    let answer = decide(&strict, &state, &person("staff"), &shown, vec![one_of("set_policy", "")]);
+    assert_eq!(cell(&answer), "countersign 1");
+    let reading = own("@id(\"open\") permit (principal, action, resource);
+        @id(\"key\") @step_up(\"phr\") forbid (principal, action in Action::\"reading\", resource);");
+    for (case, gate, group, act, signed_in, expected) in [
+        ("the ledger", &shipped, "staff", Act::ReadLedger, true, "permit"),
+        ("where it takes a factor", &reading, "staff", Act::ReadLedger, true, "deny"),
+        ("in no group", &shipped, "others", Act::ReadLedger, true, "deny"),
+        ("not signed in", &shipped, "staff", Act::ReadLedger, false, "deny"),
+        ("decisions", &open, "admins", Act::ReadDecisions, true, "deny"),
+        ("all of the ledger", &open, "admins", Act::ExportLedger, true, "deny"),
+        ("a host", &open, "admins", Act::InviteHost, true, "deny"),
+    ] {
+        let answer = decide_act(gate, &state, &person(group), act, &shown, signed_in);
         assert_eq!(cell(&answer), expected, "{case}");
     }
 }

@@ -194,12 +194,16 @@ async fn show_pending(place: &Place, id: &str, output: Output) -> Done {
     })
 }
 
-/// What was verified of a pipeline: whoever countersigns sees where the change comes from.
+/// What was verified of who is no operator: whoever countersigns sees where the change comes from.
 fn proven(author: &Author, paint: Paint) -> String {
-    let Author::Pipeline(pipeline) = author else { return String::new() };
-    let mut text = format!("{} {}\n", paint.dim("issued by "), render::tame(&pipeline.issuer));
-    for claim in &pipeline.claims {
-        let _ = writeln!(text, "{} {}", paint.dim("claim     "), render::tame(claim));
+    let (issuer, name, all) = match author {
+        Author::Operator(_) => return String::new(),
+        Author::Pipeline(pipeline) => (&pipeline.issuer, "claim     ", &pipeline.claims),
+        Author::Person(person) => (&person.issuer, "group     ", &person.groups),
+    };
+    let mut text = format!("{} {}\n", paint.dim("issued by "), render::tame(issuer));
+    for one in all {
+        let _ = writeln!(text, "{} {}", paint.dim(name), render::tame(one));
     }
     text
 }

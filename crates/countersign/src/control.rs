@@ -65,6 +65,14 @@ impl AuditArguments {
     }
 }
 
+/// What the dashboard shows the providers of `[sign_in.*]`.
+#[derive(Debug, Args)]
+pub struct SignInArguments {
+    /// A directory with the client secret of each sign-in whose provider gave the mesh one, in a file of its name
+    #[arg(long, value_name = "DIR")]
+    pub sign_in_secrets: Option<PathBuf>,
+}
+
 /// Where it keeps its state and where it listens.
 #[derive(Debug, Args)]
 pub struct ControlArguments {
@@ -101,6 +109,9 @@ pub struct ControlArguments {
     /// A PEM file with its private key
     #[arg(long, value_name = "FILE", requires = "dashboard_cert")]
     pub dashboard_key: Option<PathBuf>,
+    /// Whom the dashboard signs in beside operators
+    #[command(flatten)]
+    pub sign_in: SignInArguments,
     /// Who cosigns the ledger's checkpoints
     #[command(flatten)]
     pub witnesses: WitnessArguments,
@@ -131,7 +142,12 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
     let told = serve::until_told()?;
     let files = arguments.dashboard_cert.zip(arguments.dashboard_key);
     let tls = files.map(|(certificate, key)| TlsFiles { certificate, key });
-    let site = arguments.dashboard.map(|listen| SiteConfig { listen, origin: arguments.dashboard_origin, tls });
+    let site = arguments.dashboard.map(|listen| SiteConfig {
+        listen,
+        origin: arguments.dashboard_origin,
+        tls,
+        sign_in_secrets: arguments.sign_in.sign_in_secrets,
+    });
     let config = ControlConfig {
         data_dir: place.data_dir.clone(),
         store: store(arguments.store.as_deref())?,

@@ -93,14 +93,14 @@ pub async fn login(arguments: LoginArguments, global: &Global) -> Done {
     if !arguments.no_browser {
         sign::open_browser(&authorization.verification_uri_complete);
     }
-    let Granted { access_token, operator, .. } = asking.answered(&authorization).await?;
+    let Granted { access_token, who, .. } = asking.answered(&authorization).await?;
     let Asking { dashboard, key, .. } = asking;
     let logins = Logins::here()?;
     // One session of this user on this machine is enough: the one before ends. Whether it could be told, it is forgotten.
     if let Ok(Some(_)) = logins.find(&dashboard) {
         let _ = Client::dashboard(&dashboard).post::<SessionsEnded>("/v1/session/end", &json!({})).await;
     }
-    logins.keep(&Login { dashboard: dashboard.clone(), operator, token: access_token, key, ca_file })?;
+    logins.keep(&Login { dashboard: dashboard.clone(), who, token: access_token, key, ca_file })?;
     let session: SessionView = Client::dashboard(&dashboard).get("/v1/session").await?;
     render::answer(global.output, &session, |session, paint| {
         format!("{} {}\n", paint.good("signed in:"), described(session, &dashboard))
@@ -141,7 +141,7 @@ pub async fn whoami(global: &Global) -> Done {
 fn described(session: &SessionView, dashboard: &Dashboard) -> String {
     format!(
         "{} at {dashboard}, until {} at the latest when unused",
-        session.operator,
+        render::tame(&session.who),
         render::moment_full(session.expires_at_ms)
     )
 }

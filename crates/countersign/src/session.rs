@@ -3,7 +3,6 @@
 use clap::Subcommand;
 
 use countersign_api::local::{EndSessions, SessionView, SessionsEnded};
-use countersign_core::identity::OperatorName;
 
 use crate::{
     client::Client,
@@ -17,14 +16,14 @@ use crate::{
 pub enum SessionVerb {
     /// List those that are open
     List,
-    /// End one, all of one operator, or all
+    /// End one, all of one operator or person, or all
     Revoke {
         /// Its id, or the beginning of it
         #[arg(required_unless_present_any = ["operator", "all"], conflicts_with_all = ["operator", "all"])]
         id: Option<String>,
-        /// All of this operator
+        /// All of this operator, or of this person whom a provider vouched for: as `session list` names them
         #[arg(long, value_name = "NAME", conflicts_with = "all")]
-        operator: Option<OperatorName>,
+        operator: Option<String>,
         /// All of everybody
         #[arg(long)]
         all: bool,
@@ -41,7 +40,7 @@ pub async fn session(verb: SessionVerb, place: &Place, output: Output) -> Done {
                 let rows = sessions.iter().map(|session| {
                     vec![
                         cell(session.id.get(..12).unwrap_or(&session.id)),
-                        cell(&session.operator),
+                        cell(render::tame(&session.who)),
                         cell(session.kind.as_str()),
                         cell(&session.factor),
                         cell(&session.address),
@@ -50,11 +49,11 @@ pub async fn session(verb: SessionVerb, place: &Place, output: Output) -> Done {
                         cell(render::tame(&session.agent)),
                     ]
                 });
-                render::table(&["ID", "OPERATOR", "IN", "FACTOR", "FROM", "BEGAN", "USED", "AGENT"], rows, paint)
+                render::table(&["ID", "WHO", "IN", "FACTOR", "FROM", "BEGAN", "USED", "AGENT"], rows, paint)
             })
         }
-        SessionVerb::Revoke { id, operator, all: _ } => {
-            let ended: SessionsEnded = control.post("/v1/sessions/end", &EndSessions { id, operator }).await?;
+        SessionVerb::Revoke { id, operator: who, all: _ } => {
+            let ended: SessionsEnded = control.post("/v1/sessions/end", &EndSessions { id, who }).await?;
             render::answer(output, &ended, |ended, paint| {
                 format!("{} {} sessions\n", paint.good("ended:"), ended.ended)
             })

@@ -31,7 +31,7 @@ use crate::{
     change, cli,
     cli::Global,
     client::{Client, shown},
-    control::{self, AuditArguments, PipelineArguments},
+    control::{self, AuditArguments, PipelineArguments, SignInArguments},
     error::{Done, Failure},
     glance::{self, Glance},
     ledger::WitnessArguments,
@@ -88,6 +88,9 @@ pub struct Up {
     /// Where the dashboard is; port 0 takes the one that it had before
     #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub dashboard: SocketAddr,
+    /// Whom it signs in beside operators
+    #[command(flatten)]
+    pub sign_in: SignInArguments,
     /// Leave the mesh as it is when its directory is saved
     #[arg(long)]
     pub no_watch: bool,
@@ -119,7 +122,12 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         key: arguments.key.place()?,
         trust_domain: Some(directory.trust_domain.clone()),
         witnesses: arguments.witnesses.witnesses()?,
-        site: Some(SiteConfig { listen: arguments.dashboard, origin: None, tls: None }),
+        site: Some(SiteConfig {
+            listen: arguments.dashboard,
+            origin: None,
+            tls: None,
+            sign_in_secrets: arguments.sign_in.sign_in_secrets,
+        }),
         pipelines: arguments.pipelines.settings(),
         audit: Some(arguments.audit.file(&place)),
     })

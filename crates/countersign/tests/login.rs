@@ -75,7 +75,7 @@ fn an_operator_signs_a_command_in_from_elsewhere_and_changes_the_mesh_with_a_cod
     assert_eq!(answered.0, "200", "{}", answered.1);
     let session: String = lines.map(Result::unwrap).collect::<Vec<_>>().join("\n");
     assert!(login.wait().unwrap().success());
-    assert_eq!(serde_json::from_str::<Value>(&session).unwrap()["operator"], "alice");
+    assert_eq!(serde_json::from_str::<Value>(&session).unwrap()["who"], "alice");
 
     assert!(said(&run(&["whoami"])).contains("alice"));
     assert_eq!(json_of(&run(&["-o", "json", "status"]))["protected"], true);

@@ -95,14 +95,14 @@ fn told(event: &Event) -> Told {
             unmapped: json!({ "events_lost": count }),
             ..plain(LIFECYCLE, (99, "Other"), "events could not be written", app())
         },
-        Event::SignedIn { operator, session, factor, address, held_by } => Told {
-            unmapped: json!({ "factor": factor.as_str(), "held_by": held_by }),
+        Event::SignedIn { who, session, with, address, held_by } => Told {
+            unmapped: json!({ "factor": with, "held_by": held_by }),
             ..plain(
                 AUTHENTICATION,
                 (1, "Logon"),
-                "an operator signed in",
+                if *with == "provider" { "somebody signed in with a provider" } else { "an operator signed in" },
                 json!({
-                    "user": user(operator),
+                    "user": user(who),
                     "session": { "uid": session },
                     "src_endpoint": { "ip": address },
                     "service": service(),
@@ -110,7 +110,7 @@ fn told(event: &Event) -> Told {
                 }),
             )
         },
-        Event::SignInRefused { operator, address, why } => Told {
+        Event::SignInRefused { who, address, why } => Told {
             severity: Severity::Low,
             failed: Some(why.clone()),
             ..plain(
@@ -119,23 +119,23 @@ fn told(event: &Event) -> Told {
                 "a sign-in was refused",
                 json!({
                     // A name that a stranger gave: there need be no such operator.
-                    "user": user(operator.as_ref().map_or("unknown", |name| name.as_str())),
+                    "user": user(who.as_deref().unwrap_or("unknown")),
                     "src_endpoint": { "ip": address },
                     "service": service(),
                     "is_remote": true,
                 }),
             )
         },
-        Event::SignedOut { operator, session, by } => plain(
+        Event::SignedOut { who, session, by } => plain(
             AUTHENTICATION,
             (2, "Logoff"),
             "a session was ended",
             json!({
-                "user": user(operator),
+                "user": user(who),
                 "session": { "uid": session },
                 "service": service(),
                 "actor": match by {
-                    By::Operator(by) => json!({ "user": user(by) }),
+                    By::SignedIn(by) | By::Provider(by) => json!({ "user": user(by) }),
                     By::Socket => socket(),
                 },
             }),
@@ -165,10 +165,10 @@ fn told(event: &Event) -> Told {
         Event::Passed { operator, act, from } => {
             plain(API_ACTIVITY, activity_of(*act), "an act passed the gate", asked(operator, *act, from))
         }
-        Event::NotPassed { operator, act, from, why } => Told {
+        Event::NotPassed { who, act, from, why } => Told {
             severity: Severity::Low,
             failed: Some(why.clone()),
-            ..plain(API_ACTIVITY, activity_of(*act), "an act was not let pass", asked(operator, *act, from))
+            ..plain(API_ACTIVITY, activity_of(*act), "an act was not let pass", asked(who, *act, from))
         },
         Event::Changed { actor, revision, digest, kinds } => Told {
             unmapped: json!({ "revision": revision, "digest": digest, "changes": kinds }),

@@ -1,4 +1,5 @@
-//! The keys of issuers: where they are said to be, fetched, kept, and fetched again when a token names one that is not there.
+//! The keys of issuers, and where they sign people in: what their discovery documents say, fetched, kept, and fetched again when a
+//! token names a key that is not there.
 //!
 //! What strangers send makes this ask an issuer at most once in [`ASK_AGAIN_MS`], whatever they send. An issuer that is away
 //! leaves the keys that it gave good for a day.
@@ -6,8 +7,8 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, StatusCode, Uri, header};
-use serde_json::Value;
+use http::{HeaderValue, Request, StatusCode, Uri, header};
+use serde_json::{Map, Value};
 use tokio::sync::Mutex;
 
 use countersign_api::https::{Bounds, Https, HttpsError, is_loopback};
@@ -21,9 +22,13 @@ pub const KEPT_MS: u64 = 24 * 60 * 60 * 1000;
 pub const ASK_AGAIN_MS: u64 = 30 * 1000;
 /// Keys of one issuer at most.
 const KEYS_MAX: usize = 100;
+/// Longest URL of a discovery document that is followed, in bytes.
+const URL_BYTES_MAX: usize = 2_048;
+/// Members of a list of a discovery document that are looked at.
+const LIST_MAX: usize = 200;
 const BOUNDS: Bounds = Bounds { within: Duration::from_secs(10), body_bytes_max: 256 * 1024 };
 
-/// The issuers that were asked for their keys.
+/// The issuers that were asked for what they say of themselves.
 pub struct Providers {
     https: Https,
     /// By URL; only those that the mesh names are ever asked for.
@@ -33,6 +38,8 @@ pub struct Providers {
 #[derive(Default)]
 struct Provider {
     keys: Arc<[Key]>,
+    /// `None` of an issuer that signs no people in, such as that of a CI system.
+    endpoints: Option<Endpoints>,
     /// When they were given; `None` while none were.
     given_at_ms: Option<u64>,
     /// When it was last asked.
@@ -45,6 +52,29 @@ struct Provider {
 #[derive(Debug, thiserror::Error)]
 #[error("the keys of `{issuer}` are not to be had: {why}")]
 pub struct KeysUnavailable {
+    issuer: String,
+    why: String,
+}
+
+/// Where an issuer signs people in, and how it wants to be asked (OpenID Connect Discovery 1.0, 3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoints {
+    /// Where a browser is sent.
+    pub authorization: String,
+    /// Where its answer is traded for a token.
+    pub token: String,
+    /// Whether its answers say whose they are (RFC 9207).
+    pub names_itself: bool,
+    /// Whether a client secret is sent in the body, because it is not taken in a header.
+    pub secret_in_body: bool,
+    /// The scopes that it says it knows.
+    pub scopes: Vec<String>,
+}
+
+/// Why nobody can be sent to an issuer, or nothing asked of it.
+#[derive(Debug, thiserror::Error)]
+#[error("`{issuer}` cannot sign anybody in now: {why}")]
+pub struct NoSignIn {
     issuer: String,
     why: String,
 }
@@ -62,31 +92,78 @@ impl Providers {
 
     /// The keys of the issuer at `url` that can have signed what names `key_id`: that one, or any when none is named.
     pub async fn keys(&self, url: &str, key_id: Option<&str>, now_ms: u64) -> Result<Vec<Key>, KeysUnavailable> {
+        let meant = |provider: &Provider| -> Vec<Key> {
+            provider.keys.iter().filter(|key| key_id.is_none_or(|id| key.is_named(id))).cloned().collect()
+        };
+        let of = |provider: &Provider| Some(meant(provider)).filter(|keys| !keys.is_empty());
+        match self.said(url, of, now_ms).await {
+            Ok(keys) => Ok(keys.unwrap_or_default()),
+            Err(why) => Err(KeysUnavailable { issuer: url.to_owned(), why }),
+        }
+    }
+
+    /// Where the issuer at `url` signs people in.
+    pub async fn endpoints(&self, url: &str, now_ms: u64) -> Result<Endpoints, NoSignIn> {
+        let unavailable = |why: String| NoSignIn { issuer: url.to_owned(), why };
+        let said = self.said(url, |provider| provider.endpoints.clone(), now_ms).await.map_err(unavailable)?;
+        let help = "its discovery document names no `authorization_endpoint` and `token_endpoint` that can be used";
+        said.ok_or_else(|| unavailable(help.to_owned()))
+    }
+
+    /// Trades what a browser brought back for the answer of a token endpoint: its body, when it answered 200. `secret` is a client's,
+    /// for a header.
+    pub async fn trade(
+        &self,
+        endpoint: &str,
+        secret: Option<HeaderValue>,
+        form: String,
+    ) -> Result<Map<String, Value>, String> {
+        let mut request = Request::post(endpoint)
+            .header(header::ACCEPT, "application/json")
+            .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
+        if let Some(secret) = secret {
+            request = request.header(header::AUTHORIZATION, secret);
+        }
+        let request = request.body(Bytes::from(form)).map_err(|_| format!("`{endpoint}` is no URL"))?;
+        let why = |error: HttpsError| format!("`{endpoint}`: {}", crate::error_chain(&error));
+        let (status, body) = self.https.ask(request, BOUNDS).await.map_err(why)?;
+        let answer = jws::object("answer", &body);
+        if status != StatusCode::OK {
+            // "error … ASCII" (RFC 6749, 5.2). What it says beside that is not ours to repeat.
+            let error = answer.ok().and_then(|answer| answer.get("error")?.as_str().map(shown)).unwrap_or_default();
+            return Err(format!("`{endpoint}` answered {status} {error}"));
+        }
+        answer.map_err(|error| format!("`{endpoint}`: {error}"))
+    }
+
+    /// What the issuer at `url` is known to say, asked for again when `of` finds nothing in it, or it is old. The error says why
+    /// nothing of it is good any more.
+    async fn said<T>(&self, url: &str, of: impl Fn(&Provider) -> Option<T>, now_ms: u64) -> Result<Option<T>, String> {
         let provider = self.known.lock().entry(url.to_owned()).or_default().clone();
         // One question at a time: whoever waits has its answer.
         let mut provider = provider.lock().await;
-        let meant = |keys: &[Key]| -> Vec<Key> {
-            keys.iter().filter(|key| key_id.is_none_or(|id| key.is_named(id))).cloned().collect()
-        };
         let since = |at_ms: Option<u64>| at_ms.map_or(u64::MAX, |at_ms| now_ms.saturating_sub(at_ms));
-        let is_known = !meant(&provider.keys).is_empty();
+        let is_known = of(&provider).is_some();
         if since(provider.asked_at_ms) >= ASK_AGAIN_MS && (!is_known || since(provider.given_at_ms) >= FRESH_MS) {
             provider.asked_at_ms = Some(now_ms);
             match self.fetch(url).await {
-                Ok(keys) => (provider.keys, provider.given_at_ms) = (keys.into(), Some(now_ms)),
+                Ok((keys, endpoints)) => {
+                    (provider.keys, provider.endpoints) = (keys.into(), endpoints);
+                    provider.given_at_ms = Some(now_ms);
+                }
                 Err(why) => {
                     tracing::warn!(issuer = url, %why, "an issuer's keys could not be fetched");
                     provider.why = why;
                 }
             }
         }
-        if since(provider.given_at_ms) >= KEPT_MS {
-            return Err(KeysUnavailable { issuer: url.to_owned(), why: provider.why.clone() });
+        match since(provider.given_at_ms) >= KEPT_MS {
+            true => Err(provider.why.clone()),
+            false => Ok(of(&provider)),
         }
-        Ok(meant(&provider.keys))
     }
 
-    async fn fetch(&self, issuer: &str) -> Result<Vec<Key>, String> {
+    async fn fetch(&self, issuer: &str) -> Result<(Vec<Key>, Option<Endpoints>), String> {
         // OpenID Connect Discovery 1.0, 4.1: after removing any terminating slash.
         let document = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
         let said =
@@ -96,14 +173,12 @@ impl Providers {
             return Err(format!("`{document}` is of another issuer"));
         }
         let keys = said.get("jwks_uri").and_then(Value::as_str).ok_or(format!("`{document}` has no `jwks_uri`"))?;
-        // What is on the network does not lead to this machine.
-        let uri: Uri = keys.parse().map_err(|_| format!("`{document}` has a `jwks_uri` that is no URL"))?;
-        if uri.host().is_some_and(is_loopback)
-            && !issuer.parse::<Uri>().is_ok_and(|uri| uri.host().is_some_and(is_loopback))
-        {
-            return Err(format!("`{document}` points to this machine"));
+        if !leads_on(issuer, keys) {
+            return Err(format!("`{document}` has a `jwks_uri` that is no https URL, or points to this machine"));
         }
-        Key::of_set(&self.read(keys).await?, KEYS_MAX).map_err(|why| format!("`{keys}`: {why}"))
+        let endpoints = Endpoints::of(issuer, &said);
+        let keys = Key::of_set(&self.read(keys).await?, KEYS_MAX).map_err(|why| format!("`{keys}`: {why}"))?;
+        Ok((keys, endpoints))
     }
 
     async fn read(&self, url: &str) -> Result<Bytes, String> {
@@ -115,6 +190,47 @@ impl Providers {
             (status, _) => Err(format!("`{url}` answered {status}")),
         }
     }
+}
+
+impl Endpoints {
+    /// Those of a discovery document, if it has any that can be used.
+    fn of(issuer: &str, said: &Map<String, Value>) -> Option<Self> {
+        let url =
+            |name: &str| said.get(name).and_then(Value::as_str).filter(|url| leads_on(issuer, url)).map(str::to_owned);
+        let list = |name: &str| -> Option<Vec<String>> {
+            let list = said.get(name)?.as_array()?.iter().take(LIST_MAX);
+            Some(list.filter_map(Value::as_str).map(str::to_owned).collect())
+        };
+        // "If omitted, the default is client_secret_basic" (OpenID Connect Discovery 1.0, 3).
+        let methods = list("token_endpoint_auth_methods_supported");
+        let has = |method: &str| methods.as_ref().is_some_and(|methods| methods.iter().any(|known| known == method));
+        Some(Self {
+            authorization: url("authorization_endpoint")?,
+            token: url("token_endpoint")?,
+            names_itself: said.get("authorization_response_iss_parameter_supported") == Some(&Value::Bool(true)),
+            secret_in_body: has("client_secret_post") && !has("client_secret_basic"),
+            scopes: list("scopes_supported").unwrap_or_default(),
+        })
+    }
+}
+
+/// Whether what an issuer says may be followed: https, and only an issuer on this machine leads to this machine, or is asked in the
+/// clear.
+fn leads_on(issuer: &str, url: &str) -> bool {
+    let is_here = |uri: &Uri| uri.host().is_some_and(is_loopback);
+    let Ok(uri) = url.parse::<Uri>() else { return false };
+    let issuer_is_here = issuer.parse::<Uri>().is_ok_and(|uri| is_here(&uri));
+    let is_plain = url.len() <= URL_BYTES_MAX && url.bytes().all(|b| b.is_ascii_graphic()) && !url.contains('#');
+    match uri.scheme_str() {
+        Some("https") => is_plain && (issuer_is_here || !is_here(&uri)),
+        Some("http") => is_plain && issuer_is_here && is_here(&uri),
+        _ => false,
+    }
+}
+
+/// A word of somebody else's, as far as it is repeated.
+fn shown(word: &str) -> String {
+    word.chars().filter(|c| c.is_ascii_graphic()).take(60).collect()
 }
 
 #[cfg(test)]
@@ -186,6 +302,39 @@ mod tests {
         assert_eq!(asked.load(Ordering::Relaxed), 3);
         providers.retain(|_| false);
         assert!(providers.keys(&url, Some("one"), given).await.is_err(), "what is not named any more is forgotten");
+    }
+
+    #[test]
+    fn an_issuer_leads_to_https_and_to_this_machine_only_from_here() {
+        let (far, here) = ("https://id.example", "http://127.0.0.1:9000");
+        for (issuer, url, expected) in [
+            (far, "https://id.example/authorize", true),
+            (far, "https://other.example/authorize?tenant=1", true),
+            (far, "http://id.example/authorize", false),
+            (far, "https://localhost/authorize", false),
+            (far, "http://127.0.0.1:1/authorize", false),
+            (far, "javascript:alert(1)", false),
+            (far, "/authorize", false),
+            (far, "https://id.example/a#b", false),
+            (here, "http://127.0.0.1:9000/authorize", true),
+            (here, "http://id.example/authorize", false),
+        ] {
+            assert_eq!(leads_on(issuer, url), expected, "{issuer} {url}");
+        }
+        let said = |more: Value| {
+            let mut said =
+                json!({ "authorization_endpoint": format!("{far}/a"), "token_endpoint": format!("{far}/t") });
+            said.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            Endpoints::of(far, said.as_object().unwrap())
+        };
+        let basic = said(json!({})).unwrap();
+        assert!(!basic.secret_in_body && !basic.names_itself);
+        let methods = "token_endpoint_auth_methods_supported";
+        assert!(said(json!({ methods: ["client_secret_post"] })).unwrap().secret_in_body);
+        assert!(!said(json!({ methods: ["client_secret_post", "client_secret_basic"] })).unwrap().secret_in_body);
+        assert!(said(json!({ "authorization_response_iss_parameter_supported": true })).unwrap().names_itself);
+        assert_eq!(said(json!({ "token_endpoint": "http://id.example/t" })), None);
+        assert_eq!(said(json!({ "authorization_endpoint": null })), None);
     }
 
     #[tokio::test]

@@ -50,7 +50,10 @@ pub async fn passes(plane: &Plane, session: &Session, act: Act, here: &'static s
     match acts::pass(plane, act, By::Session(session), &Shown::default()).await {
         Ok(_) => Ok(()),
         Err(refused) if refused.refusal.as_ref().is_some_and(|refusal| refusal.requires.is_some()) => {
-            let asked = Asked { operator: session.operator.clone(), act, session: Some(session.id.clone()) };
+            let asked = match acts::asked(plane, act.as_str(), session).await {
+                Ok(asked) => asked,
+                Err(refused) => return Err(problem_page(plane, Some(session), &refused)),
+            };
             Err(open_page(plane, session, act.as_str().to_owned(), &asked, here).await)
         }
         Err(refused) => Err(problem_page(plane, Some(session), &refused)),
@@ -79,7 +82,7 @@ async fn open_page(plane: &Plane, session: &Session, id: String, asked: &Asked, 
         }
     };
     let head = plane.ledger.head();
-    let operator = head.follower.state().operators.get(&session.operator);
+    let operator = head.follower.state().operators.get(&asked.operator);
     let opened = OpenPage {
         frame: Frame::of(plane, Some(session), here),
         id,

@@ -47,7 +47,8 @@ pub async fn challenge(
 ) -> Answered<KeyChallenge> {
     let site = plane.site.as_ref().ok_or_else(no_site)?;
     let ProposalDetail { proposal, .. } = proposals::show(&plane, &id).await?;
-    let shown = Shown { operator: Some(session.operator.clone()), ..Shown::default() };
+    let operator = session.as_operator()?;
+    let shown = Shown { operator: Some(operator.clone()), ..Shown::default() };
     let ceremony = proposals::begin_ceremony(&plane, &id, &shown).await?;
     let head = plane.ledger.head();
     let anchor = head.keyring.anchor().ok_or_else(|| problem(409, "the mesh is unprotected", None, None))?;
@@ -59,7 +60,7 @@ pub async fn challenge(
         change_set: proposal.digest,
         nonce: ceremony.nonce,
     };
-    let keys = key::keys_of(head.follower.state(), &session.operator);
+    let keys = key::keys_of(head.follower.state(), operator);
     let ids: Vec<_> = keys.map(|(id, _)| id.as_str().to_owned()).collect();
     Ok(Json(KeyChallenge { nonce: ceremony.nonce, options: key::request_options(site, &challenge.encode(), &ids) }))
 }
@@ -72,9 +73,10 @@ pub async fn sign(
     Json(signed): Json<SignedChallenge>,
 ) -> Answered<Answer> {
     let ProposalDetail { proposal, .. } = proposals::show(&plane, &id).await?;
-    let own = proposal.author == session.operator;
+    let operator = session.as_operator()?;
+    let own = proposal.author == *operator;
     let countersignature = Countersignature {
-        operator: session.operator.clone(),
+        operator: operator.clone(),
         credential: signed.credential,
         purpose: if own { Purpose::StepUp } else { Purpose::Countersign },
         base: proposal.base,
@@ -85,7 +87,7 @@ pub async fn sign(
         signature: signed.signature,
     };
     let countersignature = Some(Box::new(countersignature));
-    answer(&plane, &proposal, Shown { countersignature, ..as_operator(session.operator) }).await
+    answer(&plane, &proposal, Shown { countersignature, ..as_operator(operator) }).await
 }
 
 /// A code of an authenticator app.
@@ -103,7 +105,7 @@ pub async fn code(
     Json(WithCode { code }): Json<WithCode>,
 ) -> Answered<Answer> {
     let ProposalDetail { proposal, .. } = proposals::show(&plane, &id).await?;
-    answer(&plane, &proposal, Shown { otp: Some(code), ..as_operator(session.operator) }).await
+    answer(&plane, &proposal, Shown { otp: Some(code), ..as_operator(session.as_operator()?) }).await
 }
 
 async fn answer(plane: &Plane, proposal: &Proposal, shown: Shown) -> Answered<Answer> {
@@ -121,18 +123,18 @@ async fn answer(plane: &Plane, proposal: &Proposal, shown: Shown) -> Answered<An
     }
 }
 
-fn as_operator(operator: OperatorName) -> Shown {
-    Shown { operator: Some(operator), ..Shown::default() }
+fn as_operator(operator: &OperatorName) -> Shown {
+    Shown { operator: Some(operator.clone()), ..Shown::default() }
 }
 
 /// Says no to somebody else's change.
 pub async fn reject(State(plane): State<Arc<Plane>>, session: Session, Path(id): Path<String>) -> Answered<Answer> {
-    proposals::reject(&plane, &id, Answering::SignedIn(session.operator)).await?;
+    proposals::reject(&plane, &id, Answering::signed_in(session.who)).await?;
     Ok(Json(Answer::default()))
 }
 
 /// Takes one's own back.
 pub async fn withdraw(State(plane): State<Arc<Plane>>, session: Session, Path(id): Path<String>) -> Answered<Answer> {
-    proposals::withdraw(&plane, &id, Answering::SignedIn(session.operator)).await?;
+    proposals::withdraw(&plane, &id, Answering::signed_in(session.who)).await?;
     Ok(Json(Answer::default()))
 }

@@ -150,6 +150,8 @@ struct ChangePage {
     applied: Option<u64>,
     /// Whether who is signed in asked for it.
     own: bool,
+    /// Whether they are an operator, who can answer it.
+    operator: bool,
     key: bool,
 }
 
@@ -180,8 +182,9 @@ pub async fn change(State(plane): State<Arc<Plane>>, session: Session, Path(id):
         canonical,
         open,
         applied: proposal.state.revision().map(|revision| revision.0),
-        own: proposal.author == session.operator,
-        key: operators.get(&session.operator).is_some_and(|operator| operator.can_sign()),
+        own: session.is_author(&proposal.author),
+        operator: session.operator().is_some(),
+        key: session.operator().and_then(|name| operators.get(name)).is_some_and(|operator| operator.can_sign()),
         impact: effect(&plane, &session, before.clone(), change_set, bodies).await,
         proposal,
     })

@@ -48,6 +48,8 @@ pub enum Rule {
     ReadsLedger,
     /// Its body names an operator, at this place: the session's.
     Names(&'static [&'static str]),
+    /// The same; and who is no operator asks as well, for what answers it looks at the session.
+    Asks(&'static [&'static str]),
     /// What answers it looks at the session.
     OfSession,
     /// Only the machine itself may; what to do instead.
@@ -59,13 +61,13 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::GET, "/v1/status", Rule::Reads),
     (Method::GET, "/v1/mesh", Rule::Reads),
     (Method::GET, "/v1/changes", Rule::ReadsLedger),
-    (Method::POST, "/v1/changes", Rule::Names(&["shown", "operator"])),
+    (Method::POST, "/v1/changes", Rule::Asks(&["shown", "operator"])),
     (Method::GET, "/v1/changes/{revision}", Rule::ReadsLedger),
     (Method::GET, "/v1/changes/{revision}/wait", Rule::Reads),
     (Method::GET, "/v1/decisions", Rule::OfSession),
     (Method::GET, "/v1/decisions/tail", Rule::OfSession),
     (Method::GET, "/v1/decisions/{id}", Rule::OfSession),
-    (Method::POST, "/v1/acts/{act}", Rule::Names(&["operator"])),
+    (Method::POST, "/v1/acts/{act}", Rule::Asks(&["operator"])),
     (Method::GET, "/v1/services/{service}/callers", Rule::Reads),
     (Method::GET, "/v1/authority", Rule::Reads),
     (Method::POST, "/v1/authority/rotate", Rule::Refused(HERE)),
@@ -84,7 +86,7 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::POST, "/v1/proposals/{id}/apply", Rule::Names(&["operator"])),
     (Method::POST, "/v1/proposals/{id}/countersign", Rule::Names(&["operator"])),
     (Method::POST, "/v1/proposals/{id}/reject", Rule::Names(&["operator"])),
-    (Method::POST, "/v1/proposals/{id}/withdraw", Rule::Names(&["operator"])),
+    (Method::POST, "/v1/proposals/{id}/withdraw", Rule::Asks(&["operator"])),
     (Method::POST, "/v1/enrolments", Rule::Refused("enrol on the dashboard, under Account")),
     (Method::POST, "/v1/enrolments/link", Rule::Refused(HERE)),
     (Method::POST, "/v1/enrolments/{id}", Rule::Refused("enrol on the dashboard, under Account")),
@@ -177,7 +179,8 @@ fn unauthorized(Unauthorized { error, problem }: Unauthorized) -> Response {
 
 /// The request as the session's operator's: what it names is that operator, or the request is refused.
 async fn forced(plane: &Plane, path: &MatchedPath, request: Request, session: Session) -> Result<Request, Problem> {
-    if request.headers().get_all(OPERATOR_HEADER).iter().any(|named| named != session.operator.as_str()) {
+    let own = session.operator().map(|name| name.as_str());
+    if request.headers().get_all(OPERATOR_HEADER).iter().any(|named| own.is_none_or(|own| named != own)) {
         return Err(another(&session));
     }
     // HEAD is answered where GET is.
@@ -189,7 +192,11 @@ async fn forced(plane: &Plane, path: &MatchedPath, request: Request, session: Se
             acts::pass(plane, Act::ReadLedger, By::Session(&session), &Shown::default()).await?;
             request
         }
-        Some(Rule::Names(place)) => named(place, request, &session).await?,
+        Some(Rule::Names(place)) => {
+            session.as_operator()?;
+            named(place, request, &session).await?
+        }
+        Some(Rule::Asks(place)) => named(place, request, &session).await?,
         Some(Rule::Refused(help)) => {
             return Err(problem(403, "this cannot be asked for from another machine", None, Some(help)));
         }
@@ -215,8 +222,8 @@ async fn named(place: &[&str], request: Request, session: &Session) -> Result<Re
         let empty = if *name == "operator" { Value::Null } else { Value::Object(serde_json::Map::new()) };
         at = object.entry(*name).or_insert(empty);
     }
-    let own = session.operator.as_str();
-    if !at.is_null() && at.as_str() != Some(own) {
+    let own = session.operator().map(|name| name.as_str());
+    if !at.is_null() && (own.is_none() || at.as_str() != own) {
         return Err(another(session));
     }
     *at = own.into();
@@ -225,8 +232,9 @@ async fn named(place: &[&str], request: Request, session: &Session) -> Result<Re
     Ok(Request::from_parts(parts, Body::from(bytes)))
 }
 
-fn another(Session { operator, .. }: &Session) -> Problem {
-    let help = format!("you are signed in as `{operator}`; leave out --operator, or sign in as whom you mean");
+fn another(session: &Session) -> Problem {
+    let help =
+        format!("you are signed in as `{}`; leave out --operator, or sign in as whom you mean", session.author());
     problem(403, "the request names another operator", None, Some(&help))
 }
 
@@ -240,8 +248,8 @@ async fn end(
     State(plane): State<Arc<Plane>>,
     Extension(session): Extension<Session>,
 ) -> Result<Json<SessionsEnded>, Refusal> {
-    tracing::info!(operator = %session.operator, session = &session.id[..12], "a command signed out");
-    let by = audit::By::Operator(session.operator.clone());
+    tracing::info!(who = %session.author(), session = &session.id[..12], "a command signed out");
+    let by = audit::By::SignedIn(session.author().to_string());
     session::end(&plane, &[session], by).await.map_err(|error| store_problem(&error))?;
     Ok(Json(SessionsEnded { ended: 1 }))
 }

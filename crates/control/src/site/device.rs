@@ -23,18 +23,14 @@ use countersign_api::{
     device::{Authorization, CLIENT_ID, GRANT_TYPE, Granted, OAuthError, PAGE_PATH, TOKEN_PATH},
     local::Problem,
 };
-use countersign_core::{
-    assurance::FactorKind,
-    canonical::Digest,
-    identity::{FactorId, OperatorName},
-};
+use countersign_core::canonical::Digest;
 
 use super::{
     guard::{network_of, text},
     pages::{Frame, page, problem_page},
     proof::Proof,
     serve::From,
-    session::{self, Beginning, LIFETIME_MS, Session},
+    session::{self, Beginning, Session, Who},
     words::When,
 };
 use crate::{
@@ -91,7 +87,8 @@ struct Waiting {
 #[serde(rename_all = "snake_case")]
 enum Answer {
     Denied,
-    Allowed { operator: OperatorName, factor: FactorId, kind: FactorKind },
+    /// And whose session it is to be.
+    Allowed(Who),
 }
 
 impl Waiting {
@@ -107,7 +104,7 @@ impl Waiting {
 }
 
 /// Why a command gets nothing, or not yet.
-struct Refused {
+pub(super) struct Refused {
     error: &'static str,
     why: String,
 }
@@ -128,11 +125,11 @@ fn failed(error: &StoreError) -> Response {
 }
 
 /// A form, which is a query string in a body.
-fn form<T: DeserializeOwned>(headers: &HeaderMap, body: &str) -> Result<T, Refused> {
+pub(super) fn form<T: DeserializeOwned>(headers: &HeaderMap, body: &str, bytes_max: usize) -> Result<T, Refused> {
     let no = |why: &str| Refused { error: "invalid_request", why: why.to_owned() };
     let media = text(headers, header::CONTENT_TYPE).and_then(|media| media.split(';').next()).unwrap_or_default();
-    if !media.trim().eq_ignore_ascii_case("application/x-www-form-urlencoded") || body.len() > FORM_BYTES_MAX {
-        return Err(no("send a form: application/x-www-form-urlencoded, of at most 4096 bytes"));
+    if !media.trim().eq_ignore_ascii_case("application/x-www-form-urlencoded") || body.len() > bytes_max {
+        return Err(no(&format!("send a form: application/x-www-form-urlencoded, of at most {bytes_max} bytes")));
     }
     let uri: Uri = format!("/?{body}").parse().map_err(|_| no("the form cannot be read"))?;
     let Query(form) = Query::try_from_uri(&uri).map_err(|error| no(&error.to_string()))?;
@@ -155,7 +152,8 @@ pub async fn authorize(
     headers: HeaderMap,
     body: String,
 ) -> Result<Response, Response> {
-    let AuthorizeForm { client_id, dpop_jkt, device_name } = form(&headers, &body).map_err(Refused::into_response)?;
+    let AuthorizeForm { client_id, dpop_jkt, device_name } =
+        form(&headers, &body, FORM_BYTES_MAX).map_err(Refused::into_response)?;
     if client_id != CLIENT_ID {
         return Err(refused("invalid_client", "the only client is `countersign`"));
     }
@@ -228,7 +226,8 @@ pub async fn token(
     headers: HeaderMap,
     body: String,
 ) -> Result<Response, Response> {
-    let TokenForm { grant_type, client_id, device_code } = form(&headers, &body).map_err(Refused::into_response)?;
+    let TokenForm { grant_type, client_id, device_code } =
+        form(&headers, &body, FORM_BYTES_MAX).map_err(Refused::into_response)?;
     if grant_type != GRANT_TYPE {
         return Err(refused("unsupported_grant_type", format!("the only one is `{GRANT_TYPE}`")));
     }
@@ -266,22 +265,20 @@ pub async fn token(
             poll(&plane, &id, seen, waiting, now_ms).await?;
             Err(refused("authorization_pending", "nobody has answered yet"))
         }
-        Some(Answer::Allowed { .. }) => {
+        Some(Answer::Allowed(_)) => {
             // Of several who ask, one gets it.
             let taken = plane.storage.run("take_device", move |store| store.take_document(KIND, &id, now_ms)).await;
             let taken = taken.map_err(|error| failed(&error))?;
             let taken = taken.and_then(|bytes| serde_json::from_slice::<Waiting>(&bytes).ok());
-            let Some(Waiting { answer: Some(Answer::Allowed { operator, factor, kind }), name, agent, .. }) = taken
-            else {
+            let Some(Waiting { answer: Some(Answer::Allowed(who)), name, agent, .. }) = taken else {
                 return Err(refused("invalid_grant", "the code was used"));
             };
             let agent = if name.is_empty() { agent } else { format!("{name}, {agent}") };
-            let beginning =
-                Beginning { operator: operator.clone(), factor, kind, address, agent, key: Some(proof.key) };
+            let (expires_in, named) = (who.lifetime_ms() / 1000, who.author().to_string());
+            let beginning = Beginning { who, address, agent, key: Some(proof.key) };
             let access_token =
                 session::begin(&plane, beginning).await.map_err(|problem| Refusal::from(problem).into_response())?;
-            let granted = Granted { access_token, token_type: "DPoP".into(), expires_in: LIFETIME_MS / 1000, operator };
-            Ok(Json(granted).into_response())
+            Ok(Json(Granted { access_token, token_type: "DPoP".into(), expires_in, who: named }).into_response())
         }
     }
 }
@@ -374,9 +371,7 @@ pub async fn answer(
         return Err(problem(403, "it is too long ago that you showed a factor", None, Some(help)).into());
     }
     let said = match allow {
-        true => {
-            Answer::Allowed { operator: session.operator.clone(), factor: session.factor.clone(), kind: session.kind }
-        }
+        true => Answer::Allowed(session.who.clone().of_command(&session.id)),
         false => Answer::Denied,
     };
     for _ in 0..ATTEMPTS_MAX {
@@ -386,7 +381,7 @@ pub async fn answer(
         let swapped =
             plane.storage.run("answer_device", move |store| store.swap_document(KIND, &id, &seen, &document)).await;
         if swapped.map_err(|error| store_problem(&error))? {
-            tracing::info!(operator = %session.operator, allow, name = %waiting.name, address = %waiting.address, key = %waiting.key, "a command was answered");
+            tracing::info!(who = %session.author(), allow, name = %waiting.name, address = %waiting.address, key = %waiting.key, "a command was answered");
             return Ok(Json(serde_json::json!({ "allowed": allow })));
         }
     }

@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use countersign_api::local::{Confirm, ConfirmKey, Enrol, EnrolKey, Enrolled, Enrolment, KeyEnrolment};
 
-use super::{session::Visitor, sign_in::no_site};
+use super::{
+    session::{Session, Visitor},
+    sign_in::no_site,
+};
 use crate::{
     Plane,
     local_api::Refusal,
@@ -24,7 +27,7 @@ pub async fn begin_key(
     Json(asked): Json<EnrolKey>,
 ) -> Answered<KeyEnrolment> {
     let site = plane.site.as_ref().ok_or_else(no_site)?;
-    let signed_in = session.as_ref().map(|session| &session.operator);
+    let signed_in = session.as_ref().and_then(Session::operator);
     Ok(Json(key::begin(&plane, site, asked, signed_in).await?))
 }
 
@@ -49,7 +52,7 @@ pub async fn begin_code(
     Visitor(session): Visitor,
     Json(asked): Json<Enrol>,
 ) -> Answered<Begun> {
-    let signed_in = session.as_ref().map(|session| &session.operator);
+    let signed_in = session.as_ref().and_then(Session::operator);
     let enrolment = mfa::begin(&plane, asked, EnrolsFrom::Site(signed_in)).await?;
     let code = QrCode::new(&enrolment.otpauth).ok();
     let qr = code.map(|code| code.render::<svg::Color<'_>>().min_dimensions(240, 240).build());

@@ -13,6 +13,7 @@ use http::StatusCode;
 use serde::Deserialize;
 
 use countersign_api::local::Problem;
+use countersign_core::sign_in::{SignIn, SignInName};
 
 use super::{
     acts, changes, decisions, entries, live, overview, people,
@@ -50,7 +51,7 @@ pub struct Frame {
     /// What is not as it should be.
     pub(super) warnings: Vec<String>,
     /// Who is signed in.
-    pub(super) operator: Option<String>,
+    pub(super) who: Option<String>,
     /// What the scripts of this page send back.
     pub(super) csrf: String,
     /// The page of the navigation that it belongs to.
@@ -76,7 +77,7 @@ impl Frame {
             mesh: state.trust_domain.as_ref().map_or_else(|| "no mesh yet".to_owned(), ToString::to_string),
             protected: state.is_protected(),
             warnings: plane.warnings(),
-            operator: session.map(|session| session.operator.to_string()),
+            who: session.map(|session| session.author().to_string()),
             csrf: session.map(|session| session.csrf.clone()).unwrap_or_default(),
             here,
         }
@@ -124,8 +125,18 @@ pub async fn not_found(State(plane): State<Arc<Plane>>, Visitor(session): Visito
 
 /// Where to go after signing in.
 #[derive(Deserialize)]
-struct Next {
+pub struct Next {
     next: Option<String>,
+}
+
+impl Next {
+    /// A path of this site, never the address of another.
+    pub fn own(self) -> String {
+        let is_own = |next: &String| {
+            next.starts_with('/') && !next.starts_with("//") && !next.contains('\\') && !next.contains(char::is_control)
+        };
+        self.next.filter(is_own).unwrap_or_else(|| "/".to_owned())
+    }
 }
 
 #[derive(Template)]
@@ -133,21 +144,38 @@ struct Next {
 struct SignInPage {
     frame: Frame,
     next: String,
+    providers: Vec<ProviderRow>,
 }
 
-async fn sign_in(State(plane): State<Arc<Plane>>, Query(Next { next }): Query<Next>) -> Response {
-    // A path of this site, never the address of another.
-    let own = |next: &String| next.starts_with('/') && !next.starts_with("//") && !next.contains('\\');
-    let next = next.filter(own).unwrap_or_else(|| "/".to_owned());
-    page(&SignInPage { frame: Frame::of(&plane, None, ""), next })
+/// A provider that people sign in with.
+struct ProviderRow {
+    name: String,
+    issuer: String,
+    path: String,
+}
+
+async fn sign_in(State(plane): State<Arc<Plane>>, Query(next): Query<Next>) -> Response {
+    let next = next.own();
+    let head = plane.ledger.head();
+    let state = head.follower.state();
+    let escaped: String = next.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    let row = |(name, sign_in): (&SignInName, &SignIn)| {
+        let issuer = state.issuers.get(&sign_in.issuer)?.url.clone();
+        Some(ProviderRow { name: name.to_string(), issuer, path: format!("/sign-in/with/{name}?next={escaped}") })
+    };
+    let providers = state.sign_ins.iter().filter_map(row).collect();
+    page(&SignInPage { frame: Frame::of(&plane, None, ""), next, providers })
 }
 
 #[derive(Template)]
 #[template(path = "enroll.html")]
 struct EnrollPage {
     frame: Frame,
+    /// Who gets one more factor.
+    operator: Option<String>,
 }
 
 async fn enroll(State(plane): State<Arc<Plane>>, Visitor(session): Visitor) -> Response {
-    page(&EnrollPage { frame: Frame::of(&plane, session.as_ref(), "/account") })
+    let operator = session.as_ref().and_then(Session::operator).map(ToString::to_string);
+    page(&EnrollPage { frame: Frame::of(&plane, session.as_ref(), "/account"), operator })
 }

@@ -15,6 +15,7 @@ use countersign_api::local::{Apply, ApplyAs, Problem, Shown};
 use countersign_core::{
     assurance::FactorKind,
     change::{Bodies, Change, ChangeSet, RoleName},
+    gate::Author,
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, Operator},
 };
@@ -22,7 +23,7 @@ use countersign_core::{
 use super::{
     entries::short,
     pages::{Frame, page, problem_page},
-    session::{self, Session, is_owner},
+    session::{self, Session, Who, is_owner},
     words::When,
 };
 use crate::{
@@ -84,7 +85,7 @@ fn factor_rows(name: &OperatorName, operator: &Operator, may_remove: bool) -> Ve
 
 struct SessionRow {
     id: String,
-    operator: String,
+    who: String,
     held_by: &'static str,
     kind: &'static str,
     address: String,
@@ -97,13 +98,13 @@ async fn session_rows(plane: &Plane, own: &Session, everybody: bool) -> Result<V
     let now_ms = plane.clock.now_ms();
     let mut sessions = session::list(plane).await.map_err(|error| store_problem(&error))?;
     sessions.sort_by_key(|session| std::cmp::Reverse(session.used_at_ms));
-    let shown = sessions.into_iter().filter(|session| everybody || session.operator == own.operator);
+    let shown = sessions.into_iter().filter(|session| everybody || session.is_of_same(own));
     Ok(shown
         .map(|session| SessionRow {
             this: session.id == own.id,
-            operator: session.operator.to_string(),
+            who: session.author().to_string(),
             held_by: session.held_by().as_str(),
-            kind: session.kind.as_str(),
+            kind: session.who.with(),
             address: session.address.to_string(),
             agent: session.agent,
             used: When::of(session.used_at_ms, now_ms),
@@ -125,16 +126,16 @@ struct OperatorsPage {
 pub async fn operators(State(plane): State<Arc<Plane>>, session: Session) -> Response {
     let head = plane.ledger.head();
     let state = head.follower.state();
-    let owner = is_owner(state, &session.operator);
+    let owner = is_owner(state, &session);
     let sessions = match session_rows(&plane, &session, owner).await {
         Ok(sessions) => sessions,
         Err(problem) => return problem_page(&plane, Some(&session), &problem),
     };
     let row = |(name, operator): (&OperatorName, &Operator)| OperatorRow {
         name: name.to_string(),
-        you: *name == session.operator,
+        you: session.operator() == Some(name),
         roles: operator.roles.iter().map(ToString::to_string).collect(),
-        factors: factor_rows(name, operator, owner || *name == session.operator),
+        factors: factor_rows(name, operator, owner || session.operator() == Some(name)),
     };
     let operators = state.operators.iter().map(row).collect();
     page(&OperatorsPage { frame: Frame::of(&plane, Some(&session), "/operators"), operators, owner, sessions })
@@ -146,6 +147,8 @@ struct AccountPage {
     frame: Frame,
     name: String,
     roles: Vec<String>,
+    /// Who vouches for them, when they are no operator.
+    issuer: Option<String>,
     factors: Vec<FactorRow>,
     sessions: Vec<SessionRow>,
 }
@@ -157,12 +160,21 @@ pub async fn account(State(plane): State<Arc<Plane>>, session: Session) -> Respo
         Err(problem) => return problem_page(&plane, Some(&session), &problem),
     };
     let head = plane.ledger.head();
-    let own = head.follower.state().operators.get(&session.operator).cloned().unwrap_or_default();
+    let state = head.follower.state();
+    let (roles, issuer, factors) = match &session.who {
+        Who::Operator { operator, .. } => {
+            let own = state.operators.get(operator).cloned().unwrap_or_default();
+            let factors = factor_rows(operator, &own, true);
+            (own.roles, None, factors)
+        }
+        Who::Person { person, .. } => (person.roles(state), Some(person.issuer.clone()), Vec::new()),
+    };
     page(&AccountPage {
         frame: Frame::of(&plane, Some(&session), "/account"),
-        name: session.operator.to_string(),
-        roles: own.roles.iter().map(ToString::to_string).collect(),
-        factors: factor_rows(&session.operator, &own, true),
+        name: session.author().to_string(),
+        roles: roles.iter().map(ToString::to_string).collect(),
+        issuer,
+        factors,
         sessions,
     })
 }
@@ -215,7 +227,14 @@ pub async fn ask(
     let changes = vec![change_of(ask)?];
     let base = plane.ledger.head().follower.revision();
     let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
-    let shown = Shown { operator: Some(session.operator), ..Shown::default() };
+    let operator = match session.who {
+        Who::Operator { operator, .. } => operator,
+        Who::Person { person, .. } => {
+            let proposal = proposals::propose_as(&plane, apply, Author::Person(person), session.address).await?;
+            return Ok(Json(AskedFor { change: Some(proposal.id) }));
+        }
+    };
+    let shown = Shown { operator: Some(operator), ..Shown::default() };
     match proposals::apply(&plane, ApplyAs { apply, shown }).await {
         Ok(_) => Ok(Json(AskedFor { change: None })),
         Err(refused) => match refused.refusal.as_ref().and_then(|refusal| refusal.change.clone()) {
@@ -263,13 +282,13 @@ pub async fn end_session(
 ) -> Result<Json<serde_json::Value>, Refusal> {
     let sessions = session::list(&plane).await.map_err(|error| store_problem(&error))?;
     let head = plane.ledger.head();
-    let owner = is_owner(head.follower.state(), &session.operator);
+    let owner = is_owner(head.follower.state(), &session);
     // Whoever may not end it is not told that it is there.
-    let found = sessions.iter().find(|other| other.id == id && (owner || other.operator == session.operator));
+    let found = sessions.iter().find(|other| other.id == id && (owner || other.is_of_same(&session)));
     let found =
         found.ok_or_else(|| problem(404, "there is no such session of yours", None, Some("load the page again")))?;
-    tracing::info!(operator = %found.operator, by = %session.operator, session = &found.id[..12], "a session was ended");
-    let by = By::Operator(session.operator.clone());
+    tracing::info!(who = %found.author(), by = %session.author(), session = &found.id[..12], "a session was ended");
+    let by = By::SignedIn(session.author().to_string());
     session::end(&plane, std::slice::from_ref(found), by).await.map_err(|error| store_problem(&error))?;
     Ok(Json(serde_json::json!({ "ended": true })))
 }

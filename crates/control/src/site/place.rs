@@ -28,6 +28,8 @@ pub struct SiteConfig {
     pub origin: Option<String>,
     /// PEM files of the certificate chain and its key. Without them it speaks plain HTTP, on loopback only.
     pub tls: Option<TlsFiles>,
+    /// A directory with a client secret for each sign-in whose provider gave the mesh one, in a file of its name.
+    pub sign_in_secrets: Option<PathBuf>,
 }
 
 /// PEM files of a certificate chain and its private key.
@@ -53,6 +55,8 @@ pub struct Site {
     pub relying_party: RelyingParty,
     /// Verifies what authenticators say of new credentials.
     pub webauthn: Webauthn,
+    /// Where client secrets of sign-ins lie.
+    pub sign_in_secrets: Option<PathBuf>,
 }
 
 /// Why the site is not served.
@@ -145,7 +149,7 @@ impl Site {
         let scheme = if config.tls.is_some() { "https" } else { "http" };
         let own = || format!("{scheme}://localhost:{}", listen.port());
         let site = Self::at(config.origin.clone().unwrap_or_else(own), listen)?;
-        Ok((site, listener))
+        Ok((Self { sign_in_secrets: config.sign_in_secrets.clone(), ..site }, listener))
     }
 
     fn at(origin: String, listen: SocketAddr) -> Result<Self, SiteError> {
@@ -168,7 +172,7 @@ impl Site {
         // A key of this machine also signs on the page that a command serves here, where it verified the ledger itself.
         let commands = (host == "localhost").then(|| LOCAL_ORIGIN.to_owned());
         let relying_party = RelyingParty { id: host, origins: iter::once(origin.clone()).chain(commands).collect() };
-        Ok(Self { listen, authority, is_https, relying_party, webauthn, origin })
+        Ok(Self { listen, authority, is_https, relying_party, webauthn, origin, sign_in_secrets: None })
     }
 }
 
@@ -236,7 +240,8 @@ mod tests {
     #[tokio::test]
     async fn the_port_stays_the_same_and_is_given_up_only_where_no_passkey_depends_on_it() {
         let dir = tempfile::tempdir().unwrap();
-        let config = SiteConfig { listen: "127.0.0.1:0".parse().unwrap(), origin: None, tls: None };
+        let config =
+            SiteConfig { listen: "127.0.0.1:0".parse().unwrap(), origin: None, tls: None, sign_in_secrets: None };
         let state = MeshState::default();
         let (site, held) = Site::bind(&config, dir.path(), &state).await.unwrap();
         let (other, _listener) = Site::bind(&config, dir.path(), &state).await.unwrap();
@@ -249,7 +254,8 @@ mod tests {
     #[tokio::test]
     async fn plain_http_is_for_loopback_only() {
         let dir = tempfile::tempdir().unwrap();
-        let config = SiteConfig { listen: "0.0.0.0:0".parse().unwrap(), origin: None, tls: None };
+        let config =
+            SiteConfig { listen: "0.0.0.0:0".parse().unwrap(), origin: None, tls: None, sign_in_secrets: None };
         let refused = Site::bind(&config, dir.path(), &MeshState::default()).await;
         assert!(matches!(refused, Err(SiteError::PlainHttp(_))));
     }

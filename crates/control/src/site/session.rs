@@ -2,12 +2,14 @@
 //! the key that the session is bound to; here only its hash is kept.
 //! It says who asks and approves nothing: what the gate asks for is shown for each change anew.
 //!
-//! INVARIANT (session-of-an-operator): a session is good only while its operator is one and has the factor that it began with.
+//! INVARIANT (session-of-somebody): an operator's session is good only while they are one and have the factor that it began with; that
+//! of a person whom a provider vouched for only while their groups mean something here, and a command's only as long as the
+//! browser's that allowed it.
 //!
 //! INVARIANT (session-with-its-key): the token of a command's session is good only with a proof of its key, and never as a cookie;
 //! a browser's is good only as a cookie.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use axum::{
     extract::FromRequestParts,
@@ -20,8 +22,9 @@ use countersign_api::local::{Problem, SessionKind, SessionView};
 use countersign_core::{
     assurance::FactorKind,
     canonical::Digest,
-    gate::OWNER,
+    gate::{Author, OWNER},
     identity::{FactorId, OperatorName},
+    sign_in::Person,
     state::MeshState,
 };
 
@@ -29,7 +32,8 @@ use crate::{
     Plane,
     audit::{self, Event},
     local_api::{Refusal, problem, store_problem},
-    site::guard::text,
+    proposals,
+    site::{guard::text, logout},
     store::{Document, StoreError},
 };
 
@@ -37,10 +41,15 @@ use crate::{
 const KIND: &str = "session";
 /// Sessions that there are at the same time.
 const SESSIONS_MAX: u32 = 1_024;
+/// Sessions of people whom providers vouched for, and of one of them: the others are left to operators.
+const VOUCHED_MAX: usize = 512;
+const VOUCHED_OF_ONE_MAX: usize = 16;
 /// A session ends so long after its last request (NIST SP 800-63B-4, AAL2: at most an hour).
 pub const IDLE_MS: u64 = 60 * 60 * 1000;
 /// A session ends so long after it began, whatever is done with it (AAL2: at most 24 hours).
 pub const LIFETIME_MS: u64 = 12 * 60 * 60 * 1000;
+/// The session of a person whom a provider vouched for ends so long after it began: then the provider is asked again.
+pub const VOUCHED_LIFETIME_MS: u64 = 60 * 60 * 1000;
 /// Its last request is written down when the one that is written is so old.
 const WRITE_EVERY_MS: u64 = 60 * 1000;
 /// What a browser says of itself is kept up to here, in characters.
@@ -62,11 +71,8 @@ pub struct Session {
     #[serde(skip)]
     pub id: String,
     /// Who.
-    pub operator: OperatorName,
-    /// The factor that it began with.
-    pub factor: FactorId,
-    /// Its kind.
-    pub kind: FactorKind,
+    #[serde(flatten)]
+    pub who: Who,
     /// When it began, in milliseconds since 1970.
     pub began_at_ms: u64,
     /// When it was last used, in milliseconds since 1970; a minute may be missing.
@@ -82,15 +88,73 @@ pub struct Session {
     pub key: Option<String>,
 }
 
+/// Whose session it is, and what it rests on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Who {
+    /// Of an operator, who showed a factor.
+    Operator {
+        /// Who.
+        operator: OperatorName,
+        /// The factor that it began with.
+        factor: FactorId,
+        /// Its kind.
+        kind: FactorKind,
+    },
+    /// Of somebody whom a provider vouched for.
+    Person {
+        /// Who.
+        person: Person,
+        /// What the provider calls its own session of theirs, if it does.
+        sid: Option<String>,
+        /// When it vouched for them, in seconds since 1970.
+        vouched_at_seconds: i64,
+        /// The browser's session that allowed it, of a command's.
+        allowed_by: Option<String>,
+    },
+}
+
+impl Who {
+    /// Who asks for what is asked for in it.
+    pub fn author(&self) -> Author {
+        match self {
+            Self::Operator { operator, .. } => Author::Operator(operator.clone()),
+            Self::Person { person, .. } => Author::Person(person.clone()),
+        }
+    }
+
+    /// How long it lasts at most.
+    pub fn lifetime_ms(&self) -> u64 {
+        match self {
+            Self::Operator { .. } => LIFETIME_MS,
+            Self::Person { .. } => VOUCHED_LIFETIME_MS,
+        }
+    }
+
+    /// What it began with, in a word.
+    pub fn with(&self) -> &'static str {
+        match self {
+            Self::Operator { kind, .. } => kind.as_str(),
+            Self::Person { .. } => "provider",
+        }
+    }
+
+    /// The same, for a command that is allowed in the session called `session`.
+    pub fn of_command(self, session: &str) -> Self {
+        match self {
+            Self::Person { person, sid, vouched_at_seconds, .. } => {
+                Self::Person { person, sid, vouched_at_seconds, allowed_by: Some(session.to_owned()) }
+            }
+            operator @ Self::Operator { .. } => operator,
+        }
+    }
+}
+
 /// Whom a session begins for.
 #[derive(Debug)]
 pub struct Beginning {
     /// Who.
-    pub operator: OperatorName,
-    /// With which factor.
-    pub factor: FactorId,
-    /// Its kind.
-    pub kind: FactorKind,
+    pub who: Who,
     /// Where.
     pub address: IpAddr,
     /// What the browser or command said of itself.
@@ -102,7 +166,42 @@ pub struct Beginning {
 impl Session {
     /// When it ends unless it is used, in milliseconds since 1970.
     pub fn expires_at_ms(&self) -> u64 {
-        (self.used_at_ms + IDLE_MS).min(self.began_at_ms + LIFETIME_MS)
+        (self.used_at_ms + IDLE_MS).min(self.began_at_ms + self.who.lifetime_ms())
+    }
+
+    /// Who asks for what is asked for in it.
+    pub fn author(&self) -> Author {
+        self.who.author()
+    }
+
+    /// The operator, if it is of one.
+    pub fn operator(&self) -> Option<&OperatorName> {
+        match &self.who {
+            Who::Operator { operator, .. } => Some(operator),
+            Who::Person { .. } => None,
+        }
+    }
+
+    /// The operator; what is said to everybody else.
+    pub fn as_operator(&self) -> Result<&OperatorName, Problem> {
+        match &self.who {
+            Who::Operator { operator, .. } => Ok(operator),
+            Who::Person { person, .. } => Err(proposals::no_operator(person)),
+        }
+    }
+
+    /// Whether `author` is the one.
+    pub fn is_author(&self, author: &Author) -> bool {
+        match (&self.who, author) {
+            (Who::Operator { operator, .. }, Author::Operator(author)) => operator == author,
+            (Who::Person { person, .. }, Author::Person(author)) => person.is(author),
+            _ => false,
+        }
+    }
+
+    /// Whether `other` is of the same one.
+    pub fn is_of_same(&self, other: &Self) -> bool {
+        self.is_author(&other.author())
     }
 
     /// What holds it.
@@ -114,9 +213,9 @@ impl Session {
     pub fn view(&self) -> SessionView {
         SessionView {
             id: self.id.clone(),
-            operator: self.operator.clone(),
+            who: self.author().to_string(),
             kind: self.held_by(),
-            factor: self.kind.as_str().into(),
+            factor: self.who.with().into(),
             address: self.address.to_string(),
             agent: self.agent.clone(),
             began_at_ms: self.began_at_ms,
@@ -141,16 +240,14 @@ impl Session {
 
 /// Begins a session and returns its token, which is told once.
 pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Problem> {
-    let Beginning { operator, factor, kind, address, mut agent, key } = beginning;
+    let Beginning { who, address, mut agent, key } = beginning;
     if let Some((end, _)) = agent.char_indices().nth(AGENT_CHARS_MAX) {
         agent.truncate(end);
     }
     let (token, now_ms) = (random(), plane.clock.now_ms());
     let session = Session {
         id: id_of(&token),
-        operator,
-        factor,
-        kind,
+        who,
         began_at_ms: now_ms,
         used_at_ms: now_ms,
         address,
@@ -158,22 +255,39 @@ pub async fn begin(plane: &Plane, beginning: Beginning) -> Result<String, Proble
         csrf: random(),
         key,
     };
+    if let Who::Person { .. } = session.who {
+        has_room(plane, &session).await?;
+    }
     let document = session.document();
     let kept = plane.storage.run("put_session", move |store| store.put_document(&document, now_ms, SESSIONS_MAX)).await;
-    match kept.map_err(|error| store_problem(&error))? {
-        true => {
-            tracing::info!(operator = %session.operator, session = &session.id[..12], kind = kind.as_str(), %address, "an operator signed in");
-            plane.tell(Event::SignedIn {
-                operator: session.operator.clone(),
-                session: audit::short(&session.id),
-                factor: kind,
-                address,
-                held_by: session.held_by(),
-            });
-            Ok(token)
-        }
-        false => Err(problem(429, "too many sessions are open", None, Some("sign out somewhere, or wait"))),
+    if !kept.map_err(|error| store_problem(&error))? {
+        return Err(problem(429, "too many sessions are open", None, Some("sign out somewhere, or wait")));
     }
+    // What it rests on may have ended while it began.
+    let stands = stands(plane, &session).await.map_err(|error| store_problem(&error))?;
+    if !stands || logout::is_over(plane, &session.who).await.map_err(|error| store_problem(&error))? {
+        forget(plane, vec![session.id]).await.map_err(|error| store_problem(&error))?;
+        let help = "sign in again, if you still can";
+        return Err(problem(403, "the session ended at the moment it began", None, Some(help)));
+    }
+    let (who, with) = (session.author().to_string(), session.who.with());
+    tracing::info!(who, session = &session.id[..12], with, %address, "somebody signed in");
+    plane.tell(Event::SignedIn { who, session: audit::short(&session.id), with, address, held_by: session.held_by() });
+    Ok(token)
+}
+
+/// Whether there is room for one more session of a person whom a provider vouched for. Some more may begin at the same moment.
+async fn has_room(plane: &Plane, session: &Session) -> Result<(), Problem> {
+    let open = list(plane).await.map_err(|error| store_problem(&error))?;
+    let vouched = open.iter().filter(|other| other.operator().is_none());
+    let help = Some("sign out somewhere, or wait: each ends within the hour");
+    if vouched.clone().filter(|other| other.is_of_same(session)).count() >= VOUCHED_OF_ONE_MAX {
+        return Err(problem(429, "too many sessions of yours are open", None, help));
+    }
+    if vouched.count() >= VOUCHED_MAX {
+        return Err(problem(429, "too many sessions are open", None, help));
+    }
+    Ok(())
 }
 
 /// The session of a browser's `token`, if it is good now. `is_used` is false for what a page asks by itself: nobody has to sit before it.
@@ -202,7 +316,7 @@ async fn find_held(
     if session.key.as_deref() != key {
         return Ok(None);
     }
-    if !is_of_an_operator(plane, &session) {
+    if !stands(plane, &session).await? {
         forget(plane, vec![session.id]).await?;
         return Ok(None);
     }
@@ -218,24 +332,56 @@ async fn find_held(
     Ok(Some(session))
 }
 
-fn is_of_an_operator(plane: &Plane, session: &Session) -> bool {
-    let head = plane.ledger.head();
-    let operator = head.follower.state().operators.get(&session.operator);
-    operator.is_some_and(|operator| operator.factors.contains_key(&session.factor))
+/// Whether the mesh, as it is, still knows whose session it is.
+fn is_known(state: &MeshState, session: &Session) -> bool {
+    match &session.who {
+        Who::Operator { operator, factor, .. } => {
+            state.operators.get(operator).is_some_and(|operator| operator.factors.contains_key(factor))
+        }
+        Who::Person { person, .. } => !person.roles(state).is_empty(),
+    }
+}
+
+/// Whether all that a session rests on is there.
+async fn stands(plane: &Plane, session: &Session) -> Result<bool, StoreError> {
+    if !is_known(plane.ledger.head().follower.state(), session) {
+        return Ok(false);
+    }
+    match &session.who {
+        Who::Person { allowed_by: Some(id), .. } => Ok(read(plane, id).await?.is_some()),
+        Who::Operator { .. } | Who::Person { .. } => Ok(true),
+    }
+}
+
+async fn read(plane: &Plane, id: &str) -> Result<Option<Session>, StoreError> {
+    let (key, now_ms) = (id.to_owned(), plane.clock.now_ms());
+    let found = plane.storage.run("session", move |store| store.document(KIND, &key, now_ms)).await?;
+    Ok(found.and_then(|bytes| Session::read(id.to_owned(), &bytes)))
 }
 
 /// Whether the session called `id` has ended. Asking does not use it.
 pub async fn has_ended(plane: &Plane, id: &str) -> Result<bool, StoreError> {
-    let (id, now_ms) = (id.to_owned(), plane.clock.now_ms());
-    let found = plane.storage.run("session", move |store| store.document(KIND, &id, now_ms)).await?;
-    Ok(found.is_none())
+    match read(plane, id).await? {
+        Some(session) => Ok(!stands(plane, &session).await?),
+        None => Ok(true),
+    }
 }
 
 /// All sessions that are good now.
 pub async fn list(plane: &Plane) -> Result<Vec<Session>, StoreError> {
     let now_ms = plane.clock.now_ms();
     let found = plane.storage.run("sessions", move |store| store.documents(KIND, now_ms)).await?;
-    Ok(found.into_iter().filter_map(|(id, bytes)| Session::read(id, &bytes)).collect())
+    let mut sessions: Vec<_> = found.into_iter().filter_map(|(id, bytes)| Session::read(id, &bytes)).collect();
+    let head = plane.ledger.head();
+    let ids: BTreeSet<String> = sessions.iter().map(|session| session.id.clone()).collect();
+    sessions.retain(|session| {
+        let is_allowed = match &session.who {
+            Who::Person { allowed_by: Some(id), .. } => ids.contains(id),
+            Who::Operator { .. } | Who::Person { .. } => true,
+        };
+        is_allowed && is_known(head.follower.state(), session)
+    });
+    Ok(sessions)
 }
 
 /// Those that may be seen and ended by who asks: one's own, those of everybody by an owner, and by whoever has the socket.
@@ -243,29 +389,33 @@ pub async fn seen_by(plane: &Plane, asks: Option<&Session>) -> Result<Vec<Sessio
     let mut sessions = list(plane).await?;
     if let Some(own) = asks {
         let head = plane.ledger.head();
-        let is_owner = is_owner(head.follower.state(), &own.operator);
-        sessions.retain(|session| is_owner || session.operator == own.operator);
+        let is_owner = is_owner(head.follower.state(), own);
+        sessions.retain(|session| is_owner || session.is_of_same(own));
     }
     Ok(sessions)
 }
 
-/// Whether an operator may see and end the sessions of others.
-pub fn is_owner(state: &MeshState, operator: &OperatorName) -> bool {
-    state.operators.get(operator).is_some_and(|operator| operator.roles.contains(OWNER))
+/// Whether who is signed in may see and end the sessions of others: an operator who is an owner.
+pub fn is_owner(state: &MeshState, session: &Session) -> bool {
+    let operator = session.operator().and_then(|name| state.operators.get(name));
+    operator.is_some_and(|operator| operator.roles.contains(OWNER))
 }
 
 /// Ends sessions, as `by` asks.
 pub async fn end(plane: &Plane, sessions: &[Session], by: audit::By) -> Result<(), StoreError> {
     forget(plane, sessions.iter().map(|session| session.id.clone()).collect()).await?;
     for session in sessions {
-        let (operator, session) = (session.operator.clone(), audit::short(&session.id));
-        plane.tell(Event::SignedOut { operator, session, by: by.clone() });
+        let (who, session) = (session.author().to_string(), audit::short(&session.id));
+        plane.tell(Event::SignedOut { who, session, by: by.clone() });
     }
     Ok(())
 }
 
 async fn forget(plane: &Plane, ids: Vec<String>) -> Result<(), StoreError> {
-    plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await
+    plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await?;
+    // Pages that are open listen for news; those of these sessions hear none any more.
+    plane.decided.look_again();
+    Ok(())
 }
 
 fn id_of(token: &str) -> String {
@@ -290,6 +440,7 @@ fn cookie_name(plane: &Plane) -> &'static str {
 /// Sets the cookie, or takes it away.
 pub fn set_cookie(plane: &Plane, token: Option<&str>) -> HeaderValue {
     let secure = if cookie_name(plane).starts_with("__Host-") { "; Secure" } else { "" };
+    // A shorter session ends by itself.
     let (value, age) = token.map_or(("", 0), |token| (token, LIFETIME_MS / 1000));
     let text = format!("{}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}", cookie_name(plane));
     HeaderValue::from_str(&text).expect("INVARIANT: a token is hexadecimal")
@@ -297,9 +448,14 @@ pub fn set_cookie(plane: &Plane, token: Option<&str>) -> HeaderValue {
 
 /// The token in the request's cookies.
 pub fn token_of<'a>(plane: &Plane, headers: &'a HeaderMap) -> Option<&'a str> {
+    token_named(cookie_name(plane), headers)
+}
+
+/// The token in the request's cookie of this name.
+pub fn token_named<'a>(cookie: &str, headers: &'a HeaderMap) -> Option<&'a str> {
     let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
     let mut pairs = cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
-    let (_, token) = pairs.find(|(name, _)| *name == cookie_name(plane))?;
+    let (_, token) = pairs.find(|(name, _)| *name == cookie)?;
     (token.len() == TOKEN_CHARS).then_some(token)
 }
 

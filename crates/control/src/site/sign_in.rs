@@ -18,7 +18,7 @@ use countersign_core::{assurance::FactorKind, identity::OperatorName};
 use super::{
     guard::text,
     serve::From,
-    session::{self, Beginning, Session},
+    session::{self, Beginning, Session, Who},
 };
 use crate::{
     Plane,
@@ -95,8 +95,8 @@ pub async fn code(
 
 /// Writes down that no session was opened.
 fn unopened(plane: &Plane, operator: Option<&OperatorName>, From(address): From, refused: Problem) -> Problem {
-    let (operator, why) = (operator.cloned(), audit::cut(&*refused.title));
-    plane.tell(Event::SignInRefused { operator, address, why });
+    let (who, why) = (operator.map(ToString::to_string), audit::cut(&*refused.title));
+    plane.tell(Event::SignInRefused { who, address, why });
     refused
 }
 
@@ -107,14 +107,16 @@ async fn opened(
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
     let agent = text(headers, header::USER_AGENT).unwrap_or("unknown").to_owned();
-    let token = session::begin(plane, Beginning { operator, factor, kind, address, agent, key: None }).await?;
+    let token =
+        session::begin(plane, Beginning { who: Who::Operator { operator, factor, kind }, address, agent, key: None })
+            .await?;
     let cookie = session::set_cookie(plane, Some(&token));
     Ok(([(header::SET_COOKIE, cookie)], Json(json!({ "signed_in": true }))).into_response())
 }
 
 /// Ends the session.
 pub async fn sign_out(State(plane): State<Arc<Plane>>, session: Session) -> Result<Response, Refusal> {
-    let by = audit::By::Operator(session.operator.clone());
+    let by = audit::By::SignedIn(session.author().to_string());
     session::end(&plane, &[session], by).await.map_err(|error| store_problem(&error))?;
     let cookie = session::set_cookie(&plane, None);
     Ok(([(header::SET_COOKIE, cookie)], Json(json!({ "signed_in": false }))).into_response())

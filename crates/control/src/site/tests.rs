@@ -27,12 +27,13 @@ use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, propo
 
 mod authenticators;
 mod commands;
+mod providers;
 mod trail;
 
 struct Mesh {
     control: Control,
     now_ms: Arc<AtomicU64>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Mesh {
@@ -51,11 +52,16 @@ impl Mesh {
             trust_domain: None,
             witnesses: Default::default(),
             pipelines: Default::default(),
+            site: Some(SiteConfig {
+                listen: "127.0.0.1:0".parse().unwrap(),
+                origin: None,
+                tls: None,
+                sign_in_secrets: Some(dir.path().join("secrets")),
+            }),
             audit: Some(dir.path().join(crate::AUDIT_FILE)),
-            site: Some(SiteConfig { listen: "127.0.0.1:0".parse().unwrap(), origin: None, tls: None }),
         };
         let control = start_with_clock(config, Clock::from_fn(move || told.load(Ordering::Relaxed))).await.unwrap();
-        let mesh = Self { control, now_ms, _dir: dir };
+        let mesh = Self { control, now_ms, dir };
         let create = Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() };
         mesh.plane().enter(mesh.asked(vec![create]), Petitioner::default()).await.unwrap();
         mesh
@@ -84,6 +90,8 @@ impl Mesh {
             router: super::router(self.plane().clone()),
             origin: self.origin(),
             cookie: None,
+            asked: None,
+            location: String::new(),
             csrf: String::new(),
             key: SecurityKey::new(),
         }
@@ -118,6 +126,10 @@ struct Browser {
     router: Router,
     origin: String,
     cookie: Option<String>,
+    /// The cookie by which it comes back from a provider.
+    asked: Option<String>,
+    /// Where it was sent last.
+    location: String,
     csrf: String,
     key: SecurityKey,
 }
@@ -134,8 +146,9 @@ impl Browser {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        if let Some(cookie) = &self.cookie {
-            request = request.header(header::COOKIE, cookie);
+        let cookies: Vec<&str> = self.cookie.iter().chain(&self.asked).map(String::as_str).collect();
+        if !cookies.is_empty() {
+            request = request.header(header::COOKIE, cookies.join("; "));
         }
         let mut request = request.body(body).unwrap();
         request.extensions_mut().insert(From("192.0.2.7".parse().unwrap()));
@@ -143,11 +156,17 @@ impl Browser {
         let policy = response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
         assert!(policy.starts_with("default-src 'none'") && policy.ends_with("frame-ancestors 'none'"), "{policy}");
         assert_eq!(response.headers()[header::X_FRAME_OPTIONS], "DENY", "no page stands in a frame");
-        if let Some(set) = response.headers().get(header::SET_COOKIE) {
+        for set in response.headers().get_all(header::SET_COOKIE) {
             let set = set.to_str().unwrap();
-            assert!(set.contains("HttpOnly") && set.contains("SameSite=Strict"), "{set}");
-            self.cookie = set.split(';').next().filter(|pair| !pair.ends_with('=')).map(str::to_owned);
+            let (held, same_site) = match set.starts_with("countersign-asked=") {
+                true => (&mut self.asked, "SameSite=Lax"),
+                false => (&mut self.cookie, "SameSite=Strict"),
+            };
+            assert!(set.contains("HttpOnly") && set.contains(same_site), "{set}");
+            *held = set.split(';').next().filter(|pair| !pair.ends_with('=')).map(str::to_owned);
         }
+        let location = response.headers().get(header::LOCATION).and_then(|url| url.to_str().ok());
+        self.location = location.unwrap_or_default().to_owned();
         let status = response.status();
         let bytes = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
         (status, String::from_utf8(bytes.to_vec()).unwrap())
@@ -329,7 +348,7 @@ async fn what_no_honest_authenticator_says_opens_no_session_and_signs_no_change(
     assert_eq!(decoy["options"]["allowCredentials"].as_array().unwrap().len(), 1, "as if there were one");
 }
 
-/// PROVES (session-of-an-operator)
+/// PROVES (session-of-somebody)
 #[tokio::test]
 async fn a_session_ends_with_its_time_and_with_its_operator() {
     let mesh = Mesh::start().await;
@@ -553,7 +572,7 @@ async fn operators_are_asked_for_on_a_page_and_sessions_are_ended_by_their_opera
     assert_eq!(denied.unwrap_err().0, 403, "an editor does not invite operators");
 
     let sessions = session::list(mesh.plane()).await.unwrap();
-    let of = |name: &str| sessions.iter().find(|session| session.operator.as_str() == name).unwrap().id.clone();
+    let of = |name: &str| sessions.iter().find(|session| session.author().to_string() == name).unwrap().id.clone();
     let (_, page) = bob.get("/operators").await;
     assert!(!page.contains(&of("alice")) && !page.contains("Sessions of everybody"), "{page}");
     assert_eq!(bob.post(&format!("/sessions/{}/end", of("alice")), json!({})).await.unwrap_err().0, 404);

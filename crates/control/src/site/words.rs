@@ -215,6 +215,8 @@ fn words(change: &Change, state: Option<&MeshState>) -> Option<String> {
             format!("Only these executables or images run as {service}; any other stays quarantined.")
         }
         Change::SetPipeline { name, .. } => format!("Pipeline {name} may propose changes; operators countersign them."),
+        Change::SetSignIn { name, .. } => format!("Who is in these groups at {name} gets these roles of the mesh."),
+        Change::RemoveSignIn { name } => format!("Groups at {name} mean nothing here any more."),
         Change::RotateSealingKey { .. } => {
             "The control plane seals its own keys with another key-encryption key.".to_owned()
         }

@@ -12,7 +12,7 @@ use super::{
     contracts::Contracts,
     pipelines,
     read::{At, Help, PLAIN_NAME, Source, Table, as_string, as_table, is_plain_name, shortened, suggest},
-    reference,
+    reference, sign_in,
 };
 use crate::{
     assurance::authenticators::{Aaguid, AttestationRoot, Authenticators, MODELS_MAX, ROOTS_MAX},
@@ -21,6 +21,7 @@ use crate::{
     operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     service::{EXCHANGES_MAX_DEFAULT, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
+    sign_in::{SignIn, SignInName},
     state::SERVICES_MAX,
 };
 
@@ -33,6 +34,7 @@ pub(super) struct Mesh {
     pub(super) services: BTreeMap<ServiceName, LocalService>,
     pub(super) issuers: BTreeMap<IssuerName, Issuer>,
     pub(super) pipelines: BTreeMap<PipelineName, Pipeline>,
+    pub(super) sign_ins: BTreeMap<SignInName, SignIn>,
     /// Whether it is TOML at all: otherwise nobody can say that a service does not exist.
     pub(super) is_readable: bool,
 }
@@ -57,6 +59,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
         services: BTreeMap::new(),
         issuers: BTreeMap::new(),
         pipelines: BTreeMap::new(),
+        sign_ins: BTreeMap::new(),
         is_readable: false,
     };
     let Some(document) = source.document() else { return mesh };
@@ -101,6 +104,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
         }
     }
     (mesh.issuers, mesh.pipelines) = pipelines::read(&top, mesh.trust_domain.as_ref());
+    mesh.sign_ins = sign_in::read(&top, &mesh.issuers, &mesh.pipelines);
     if mesh.services.len() > SERVICES_MAX {
         let what = format!("a mesh has at most {SERVICES_MAX} services, this one {}", mesh.services.len());
         source.mistake(top.at_key("services"), what, "split it into several trust domains");

@@ -84,6 +84,12 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             changes.push(Change::SetPipeline { name: name.clone(), pipeline: pipeline.clone() });
         }
     }
+    for (name, sign_in) in &directory.sign_ins {
+        if state.sign_ins.get(name) != Some(sign_in) {
+            changes.push(Change::SetSignIn { name: name.clone(), sign_in: sign_in.clone() });
+        }
+    }
+    changes.extend(gone(&state.sign_ins, &directory.sign_ins).map(|name| Change::RemoveSignIn { name }));
     changes.extend(gone(&state.pipelines, &directory.pipelines).map(|name| Change::RemovePipeline { name }));
     changes.extend(gone(&state.issuers, &directory.issuers).map(|name| Change::RemoveIssuer { name }));
     changes.extend(gone(&state.routes, &directory.routes).map(|name| Change::RemoveRoute { name }));
@@ -268,6 +274,42 @@ mod tests {
             let files = [("mesh.toml".to_owned(), format!("trust_domain = \"shop.example\"\n{given}"))].into();
             let mistakes = parse(&files).unwrap_err();
             assert_eq!(mistakes.all()[0].to_string(), expected, "{given}");
+        }
+    }
+
+    #[test]
+    fn a_sign_in_is_planned_after_the_issuer_that_it_names_and_goes_before_it() {
+        let bare = directory(TWO, "", "", "");
+        let corp = "[issuers.corp]\nurl = \"https://id.example\"\naudience = \"mesh\"\n\
+            [sign_in.corp]\nissuer = \"corp\"\nclient_id = \"mesh\"\nroles = { staff = [\"editor\"] }\n";
+        let with = directory(&format!("{TWO}{corp}"), "", "", "");
+        assert_eq!(planned(&bare, &with), ["set_issuer issuer corp", "set_sign_in sign-in corp"]);
+        assert_eq!(planned(&with, &bare), ["remove_sign_in sign-in corp", "remove_issuer issuer corp"]);
+        assert_eq!(with.sign_ins["corp"].groups_claim, "groups");
+        let other = directory(&format!("{TWO}{}", corp.replace("editor", "owner")), "", "", "");
+        assert_eq!(planned(&with, &other), ["set_sign_in sign-in corp"]);
+    }
+
+    #[test]
+    fn a_sign_in_that_lets_nobody_in_or_names_no_issuer_is_a_mistake() {
+        let corp = "trust_domain = \"shop.example\"\n[issuers.corp]\nurl = \"https://id.example\"\naudience = \"mesh\"\n\
+            [sign_in.corp]\nissuer = \"corp\"\nclient_id = \"mesh\"\nroles = { staff = [\"editor\"] }\n";
+        for (from, to, what) in [
+            ("issuer = \"corp\"", "issuer = \"crop\"", "there is no issuer `crop`"),
+            ("issuer = \"corp\"\n", "", "sign-in `corp` has no `issuer`"),
+            ("client_id = \"mesh\"\n", "", "sign-in `corp` has no `client_id`"),
+            ("client_id = \"mesh\"", "client_id = \"\"", "a client id has 1 to 512 printable characters"),
+            ("client_id = \"mesh\"", "client_id = \"mesh\"\nclient_secret = \"x\"", "`client_secret`"),
+            ("client_id = \"mesh\"", "client_id = \"mesh\"\ngroups_claim = \"\"", "the name of a claim has 1 to 512"),
+            ("{ staff = [\"editor\"] }", "{}", "a sign-in maps 1 to 256 groups"),
+            ("[\"editor\"]", "[]", "group `staff` has no role"),
+            ("[\"editor\"]", "[\"a b\"]", "`a b` is not the name of a role"),
+            ("[\"editor\"]", "\"editor\"", "must be an array of strings"),
+        ] {
+            let files: Files = [("mesh.toml".to_owned(), corp.replacen(from, to, 1))].into();
+            let mistakes = parse(&files).unwrap_err();
+            let all: Vec<String> = mistakes.all().iter().map(ToString::to_string).collect();
+            assert!(all.iter().any(|mistake| mistake.contains(what)), "{what}: {all:?}");
         }
     }
 

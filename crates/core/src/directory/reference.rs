@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 11] {
+pub fn reference() -> [Section; 12] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -69,6 +69,12 @@ pub fn reference() -> [Section; 11] {
             keys: PIPELINE,
         },
         Section {
+            file: mesh,
+            table: "[sign_in.NAME]",
+            says: "An OpenID Connect provider for people, and which of its groups mean which roles ([`login.md`](login.md#with-a-provider)). The\ndashboard offers to sign in by it, and who does is named `NAME:SUBJECT`. NAME has 1 to 64 letters, digits, `-`, `_` and `.`,\nand is none of `pipeline`, `operator`, `local` and `mesh`. A client secret never stands here: `--sign-in-secrets`.",
+            keys: SIGN_IN,
+        },
+        Section {
             file: roles,
             table: "[roles.NAME]",
             says: "A role, for policies: `principal in Role::\"NAME\"`. NAME has 1 to 64 letters, digits, `-`, `_` and `.`.",
@@ -103,6 +109,7 @@ pub(super) const MESH: &[Key] = &[
     key("services", "table", "", "See below."),
     key("issuers", "table", "", "See below."),
     key("pipelines", "table", "", "See below."),
+    key("sign_in", "table", "", "See below."),
 ];
 
 pub(super) const ISSUER: &[Key] = &[
@@ -124,6 +131,23 @@ pub(super) const PIPELINE: &[Key] = &[
         "What its token must say, each exactly. At least one is an id: `repository_id` or `repository_owner_id` at GitHub, `project_id` or `namespace_id` at GitLab.",
     ),
     key("roles", "array of strings", "none", "What the change gate knows it as: `principal in Role::\"…\"`."),
+];
+
+pub(super) const SIGN_IN: &[Key] = &[
+    key("issuer", "issuer", "required", "The provider: one of `[issuers.*]`."),
+    key(
+        "client_id",
+        "string",
+        "required",
+        "What the provider calls this mesh: whom its tokens for people are meant for.",
+    ),
+    key("groups_claim", "string", "`\"groups\"`", "The claim that says which groups somebody is in."),
+    key(
+        "roles",
+        "table of arrays of strings",
+        "required",
+        "What each group may do here: `{ mesh-editors = [\"editor\"] }`. Each group is compared exactly; who is in none of them is nobody here.",
+    ),
 ];
 
 pub(super) const DEFAULTS: &[Key] = &[

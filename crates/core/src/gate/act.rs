@@ -8,11 +8,10 @@ use std::{collections::BTreeSet, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, Asked, Author, ChangeGate, Origin, Questions, uid};
+use super::{Answer, Asked, Author, ChangeGate, Origin, Questions, Requires, nobody, uid};
 use crate::{
     assurance::Assurance,
     change::{ChangeSet, Revision},
-    identity::OperatorName,
     policy::Factor,
     state::MeshState,
 };
@@ -33,18 +32,22 @@ pub enum Act {
     RevokeIdentity,
 }
 
+/// Why what a factor opens is closed to whom a provider vouched for.
+const NEEDS_FACTOR: &str =
+    "it takes a factor of this mesh, and who signs in with a provider has none here: only operators do it";
+
 /// The question put to the change gate.
 #[derive(Debug, Clone, Copy)]
 pub struct AskedTo<'a> {
     /// Who asks.
-    pub operator: &'a OperatorName,
+    pub author: &'a Author,
     /// To do what.
     pub act: Act,
     /// The mesh now.
     pub state: &'a MeshState,
     /// What the operator has shown for this act.
     pub assurance: &'a Assurance,
-    /// Whether they are signed in: it proves that it is they.
+    /// Whether they are signed in: it proves that it is they, and nothing else does of whom a provider vouched for.
     pub signed_in: bool,
     /// Where it came in.
     pub origin: Origin,
@@ -100,14 +103,20 @@ impl ChangeGate {
     /// INVARIANT (no-act-unproven): no policy lets somebody act who is no operator, or who has neither signed in nor shown a factor
     /// for it, whatever it says.
     pub fn decide_act(&self, asked: &AskedTo<'_>) -> Answer {
-        let AskedTo { operator, act, state, assurance, signed_in, origin, now_seconds } = *asked;
-        if !state.operators.contains_key(operator) {
-            return Answer::Deny(vec![format!("`{operator}` is no operator")]);
+        let AskedTo { author, act, state, assurance, signed_in, origin, now_seconds } = *asked;
+        let unfit = match author {
+            Author::Operator(name) if state.operators.contains_key(name) => None,
+            Author::Person(person) if person.roles(state).is_empty() || !signed_in => Some(nobody(person)),
+            Author::Person(_) if act != Act::ReadLedger => Some(NEEDS_FACTOR.to_owned()),
+            Author::Person(_) => None,
+            Author::Operator(_) | Author::Pipeline(_) => Some(format!("`{author}` is no operator")),
+        };
+        if let Some(why) = unfit {
+            return Answer::Deny(vec![why]);
         }
-        let (author, nothing) =
-            (Author::Operator(operator.clone()), ChangeSet { base: Revision(0), changes: Vec::new() });
+        let nothing = ChangeSet { base: Revision(0), changes: Vec::new() };
         let asked = Asked {
-            author: &author,
+            author,
             change_set: &nothing,
             state,
             assurance,
@@ -123,6 +132,9 @@ impl ChangeGate {
             Ok(requires) => requires,
             Err(why) => return Answer::Deny(vec![format!("{act}: {why}")]),
         };
+        if author.person().is_some() && requires != Requires::default() {
+            return Answer::Deny(vec![NEEDS_FACTOR.to_owned()]);
+        }
         if requires.countersign > 0 {
             return Answer::Deny(vec![format!(
                 "{act}: the gate asks for countersignatures, and only changes have them"

@@ -12,7 +12,6 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
 
 use countersign_api::dpop::ProofKey;
-use countersign_core::identity::OperatorName;
 
 use super::Dashboard;
 use crate::error::Failure;
@@ -25,7 +24,7 @@ pub struct Login {
     /// Of which dashboard.
     pub dashboard: Dashboard,
     /// Who is signed in.
-    pub operator: OperatorName,
+    pub who: String,
     /// What the session is found by.
     pub token: String,
     /// What it is bound to.
@@ -39,7 +38,8 @@ pub struct Login {
 #[serde(deny_unknown_fields)]
 struct File {
     dashboard: String,
-    operator: OperatorName,
+    #[serde(alias = "operator")]
+    who: String,
     token: String,
     key: String, // PKCS #8, base64url
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -82,8 +82,8 @@ impl Logins {
         if file.dashboard != dashboard.0 {
             return Err(again().cause(format!("it is of `{}`", file.dashboard)));
         }
-        let File { operator, token, ca_file, .. } = file;
-        Ok(Some(Login { dashboard: dashboard.clone(), operator, token, key, ca_file }))
+        let File { who, token, ca_file, .. } = file;
+        Ok(Some(Login { dashboard: dashboard.clone(), who, token, key, ca_file }))
     }
 
     /// The dashboards of all logins.
@@ -99,7 +99,7 @@ impl Logins {
         let path = self.file(&login.dashboard);
         let file = File {
             dashboard: login.dashboard.0.clone(),
-            operator: login.operator.clone(),
+            who: login.who.clone(),
             token: login.token.clone(),
             key: URL_SAFE_NO_PAD.encode(login.key.to_pkcs8()),
             ca_file: login.ca_file.clone(),
@@ -158,7 +158,7 @@ mod tests {
         assert!(logins.find(&dashboard).unwrap().is_none());
         let login = |token: &str| Login {
             dashboard: dashboard.clone(),
-            operator: OperatorName::parse("alice").unwrap(),
+            who: "alice".into(),
             token: token.into(),
             key: ProofKey::generate(),
             ca_file: None,

@@ -8,7 +8,7 @@ use crate::site::{
     device::{CODE_LIFETIME_MS, FRESH_MS, WAITING_FROM_ONE_MAX},
 };
 
-struct Command<'m> {
+pub(super) struct Command<'m> {
     mesh: &'m Mesh,
     router: Router,
     key: ProofKey,
@@ -16,7 +16,7 @@ struct Command<'m> {
     from: &'static str,
 }
 
-type Answered = (StatusCode, Value);
+pub(super) type Answered = (StatusCode, Value);
 
 impl<'m> Command<'m> {
     fn new(mesh: &'m Mesh) -> Self {
@@ -83,9 +83,14 @@ impl<'m> Command<'m> {
     }
 
     async fn signed_in_by(mesh: &'m Mesh, browser: &mut Browser) -> Self {
+        browser.signs_in(json!({})).await.unwrap();
+        Self::allowed_by(mesh, browser).await
+    }
+
+    /// Allowed by who has just signed in.
+    pub(super) async fn allowed_by(mesh: &'m Mesh, browser: &mut Browser) -> Self {
         let mut command = Self::new(mesh);
         let (shown, code) = command.asks().await;
-        browser.signs_in(json!({})).await.unwrap();
         browser.post("/device/answer", json!({ "code": shown, "allow": true })).await.unwrap();
         let granted = command.poll(&code).await.unwrap();
         assert_eq!(granted["token_type"], "DPoP");
@@ -93,7 +98,7 @@ impl<'m> Command<'m> {
         command
     }
 
-    async fn ask(&self, method: Method, path: &str, body: Value) -> Answered {
+    pub(super) async fn ask(&self, method: Method, path: &str, body: Value) -> Answered {
         let proof = self.prove(method.as_str(), path, Some(&self.token));
         self.ask_with(method, path, &proof, body).await
     }
@@ -104,7 +109,7 @@ impl<'m> Command<'m> {
         self.send(method, path, &headers, body.to_string().into()).await
     }
 
-    async fn whoami(&self) -> Answered {
+    pub(super) async fn whoami(&self) -> Answered {
         self.ask(Method::GET, "/v1/session", Value::Null).await
     }
 }
@@ -140,7 +145,7 @@ async fn a_command_is_signed_in_once_with_the_key_that_asked_by_who_just_showed_
     mesh.pass(20_000);
     let thief = Command::new(&mesh);
     assert_eq!(thief.poll(&code).await.unwrap_err(), "invalid_grant", "another key");
-    assert_eq!(command.poll(&code).await.unwrap()["operator"], "alice");
+    assert_eq!(command.poll(&code).await.unwrap()["who"], "alice");
     assert_eq!(command.poll(&code).await.unwrap_err(), "invalid_grant", "once");
 
     let (shown, code) = command.asks().await;
@@ -193,7 +198,7 @@ async fn a_commands_token_is_good_with_a_new_proof_of_its_key_and_as_nothing_els
     let mut alice = mesh.owner("alice").await;
     let mut command = Command::signed_in_by(&mesh, &mut alice).await;
     let (status, own) = command.whoami().await;
-    assert_eq!((status, &own["operator"], &own["kind"]), (StatusCode::OK, &json!("alice"), &json!("command_line")));
+    assert_eq!((status, &own["who"], &own["kind"]), (StatusCode::OK, &json!("alice"), &json!("command_line")));
     assert!(own["agent"].as_str().unwrap().starts_with("a@laptop"), "{own}");
 
     let proof = command.prove("GET", "/v1/status", Some(&command.token));
@@ -273,8 +278,8 @@ async fn every_request_from_afar_is_its_sessions_operators_or_refused() {
         let (status, _) = command.send(method.clone(), &path, &stranger, "{}".into()).await;
         assert_eq!(status, StatusCode::UNAUTHORIZED, "{path} of a stranger");
         let named = |name: &str| match rule {
-            Rule::Names(["operator"]) => json!({ "operator": name }),
-            Rule::Names(_) => {
+            Rule::Names(["operator"]) | Rule::Asks(["operator"]) => json!({ "operator": name }),
+            Rule::Names(_) | Rule::Asks(_) => {
                 json!({ "change_set": { "base": 2, "changes": [] }, "bodies": {}, "shown": { "operator": name } })
             }
             _ => json!({}),
@@ -288,7 +293,7 @@ async fn every_request_from_afar_is_its_sessions_operators_or_refused() {
                     "{path}"
                 );
             }
-            Rule::Names(_) => {
+            Rule::Names(_) | Rule::Asks(_) => {
                 assert_eq!(
                     (status, &answer["title"]),
                     (StatusCode::FORBIDDEN, &json!("the request names another operator")),
@@ -334,10 +339,10 @@ async fn a_session_asks_for_changes_in_its_operators_name_and_admits_none() {
     bob.enrols("bob", invited["invitations"][0]["token"].as_str()).await.unwrap();
     let of_bob = Command::signed_in_by(&mesh, &mut bob).await;
     let (_, sessions) = of_bob.ask(Method::GET, "/v1/sessions", Value::Null).await;
-    assert!(sessions.as_array().unwrap().iter().all(|session| session["operator"] == "bob"), "{sessions}");
-    let (status, _) = of_bob.ask(Method::POST, "/v1/sessions/end", json!({ "operator": "alice" })).await;
+    assert!(sessions.as_array().unwrap().iter().all(|session| session["who"] == "bob"), "{sessions}");
+    let (status, _) = of_bob.ask(Method::POST, "/v1/sessions/end", json!({ "who": "alice" })).await;
     assert_eq!(status, StatusCode::NOT_FOUND);
-    let (status, ended) = command.ask(Method::POST, "/v1/sessions/end", json!({ "operator": "bob" })).await;
+    let (status, ended) = command.ask(Method::POST, "/v1/sessions/end", json!({ "who": "bob" })).await;
     assert_eq!((status, &ended["ended"]), (StatusCode::OK, &json!(2)), "{ended}");
     assert_eq!(of_bob.whoami().await.0, StatusCode::UNAUTHORIZED);
     // A session ends with its operator.

@@ -26,8 +26,8 @@ async fn the_trail_says_who_signed_in_read_and_was_refused_and_holds_no_secret()
     let (cookie, csrf) = (alice.cookie.clone().unwrap(), alice.csrf.clone());
     alice.post("/sign-out", json!({})).await.unwrap();
 
-    let trail = mesh._dir.path().join(AUDIT_FILE);
-    let Mesh { control, _dir, .. } = mesh;
+    let trail = mesh.dir.path().join(AUDIT_FILE);
+    let Mesh { control, dir: _dir, .. } = mesh;
     control.stop().await;
     let text = std::fs::read_to_string(trail).unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
