@@ -43,7 +43,7 @@ pub const OPEN_OF_ONE_MAX: usize = 16;
 /// Changes of a proposal that its summary names at most.
 const NAMED_MAX: usize = 1_000;
 
-/// Tells those who wait that a proposal was decided, or that there is another reason to look again.
+/// Tells those who wait that a proposal was decided.
 pub struct Decided(watch::Sender<()>);
 
 impl Default for Decided {
@@ -53,11 +53,6 @@ impl Default for Decided {
 }
 
 impl Decided {
-    /// Has those who wait look again.
-    pub fn look_again(&self) {
-        self.0.send_replace(());
-    }
-
     /// Told whenever a proposal begins to wait, or is answered.
     pub fn subscribe(&self) -> watch::Receiver<()> {
         self.0.subscribe()
@@ -265,7 +260,7 @@ async fn propose(
     let kept = plane.storage.run("put_proposal", move |store| store.put_proposal(&stored, now_ms)).await;
     match kept.map_err(|error| store_problem(&error))? {
         true => {
-            plane.decided.look_again();
+            plane.decided.0.send_replace(());
             Ok(id)
         }
         false => {
@@ -602,7 +597,7 @@ async fn save(plane: &Plane, version: u64, document: &Document) -> Result<(), Pr
     let stored = stored(document, version + 1);
     let saved = plane.storage.run("replace_proposal", move |store| store.replace_proposal(&stored)).await;
     let saved = saved.map_err(|error| store_problem(&error))?;
-    plane.decided.look_again();
+    plane.decided.0.send_replace(());
     // Applied is applied, whoever wrote in between.
     if saved || matches!(document.proposal.state, ProposalState::Applied { .. }) {
         return Ok(());

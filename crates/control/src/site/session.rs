@@ -412,10 +412,7 @@ pub async fn end(plane: &Plane, sessions: &[Session], by: audit::By) -> Result<(
 }
 
 async fn forget(plane: &Plane, ids: Vec<String>) -> Result<(), StoreError> {
-    plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await?;
-    // Pages that are open listen for news; those of these sessions hear none any more.
-    plane.decided.look_again();
-    Ok(())
+    plane.storage.run("end_sessions", move |store| store.forget_documents(KIND, &ids)).await
 }
 
 fn id_of(token: &str) -> String {
