@@ -9,7 +9,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use countersign_api::local::{GateOutcome, GateRefusal, KeyChallenge, Opened, Problem, Shown, SignedChallenge};
+use countersign_api::local::{
+    GateOutcome, GateRefusal, KeyChallenge, Opened, Problem, SessionKind, Shown, SignedChallenge,
+};
 use countersign_core::{
     assurance::{Assurance, Proof, challenge::Acting},
     canonical::Digest,
@@ -286,7 +288,7 @@ fn factors_of(state: &MeshState, operator: &OperatorName) -> Option<Digest> {
     Some(Digest::of(ids.map(|id| id.as_str()).collect::<Vec<_>>().join("\n").as_bytes()))
 }
 
-/// What the gate's answer says to the operator. At the socket it names the page where a key can be shown.
+/// What the gate's answer says to the operator. To a command it names the page where a key can be shown.
 pub async fn refusal(plane: &Plane, asked: &Asked, by: By<'_>, answer: &Answer, why: Option<&CodeRefused>) -> Problem {
     let act = asked.act;
     let (outcome, requires) = match answer {
@@ -295,6 +297,9 @@ pub async fn refusal(plane: &Plane, asked: &Asked, by: By<'_>, answer: &Answer, 
     };
     let url = match (by, requires) {
         (By::Socket(_), Some(_)) => page_for(plane, asked).await,
+        (By::Session(session), Some(_)) if session.held_by() == SessionKind::CommandLine => {
+            page_for(plane, asked).await
+        }
         _ => None,
     };
     let (title, detail, help) = match (answer, why) {

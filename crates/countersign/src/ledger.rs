@@ -14,6 +14,7 @@ use countersign_api::local::{LedgerLine, Mesh, Status};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
+    gate::act::Act,
     ledger::{Batch, Follower},
 };
 
@@ -22,6 +23,7 @@ use crate::{
     client::Client,
     error::{Done, Failure},
     mesh_finder::Place,
+    operator::Asker,
     render::{self, Output},
 };
 
@@ -53,12 +55,15 @@ struct Verified {
 pub fn verify(arguments: &VerifyArguments, place: impl FnOnce() -> Result<Place, Failure>, output: Output) -> Done {
     match &arguments.offline {
         Some(dir) => offline::verify(dir, arguments, output),
-        None => cli::ask(verify_here(&place()?, output)),
+        None => cli::ask(verify_here(&place()?, arguments.otp.clone(), output)),
     }
 }
 
-async fn verify_here(place: &Place, output: Output) -> Done {
-    let control = Client::control(place);
+async fn verify_here(place: &Place, otp: Option<String>, output: Output) -> Done {
+    let control = match otp {
+        None => Client::control(place),
+        Some(_) => Asker { operator: None, otp }.opens(Client::control(place), Act::ExportLedger).await?,
+    };
     for _ in 0..ATTEMPTS_MAX {
         let before: Mesh = control.get("/v1/mesh").await?;
         let lines = lines(&control).await?;

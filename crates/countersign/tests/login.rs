@@ -84,7 +84,6 @@ fn an_operator_signs_a_command_in_from_elsewhere_and_changes_the_mesh_with_a_cod
         &["operator", "list"],
         &["factor", "list"],
         &["session", "list"],
-        &["ledger", "verify"],
         &["ledger", "checkpoint"],
         &["ledger", "prove", "0"],
         &["service", "list"],
@@ -100,6 +99,7 @@ fn an_operator_signs_a_command_in_from_elsewhere_and_changes_the_mesh_with_a_cod
         (&["--at", &*origin, "exec", "web", "--", "true"], "on the machine of the mesh"),
         (&["operator", "remove", "alice", "--operator", "bob"], "names another operator"),
         (&["ledger", "export", "export"], "needs a second factor"),
+        (&["ledger", "verify"], "needs a second factor"),
         (&["decision", "list"], "needs a second factor"),
     ] {
         let output = run(command);
@@ -119,6 +119,12 @@ fn an_operator_signs_a_command_in_from_elsewhere_and_changes_the_mesh_with_a_cod
     assert!(opened.status.success(), "{}", said(&opened));
     assert!(run(&["decision", "list"]).status.success(), "it stays open in this session");
     assert!(said(&mesh.run(&["decision", "list"])).contains("needs a second factor"), "and in no other");
+
+    let code = next_code(&app, &mut used);
+    for command in [&["ledger", "verify", "--otp", &code][..], &["ledger", "verify"]] {
+        let verified = run(command);
+        assert!(verified.status.success(), "{}", said(&verified));
+    }
 
     let file = fs::read_dir(&logins).unwrap().next().unwrap().unwrap().path();
     let stolen = fs::read(&file).unwrap();

@@ -38,7 +38,8 @@ struct OpenPage {
     /// What it is, in words.
     act: String,
     reads: bool,
-    command: bool,
+    /// The command that asks, where it is one.
+    command: Option<&'static str>,
     /// What is missing; nothing once it is open.
     requires: Option<String>,
     key: bool,
@@ -88,7 +89,11 @@ async fn open_page(plane: &Plane, session: &Session, id: String, asked: &Asked, 
         id,
         act: asked.act.to_string(),
         reads: asked.act.only_reads(),
-        command: asked.session.is_none(),
+        command: match &asked.session {
+            None => Some("A command on the control plane's machine"),
+            Some(other) if *other != session.id => Some("A command that you signed in on another machine"),
+            Some(_) => None,
+        },
         requires: requires.map(|requires| requires.to_string()),
         key: operator.is_some_and(|operator| operator.can_sign()),
         code: requires.is_some_and(|requires| requires.accepts_code()),

@@ -46,6 +46,8 @@ pub enum Rule {
     Reads,
     /// It reads the ledger, if the gate lets this operator do that.
     ReadsLedger,
+    /// It takes the whole ledger along, or all of its texts: what the gate asks for that was shown in this session.
+    TakesLedger,
     /// Its body names an operator, at this place: the session's.
     Names(&'static [&'static str]),
     /// The same; and who is no operator asks as well, for what answers it looks at the session.
@@ -74,8 +76,8 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::GET, "/v1/identities", Rule::Reads),
     (Method::POST, "/v1/identities/revoke", Rule::Names(&["shown", "operator"])),
     (Method::GET, "/v1/signals/{number}/wait", Rule::Reads),
-    (Method::GET, "/v1/ledger", Rule::ReadsLedger),
-    (Method::GET, "/v1/ledger/bodies", Rule::ReadsLedger),
+    (Method::GET, "/v1/ledger", Rule::TakesLedger),
+    (Method::GET, "/v1/ledger/bodies", Rule::TakesLedger),
     (Method::GET, "/v1/ledger/checkpoint", Rule::ReadsLedger),
     (Method::GET, "/v1/ledger/proofs/{index}", Rule::ReadsLedger),
     (Method::GET, "/v1/ledger/consistency/{size}", Rule::ReadsLedger),
@@ -190,6 +192,10 @@ async fn forced(plane: &Plane, path: &MatchedPath, request: Request, session: Se
         Some(Rule::Reads | Rule::OfSession) => request,
         Some(Rule::ReadsLedger) => {
             acts::pass(plane, Act::ReadLedger, By::Session(&session), &Shown::default()).await?;
+            request
+        }
+        Some(Rule::TakesLedger) => {
+            acts::pass(plane, Act::ExportLedger, By::Session(&session), &Shown::default()).await?;
             request
         }
         Some(Rule::Names(place)) => {

@@ -40,6 +40,9 @@ pub struct VerifyArguments {
     /// How many of them must have [default: all]
     #[arg(long, value_name = "K", requires = "witness")]
     pub quorum: Option<usize>,
+    /// The code that your authenticator app shows now, where the gate asks for one: only from another machine does it
+    #[arg(long, value_name = "CODE", conflicts_with = "offline")]
+    pub otp: Option<String>,
 }
 
 /// An export that holds.

@@ -303,6 +303,7 @@ async fn every_request_from_afar_is_its_sessions_operators_or_refused() {
                 assert_ne!(answer["title"], "the request names another operator", "{path}");
             }
             // The stream of decisions does not end, and a session that ended asks nothing any more.
+            Rule::TakesLedger => assert_eq!(answer["refusal"]["act"], "export_ledger", "{path}: {answer}"),
             Rule::Reads | Rule::ReadsLedger | Rule::OfSession => {
                 assert_ne!(status, StatusCode::UNAUTHORIZED, "{path}: {answer}")
             }
@@ -350,4 +351,36 @@ async fn a_session_asks_for_changes_in_its_operators_name_and_admits_none() {
     let id = propose(&mesh, Change::RemoveOperator { name: bobs }).await;
     alice.signs_change(&id, &mesh.origin()).await.unwrap();
     assert_eq!(of_bob.whoami().await.0, StatusCode::UNAUTHORIZED);
+}
+
+#[tokio::test]
+async fn from_afar_the_whole_ledger_is_given_to_who_shows_a_factor_for_it() {
+    let mesh = Mesh::start().await;
+    let mut alice = mesh.owner("alice").await;
+    let command = Command::signed_in_by(&mesh, &mut alice).await;
+    let whole = ["/v1/ledger", "/v1/ledger/bodies"];
+    for path in ["/v1/changes", "/v1/changes/1", "/v1/ledger/checkpoint", "/v1/ledger/proofs/0"] {
+        assert_eq!(command.ask(Method::GET, path, Value::Null).await.0, StatusCode::OK, "{path}");
+    }
+    for path in whole {
+        for method in [Method::GET, Method::HEAD] {
+            assert_eq!(command.ask(method, path, Value::Null).await.0, StatusCode::FORBIDDEN, "{path}");
+        }
+    }
+    // What she opens in her browser is open there.
+    alice.opens("export_ledger").await.unwrap();
+    let (status, refused) = command.ask(Method::GET, whole[0], Value::Null).await;
+    assert_eq!((status, &refused["refusal"]["act"]), (StatusCode::FORBIDDEN, &json!("export_ledger")), "{refused}");
+    let url = refused["refusal"]["url"].as_str().unwrap();
+    let id = url.strip_prefix(&format!("{}/acts/", mesh.origin())).unwrap().to_owned();
+    let (_, page) = alice.get(&format!("/acts/{id}")).await;
+    assert!(page.contains("A command that you signed in on another machine asks for this"), "{page}");
+    alice.opens(&id).await.unwrap();
+    for path in whole {
+        assert_eq!(command.ask(Method::GET, path, Value::Null).await.0, StatusCode::OK, "{path}");
+    }
+    let another = Command::signed_in_by(&mesh, &mut alice).await;
+    assert_eq!(another.ask(Method::GET, whole[0], Value::Null).await.0, StatusCode::FORBIDDEN, "another of hers");
+    mesh.pass(15 * 60 * 1000 + 1);
+    assert_eq!(command.ask(Method::GET, whole[0], Value::Null).await.0, StatusCode::FORBIDDEN, "too late");
 }
