@@ -13,6 +13,7 @@
 //! | `GET /v1/decisions/{id}` | | [`DecisionDetail`] |
 //! | `GET /v1/decisions/tail?…` | query string of [`RecordFilter`] | newline-delimited [`TailEvent`]s, until the client leaves |
 //! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
+//! | `GET /v1/services/{service}/checklist` | | `[`[`Checked`]`]`: what has to be there before it is let in |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
@@ -918,6 +919,18 @@ pub struct SignalWaited {
     pub connected: u32,
     /// Those that do not enforce it yet.
     pub missing: Vec<InstanceId>,
+}
+
+/// One line of the checklist of a service that is to be let in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// What has to be there.
+    pub what: String,
+    /// What was found.
+    pub found: String,
+    /// What to do for it; absent when it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub help: Option<String>,
 }
 
 /// One entry with its change-set.

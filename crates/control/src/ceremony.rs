@@ -214,7 +214,7 @@ mod tests {
     use countersign_testkit::security_key::SecurityKey;
 
     use super::*;
-    use crate::{Control, ControlConfig, clock::Clock, gate::Petitioner, proposals, start_with_clock};
+    use crate::{Control, ControlConfig, clock::Clock, gate::Petitioner, onboarding, proposals, start_with_clock};
 
     fn name(given: &str) -> OperatorName {
         OperatorName::parse(given).unwrap()
@@ -277,7 +277,8 @@ mod tests {
         }
 
         fn asked(&self, changes: Vec<Change>) -> Apply {
-            let base = self.plane().ledger.head().follower.revision();
+            let head = self.plane().ledger.head();
+            let (base, changes) = (head.follower.revision(), onboarding::planned(changes, head.follower.state()));
             Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() }
         }
 

@@ -168,6 +168,7 @@ impl Gate {
         match head.follower.state().apply_all(&change_set) {
             Ok(next) if mistakes.is_empty() => {
                 mistakes = mistakes_of_references(&next);
+                mistakes.extend(mistakes_of_standing(&change_set, head.follower.state(), &next));
                 mistakes.extend(self.mistakes_of_policies(&next, &bodies, head));
                 mistakes.extend(mistakes_of_gate(&next, &bodies, head, now_seconds));
             }
@@ -298,6 +299,32 @@ fn with_seal(answer: Answer, head: &Head, petitioner: &Petitioner) -> Answer {
         Answer::Permit if author_signed => Answer::NeedsCountersign(of_others),
         Answer::Permit => Answer::StepUp(of_author()),
     }
+}
+
+/// The services that would be part of a protected mesh without anybody having let them in.
+///
+/// INVARIANT (let-in-by-somebody): in a protected mesh a service becomes part of it only by a change that lifts what barred it before.
+fn mistakes_of_standing(change_set: &ChangeSet, before: &MeshState, next: &MeshState) -> Vec<String> {
+    if !before.is_protected() {
+        return Vec::new();
+    }
+    let is_among = |holds: &dyn Fn(&Change) -> bool| change_set.changes.iter().any(holds);
+    let mut mistakes = Vec::new();
+    for name in next.services.keys().filter(|name| next.is_active(name)) {
+        let removed = is_among(&|change| matches!(change, Change::RemoveService { name: gone } if gone == name));
+        let lifted = is_among(
+            &|change| matches!(change, Change::ApproveService { name: lifted } | Change::ResumeService { name: lifted } if lifted == name),
+        );
+        let stays = before.is_active(name) && !removed;
+        let let_in = before.barred.contains_key(name) && !removed && lifted;
+        if !stays && !let_in {
+            mistakes.push(format!(
+                "service `{name}` is new: in a protected mesh it begins quarantined (`quarantine_service`), and is approved by itself; \
+                 plan again with a command of this version"
+            ));
+        }
+    }
+    mistakes
 }
 
 /// What is wrong with the change gate and the operators that the changes lead to: policies that are not valid, an operator who

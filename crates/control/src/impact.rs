@@ -74,6 +74,10 @@ pub fn concerns(change_set: &ChangeSet) -> bool {
             change,
             Change::DeclareService { .. }
                 | Change::RemoveService { .. }
+                | Change::QuarantineService { .. }
+                | Change::ApproveService { .. }
+                | Change::SuspendService { .. }
+                | Change::ResumeService { .. }
                 | Change::SetRole { .. }
                 | Change::RemoveRole { .. }
                 | Change::SetPolicy { .. }

@@ -15,6 +15,7 @@
 //! | [`oidc`] | verifies tokens of OpenID Connect providers | decides what they are good for |
 //! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
 //! | [`identities`] | the SVIDs that were issued, and taking them back | signs one |
+//! | [`onboarding`] | what has to be there before a service is let in | lets it in |
 //! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
 //! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
@@ -79,6 +80,7 @@ pub mod mark;
 pub mod metrics;
 pub mod mfa;
 pub mod oidc;
+pub mod onboarding;
 pub mod pipelines;
 pub mod proposals;
 pub mod publish;
@@ -653,6 +655,7 @@ impl Plane {
         {
             return Err(local_api::append_problem(error));
         }
+        onboarding::examine(self, &asked.change_set).await?;
         let changes = asked.change_set.changes.clone();
         let change_count = changes.len();
         let authority = self.authority();

@@ -19,11 +19,11 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, CheckpointView,
-    Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome,
-    GateRefusal, IdentityFilter, IdentityView, Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened,
-    Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, RevokeAs, Revoked,
-    Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited, Status, TailEvent, Waited,
+    AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, Checked,
+    CheckpointView, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink,
+    GateOutcome, GateRefusal, IdentityFilter, IdentityView, Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER,
+    Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, RevokeAs,
+    Revoked, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited, Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -32,6 +32,7 @@ use countersign_core::{
     identity::{OperatorName, ServiceName},
     ledger::{AddCheckpoint, Entry, EntryProof, Note},
     signal::SignalSeq,
+    state::Barred,
 };
 
 use crate::{
@@ -42,6 +43,7 @@ use crate::{
     ceremony, decisions, enrol, gate, identities,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused, EnrolsFrom},
+    onboarding,
     proposals::{self, Answering},
     recover, sealing,
     site::{
@@ -125,6 +127,7 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/decisions/tail", get(tail))
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/services/{service}/callers", get(callers))
+        .route("/v1/services/{service}/checklist", get(checklist))
         .route("/v1/authority", get(authority))
         .route("/v1/authority/rotate", post(rotate))
         .route("/v1/identities", get(list_identities))
@@ -223,7 +226,11 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
             name: name.clone(),
             id: state.trust_domain.as_ref()?.workload(name),
             protocol: service.spec.protocol.to_string(),
-            state: "active".into(),
+            state: match state.barred.get(name) {
+                None => "active".to_owned(),
+                Some(Barred::Quarantined) => "quarantined".to_owned(),
+                Some(Barred::Suspended { reason }) => format!("suspended: {reason}"),
+            },
             instances: plane.publisher.instances_of(name),
             waiting: plane.publisher.waiting_of(name),
             deployments: state.deployments.get(name).cloned().unwrap_or_default(),
@@ -655,6 +662,10 @@ async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<InviteAs>) ->
     enrol::mistake(&plane, &invite)?;
     acts::pass(&plane, Act::InviteHost, By::Socket(shown.operator.as_ref()), &shown).await?;
     Ok(Json(enrol::invite(&plane, invite).await?))
+}
+
+async fn checklist(State(plane): State<Arc<Plane>>, UrlPath(service): UrlPath<ServiceName>) -> Answered<Vec<Checked>> {
+    Ok(Json(onboarding::checklist(&plane, &service).await?))
 }
 
 async fn list_identities(

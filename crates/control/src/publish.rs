@@ -172,7 +172,9 @@ impl Publisher {
 
     /// The ledger as opened at start.
     pub fn begin(&self, head: Arc<Head>) {
-        self.inner.lock().head = head;
+        let mut inner = self.inner.lock();
+        inner.registry.show_only_active(head.follower.state());
+        inner.head = head;
     }
 
     /// The keys that agents verify with.
@@ -243,6 +245,8 @@ impl Publisher {
         inner.head = head.clone();
         inner.tell_first(&first, Event::Entries(entries));
         let moved = inner.registry.admit_only(&head.follower.state().deployments);
+        inner.discover(moved);
+        let moved = inner.registry.show_only_active(head.follower.state());
         inner.discover(moved);
         drop(inner);
         self.bump();
@@ -554,7 +558,12 @@ fn about(change_set: &[u8], before: &Head, after: &Head) -> Vec<ServiceName> {
             Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => {
                 [judged_by(before, id), judged_by(after, id)].concat()
             }
-            Change::DeclareService { name, .. } | Change::RemoveService { name } => vec![name.clone()],
+            Change::DeclareService { name, .. }
+            | Change::RemoveService { name }
+            | Change::QuarantineService { name }
+            | Change::ApproveService { name }
+            | Change::SuspendService { name, .. }
+            | Change::ResumeService { name } => vec![name.clone()],
             _ => Vec::new(),
         })
         .collect()

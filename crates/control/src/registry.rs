@@ -17,6 +17,7 @@ use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
     signal::SignalSeq,
+    state::MeshState,
 };
 
 use crate::store::{StoredAcknowledgement, StoredHost, StoredInstance};
@@ -47,6 +48,8 @@ pub struct Registry {
     entitlements: BTreeMap<ServiceName, BTreeSet<ServiceName>>,
     /// Why a host does not follow this ledger.
     refused: BTreeMap<ServiceName, String>,
+    /// Services whose instances are told to nobody.
+    hidden: BTreeSet<ServiceName>,
 }
 
 #[derive(Debug)]
@@ -245,7 +248,8 @@ impl Registry {
         }
         let before = instance.endpoint.replace(endpoint.clone());
         let same = before.is_some_and(|before| (before.address, before.ready) == (address, up.ready));
-        let up = if same { Vec::new() } else { vec![endpoint.message(&id)] };
+        let silent = same || self.hidden.contains(&id.service());
+        let up = if silent { Vec::new() } else { vec![endpoint.message(&id)] };
         Ok(Moved { up, down: Vec::new() })
     }
 
@@ -264,6 +268,24 @@ impl Registry {
         for (id, instance) in &mut self.instances {
             if instance.endpoint.is_some() && !is_admitted(deployments, id, instance.artifact) {
                 moved.down.extend(instance.wait(id, NOT_ADMITTED).down);
+            }
+        }
+        moved
+    }
+
+    /// Shows instances of services that are part of the mesh, and of no others.
+    ///
+    /// INVARIANT (barred-is-not-found): no agent is told where an instance of a quarantined or suspended service is.
+    pub fn show_only_active(&mut self, state: &MeshState) -> Moved {
+        let hidden: BTreeSet<ServiceName> = state.barred.keys().cloned().collect();
+        let before = std::mem::replace(&mut self.hidden, hidden);
+        let mut moved = Moved::default();
+        for (id, instance) in &self.instances {
+            let Some(endpoint) = &instance.endpoint else { continue };
+            match (before.contains(&id.service()), self.hidden.contains(&id.service())) {
+                (false, true) => moved.down.push(id.clone()),
+                (true, false) => moved.up.push(endpoint.message(id)),
+                _ => {}
             }
         }
         moved
@@ -352,7 +374,8 @@ impl Registry {
             };
             (known.revision, known.error, known.signals) = (other.revision, other.error.clone(), other.signals);
             let before = known.endpoint.replace(endpoint.clone());
-            if before.is_none_or(|before| (before.address, before.ready) != (address, other.ready)) {
+            let is_news = before.is_none_or(|before| (before.address, before.ready) != (address, other.ready));
+            if is_news && !self.hidden.contains(&other.instance.service()) {
                 moved.up.push(endpoint.message(&other.instance));
             }
         }
@@ -389,7 +412,8 @@ impl Registry {
 
     /// Everything that can be reached.
     pub fn reachable(&self) -> Vec<mesh::Endpoint> {
-        self.instances.iter().filter_map(|(id, instance)| Some(instance.endpoint.as_ref()?.message(id))).collect()
+        let shown = self.instances.iter().filter(|(id, _)| !self.hidden.contains(&id.service()));
+        shown.filter_map(|(id, instance)| Some(instance.endpoint.as_ref()?.message(id))).collect()
     }
 
     /// What each proxy of a connected host enforces.

@@ -12,12 +12,14 @@ use std::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, IdentityFilter, Invitation,
-    Invite, InviteAs, Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail, ProposalState, RevokeAs,
-    Revoked, Shown,
+    Applied, Apply, ApplyAs, Checked, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, IdentityFilter,
+    Invitation, Invite, InviteAs, Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail, ProposalState,
+    RevokeAs, Revoked, Shown,
 };
+use countersign_api::mesh::follow_event::Event;
 use countersign_control::{clock::Clock, mfa, start_with_clock};
 use countersign_core::{
+    canonical::Digest,
     change::{Bodies, Change, ChangeSet, Revision},
     identity::{FactorId, OperatorName},
     operator::EnrolledFactor,
@@ -115,7 +117,12 @@ impl Clocked {
     }
 
     async fn apply_with(&self, changes: Vec<Change>, bodies: Bodies, shown: &Shown) -> Result<Applied, Problem> {
-        let apply = Apply { change_set: ChangeSet { base: self.mesh().await.revision, changes }, bodies };
+        let mesh = self.mesh().await;
+        let changes = support::planned(changes, &mesh);
+        self.exactly(Apply { change_set: ChangeSet { base: mesh.revision, changes }, bodies }, shown).await
+    }
+
+    async fn exactly(&self, apply: Apply, shown: &Shown) -> Result<Applied, Problem> {
         self.plane.post("/v1/changes", &ApplyAs { apply, shown: shown.clone() }).await
     }
 
@@ -596,6 +603,85 @@ async fn identities_are_revoked_by_who_may_with_a_code_that_is_good_once() {
     assert_eq!(revoked.identities[0].revoked.as_ref().unwrap().by, "eve");
     assert_eq!(revokes(&control, shown).await.unwrap_err().title, "the code was used already");
     assert_eq!(revokes(&control, nothing).await.unwrap_err().status, 403, "nothing stays open");
+}
+
+/// PROVES (let-in-by-somebody)
+/// PROVES (nothing-joins-blind)
+/// PROVES (barred-is-not-found)
+#[tokio::test]
+async fn a_new_service_is_found_by_nobody_until_it_is_approved_with_all_of_its_checklist() {
+    let (mesh, alice, _) = Clocked::protected().await;
+    let mut agent = mesh.plane.agent("h1").await;
+    let mut other = mesh.plane.agent("h2").await;
+    let stream = agent.follow(0, Digest::default()).await.unwrap();
+    let mut told = other.follow(0, Digest::default()).await.unwrap();
+    told.welcome().await;
+    let shop = || name("shop");
+    let quarantine = || Change::QuarantineService { name: shop() };
+    let approve = || Change::ApproveService { name: shop() };
+    for (case, changes) in [
+        ("bare", vec![declare("shop")]),
+        ("approved at once", vec![declare("shop"), quarantine(), approve()]),
+        ("under a name that is active", vec![Change::RemoveService { name: name("web") }, declare("web")]),
+    ] {
+        let change_set = ChangeSet { base: mesh.mesh().await.revision, changes };
+        let apply = Apply { change_set, bodies: Bodies::default() };
+        let refused = mesh.exactly(apply, &mesh.shown(&alice)).await.unwrap_err();
+        assert_eq!(refused.status, 422, "{case}: {refused:?}");
+    }
+    mesh.apply(vec![declare("shop")], &mesh.shown(&alice)).await.unwrap();
+    let state = async || {
+        let services = mesh.plane.status().await.services;
+        services.into_iter().find(|service| service.name == shop()).unwrap().state
+    };
+    assert_eq!(state().await, "quarantined");
+
+    stream.up("shop/1", "127.0.0.1:9001").await;
+    stream.up("web/1", "127.0.0.1:9002").await;
+    let discovered = async |told: &mut support::Stream| loop {
+        if let Event::Discovery(discovery) = told.news().await {
+            break (discovery.up.into_iter().map(|up| up.instance).collect::<Vec<_>>(), discovery.down);
+        }
+    };
+    assert_eq!(discovered(&mut told).await, (vec!["web/1".to_owned()], vec![]), "the first is told of to nobody");
+
+    let missing = async || {
+        let checklist: Vec<Checked> = mesh.plane.get("/v1/services/shop/checklist").await;
+        checklist.into_iter().filter(|one| one.help.is_some()).map(|one| one.what).collect::<Vec<_>>()
+    };
+    assert_eq!(missing().await, ["identity", "enforcement", "policy"]);
+    let shown = mesh.shown(&alice);
+    let refused = mesh.apply(vec![approve()], &shown).await.unwrap_err();
+    assert_eq!((refused.status, &*refused.title), (422, "service `shop` cannot be approved yet"));
+    assert_eq!(refused.detail.unwrap().lines().count(), 3);
+    let (policy, bodies) = support::permit("web-reads-shop", "web", "shop");
+    mesh.apply_with(vec![policy], bodies, &shown).await.expect("the code was not used up");
+    agent.issue("shop/1").await.unwrap();
+    assert_eq!(missing().await, ["enforcement"]);
+    stream.acknowledge("shop/1", mesh.mesh().await.revision.0).await;
+    while !missing().await.is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let dora = mesh.another(&alice, "dora", "deployer").await;
+    stream.acknowledge("shop/1", mesh.mesh().await.revision.0).await;
+    while !missing().await.is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let denied = mesh.apply(vec![approve()], &mesh.shown(&dora)).await.unwrap_err();
+    assert_eq!(denied.refusal.unwrap().outcome, GateOutcome::Denied, "who deploys lets nobody in");
+    mesh.apply(vec![approve()], &mesh.shown(&alice)).await.unwrap();
+    assert_eq!(discovered(&mut told).await, (vec!["shop/1".to_owned()], vec![]));
+    assert_eq!(state().await, "active");
+
+    let suspend = Change::SuspendService { name: shop(), reason: "it leaks".into() };
+    mesh.apply(vec![suspend], &mesh.shown(&alice)).await.unwrap();
+    assert_eq!(discovered(&mut told).await, (vec![], vec!["shop/1".to_owned()]));
+    assert_eq!(state().await, "suspended: it leaks");
+    let welcome = other.follow(0, Digest::default()).await.unwrap().welcome().await;
+    let found: Vec<_> = welcome.discovery.unwrap().up.into_iter().map(|up| up.instance).collect();
+    assert_eq!(found, ["web/1"]);
+    mesh.apply(vec![Change::ResumeService { name: shop() }], &mesh.shown(&alice)).await.unwrap();
+    assert_eq!(state().await, "active");
 }
 
 #[tokio::test]

@@ -171,8 +171,9 @@ impl World {
     }
 
     async fn apply_of(&self, service: &str) -> Apply {
-        let base = self.plane.get::<Mesh>("/v1/mesh").await.revision;
-        Apply { change_set: ChangeSet { base, changes: vec![declare(service)] }, bodies: Bodies::default() }
+        let mesh = self.plane.get::<Mesh>("/v1/mesh").await;
+        let (base, changes) = (mesh.revision, support::planned(vec![declare(service)], &mesh));
+        Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() }
     }
 
     /// The pending change that this is, or why it is none.
@@ -371,7 +372,8 @@ async fn what_a_pipeline_may_not_ask_for_or_see_is_refused() {
     ];
     for change in widening {
         let what = change.kind();
-        let changes = vec![declare("api"), change];
+        let mesh = world.plane.get::<Mesh>("/v1/mesh").await;
+        let changes = support::planned(vec![declare("api"), change], &mesh);
         let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
         let refused = world.propose(&apply, &token()).await.unwrap_err();
         assert!(matches!(refused.status, 403 | 422), "{what}: {refused:?}");
@@ -413,9 +415,9 @@ async fn a_workload_proposes_with_its_own_svid_and_an_operator_countersigns() {
         claims: [("sub".to_owned(), sub(service))].into(),
         roles: Default::default(),
     };
-    let base = world.plane.get::<Mesh>("/v1/mesh").await.revision;
-    let changes =
-        vec![declare("deployer"), Change::SetPipeline { name: "robot".into(), pipeline: workload("deployer") }];
+    let mesh = world.plane.get::<Mesh>("/v1/mesh").await;
+    let robot = Change::SetPipeline { name: "robot".into(), pipeline: workload("deployer") };
+    let (base, changes) = (mesh.revision, support::planned(vec![declare("deployer"), robot], &mesh));
     let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
     let _: Applied = world.plane.post("/v1/changes", &ApplyAs { apply, shown: world.shown() }).await.unwrap();
     let mut agent = world.plane.agent("h1").await;

@@ -256,9 +256,10 @@ async fn a_protected_mesh_has_one_gate_whichever_control_plane_is_asked() {
         countersignature: None,
     };
     let ask = |plane: usize, service: &str, otp: Option<String>| {
-        let (plane, changes, shown) = (&planes[plane], vec![declare(service)], shown(otp));
+        let (plane, declared, shown) = (&planes[plane], declare(service), shown(otp));
         async move {
-            let base = plane.status().await.revision;
+            let mesh: countersign_api::local::Mesh = plane.get("/v1/mesh").await;
+            let (base, changes) = (mesh.revision, support::planned(vec![declared], &mesh));
             let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
             plane.post::<Applied>("/v1/changes", &ApplyAs { apply, shown }).await
         }

@@ -175,6 +175,7 @@ fn view(total: usize, policy: &dyn Fn(usize) -> String) -> View {
         roles,
         services: BTreeMap::new(),
         routes: BTreeMap::new(),
+        barred: [].into(),
     }
 }
 

@@ -55,6 +55,28 @@ pub enum Change {
         /// Its name.
         name: ServiceName,
     },
+    /// Leaves a service that is declared out of the mesh until somebody approves it: nobody finds it, it reaches nobody.
+    QuarantineService {
+        /// Its name.
+        name: ServiceName,
+    },
+    /// Lets a quarantined service in.
+    ApproveService {
+        /// Its name.
+        name: ServiceName,
+    },
+    /// Takes a service out of the mesh for a while: it stays declared, and is as if it were not there.
+    SuspendService {
+        /// Its name.
+        name: ServiceName,
+        /// Why, in the words of whoever does it.
+        reason: Arc<str>,
+    },
+    /// Lets a suspended service in again.
+    ResumeService {
+        /// Its name.
+        name: ServiceName,
+    },
     /// Adds a role, or replaces its members.
     SetRole {
         /// Its name.
@@ -253,10 +275,14 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 29] = [
+    pub const KINDS: [&str; 33] = [
         "create_mesh",
         "declare_service",
         "remove_service",
+        "quarantine_service",
+        "approve_service",
+        "suspend_service",
+        "resume_service",
         "set_role",
         "remove_role",
         "set_policy",
@@ -291,6 +317,10 @@ impl Change {
             Self::CreateMesh { .. } => "create_mesh",
             Self::DeclareService { .. } => "declare_service",
             Self::RemoveService { .. } => "remove_service",
+            Self::QuarantineService { .. } => "quarantine_service",
+            Self::ApproveService { .. } => "approve_service",
+            Self::SuspendService { .. } => "suspend_service",
+            Self::ResumeService { .. } => "resume_service",
             Self::SetRole { .. } => "set_role",
             Self::RemoveRole { .. } => "remove_role",
             Self::SetPolicy { .. } => "set_policy",
@@ -324,7 +354,12 @@ impl Change {
     pub fn subject(&self) -> String {
         match self {
             Self::CreateMesh { trust_domain } => format!("mesh {trust_domain}"),
-            Self::DeclareService { name, .. } | Self::RemoveService { name } => format!("service {name}"),
+            Self::DeclareService { name, .. }
+            | Self::RemoveService { name }
+            | Self::QuarantineService { name }
+            | Self::ApproveService { name }
+            | Self::SuspendService { name, .. }
+            | Self::ResumeService { name } => format!("service {name}"),
             Self::SetRole { name, .. } | Self::RemoveRole { name } => format!("role {name}"),
             Self::SetPolicy { id, .. } | Self::RemovePolicy { id } => format!("policy {id}"),
             Self::SetRoute { name, .. } | Self::RemoveRoute { name } => format!("route {name}"),

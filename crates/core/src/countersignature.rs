@@ -133,6 +133,8 @@ pub enum Part {
     Route(RouteName),
     /// What may run as one service.
     Deployment(ServiceName),
+    /// Whether one service is part of the mesh.
+    Standing(ServiceName),
     /// The key that seals the control plane's own keys.
     SealingKey,
 }
@@ -271,8 +273,12 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             Change::SetRoute { route, .. } => {
                 touched.extend(std::iter::once(&route.service).chain(route.split.keys()).cloned().map(Part::Service));
             }
-            Change::Deploy { service, .. } => {
-                touched.insert(Part::Service(service.clone()));
+            Change::Deploy { service: name, .. }
+            | Change::QuarantineService { name }
+            | Change::ApproveService { name }
+            | Change::SuspendService { name, .. }
+            | Change::ResumeService { name } => {
+                touched.insert(Part::Service(name.clone()));
             }
             Change::CreateMesh { .. }
             | Change::RemoveService { .. }
@@ -311,9 +317,13 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             Change::CreateMesh { .. } => Part::Mesh,
             Change::DeclareService { name, .. } => Part::Service(name.clone()),
             Change::RemoveService { name } => {
-                written.insert(Part::Deployment(name.clone()));
+                written.extend([Part::Deployment(name.clone()), Part::Standing(name.clone())]);
                 Part::Service(name.clone())
             }
+            Change::QuarantineService { name }
+            | Change::ApproveService { name }
+            | Change::SuspendService { name, .. }
+            | Change::ResumeService { name } => Part::Standing(name.clone()),
             Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => Part::Policy(id.clone()),
             Change::SetRoute { name, .. } | Change::RemoveRoute { name } => Part::Route(name.clone()),
             Change::Deploy { service, .. } => Part::Deployment(service.clone()),

@@ -12,7 +12,7 @@ use crate::{
     contract::Contract,
     operator::{EnrolledFactor, Operator},
     service::ServiceSpec,
-    state::MeshState,
+    state::{Barred, MeshState},
 };
 
 /// One change with both texts.
@@ -66,6 +66,10 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         }
         Change::SealSettings { .. } => state.seal.map(|seal| sealed(seal.quorum)),
         Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
+        Change::QuarantineService { name }
+        | Change::ApproveService { name }
+        | Change::SuspendService { name, .. }
+        | Change::ResumeService { name } => state.services.contains_key(name).then(|| standing(state.barred.get(name))),
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => state.pipelines.get(name).map(toml),
         Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => state.sign_ins.get(name).map(toml),
@@ -95,6 +99,9 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         Change::SetAuthenticators { authenticators: given } => Some(authenticators(given)),
         Change::SealSettings { quorum } => Some(sealed(*quorum)),
         Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
+        Change::QuarantineService { .. } => Some(standing(Some(&Barred::Quarantined))),
+        Change::SuspendService { reason, .. } => Some(standing(Some(&Barred::Suspended { reason: reason.clone() }))),
+        Change::ApproveService { .. } | Change::ResumeService { .. } => Some(standing(None)),
         Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
         Change::SetPipeline { pipeline, .. } => Some(toml(pipeline)),
         Change::SetSignIn { sign_in, .. } => Some(toml(sign_in)),
@@ -111,6 +118,17 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         | Change::RemoveIssuer { .. }
         | Change::RemovePipeline { .. }
         | Change::RemoveSignIn { .. } => None,
+    }
+}
+
+/// Whether a service is part of the mesh, and what that means.
+fn standing(barred: Option<&Barred>) -> String {
+    match barred {
+        None => "active: found by every workload, and calls what policies permit\n".to_owned(),
+        Some(Barred::Quarantined) => "quarantined: found by nobody, and reaches nobody\n".to_owned(),
+        Some(Barred::Suspended { reason }) => {
+            format!("suspended: found by nobody, and reaches nobody\nreason = {reason:?}\n")
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use crate::{
     assurance::{Assurance, FactorKind, Proof},
     canonical::Digest,
     change::{Change, ChangeSet, PolicyId},
-    identity::OperatorName,
+    identity::{OperatorName, ServiceName},
     operator::Operator,
     pipeline::{ACTOR_PREFIX, PipelineName},
     policy::{self, Factor, FilePolicy, JudgedBy, Mistake, Obligation, PolicyError},
@@ -459,7 +459,21 @@ impl Questions {
 }
 
 fn is_of_service(change: &Change) -> bool {
-    matches!(change, Change::DeclareService { .. } | Change::RemoveService { .. } | Change::Deploy { .. })
+    service_of(change).is_some()
+}
+
+/// The service that a change is about, if it is about one.
+fn service_of(change: &Change) -> Option<&ServiceName> {
+    match change {
+        Change::DeclareService { name, .. }
+        | Change::RemoveService { name }
+        | Change::Deploy { service: name, .. }
+        | Change::QuarantineService { name }
+        | Change::ApproveService { name }
+        | Change::SuspendService { name, .. }
+        | Change::ResumeService { name } => Some(name),
+        _ => None,
+    }
 }
 
 /// Every service that the change-set is about, with what it declares.
@@ -469,12 +483,7 @@ fn services(
 ) -> BTreeMap<String, Option<ServiceSpec>> {
     let mut services = BTreeMap::new();
     for change in &asked.change_set.changes {
-        let (Change::DeclareService { name, .. }
-        | Change::RemoveService { name }
-        | Change::Deploy { service: name, .. }) = change
-        else {
-            continue;
-        };
+        let Some(name) = service_of(change) else { continue };
         let held = asked.state.services.get(name).map(|service| service.spec.clone());
         let held = services.remove(name.as_str()).unwrap_or(held);
         services.insert(name.to_string(), spec_of(change, held));
@@ -533,9 +542,13 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         | Change::RotateSealingKey { .. }
         | Change::SetAuthenticators { .. }
         | Change::RemoveAuthenticators {} => uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str())),
-        Change::DeclareService { name, .. } | Change::RemoveService { name } | Change::Deploy { service: name, .. } => {
-            uid("Service", name.as_str())
-        }
+        Change::DeclareService { name, .. }
+        | Change::RemoveService { name }
+        | Change::Deploy { service: name, .. }
+        | Change::QuarantineService { name }
+        | Change::ApproveService { name }
+        | Change::SuspendService { name, .. }
+        | Change::ResumeService { name } => uid("Service", name.as_str()),
         Change::SetRole { name, .. } | Change::RemoveRole { name } => uid("Role", name),
         Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => uid("Policy", id),
         Change::SetGatePolicy { id, .. } | Change::RemoveGatePolicy { id } => uid("GatePolicy", id),

@@ -104,6 +104,8 @@ pub enum Reason {
     NotAWorkload,
     /// The service has a contract, and this is no operation of it.
     NotInContract,
+    /// The caller's service is quarantined or suspended.
+    CallerBarred,
 }
 
 /// Which judgement of the exchange this was.
@@ -167,14 +169,15 @@ impl Reason {
             Self::Forbidden => "a policy forbids it",
             Self::AssuranceNeeded => "only a stronger or more recent authentication is missing",
             Self::PolicyFault => "a policy could not be evaluated, which denies",
-            Self::NotDeclared => "the service is not declared any more",
+            Self::NotDeclared => "the service is not part of the mesh: not declared any more, quarantined or suspended",
             Self::NotAWorkload => "the peer is not a workload of a service",
             Self::NotInContract => "the contract of the service has no such operation",
+            Self::CallerBarred => "the caller's service is quarantined or suspended",
         }
     }
 
     /// Every reason. Kept records refer to places in this list: only append.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Permitted,
         Self::NoPolicyPermits,
         Self::Forbidden,
@@ -183,6 +186,7 @@ impl Reason {
         Self::NotDeclared,
         Self::NotAWorkload,
         Self::NotInContract,
+        Self::CallerBarred,
     ];
 
     /// The place of this reason in [`Self::ALL`].
@@ -200,7 +204,8 @@ impl Reason {
             | Self::PolicyFault
             | Self::NotDeclared
             | Self::NotAWorkload
-            | Self::NotInContract => Outcome::Deny,
+            | Self::NotInContract
+            | Self::CallerBarred => Outcome::Deny,
         }
     }
 
@@ -215,6 +220,7 @@ impl Reason {
             Self::NotDeclared => "not_declared",
             Self::NotAWorkload => "not_a_workload",
             Self::NotInContract => "not_in_contract",
+            Self::CallerBarred => "caller_barred",
         }
     }
 }
@@ -239,6 +245,6 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             assert_eq!(reason.place(), place);
         }
-        assert_eq!(Reason::NotInContract.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
+        assert_eq!(Reason::CallerBarred.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
     }
 }

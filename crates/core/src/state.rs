@@ -55,6 +55,9 @@ pub struct MeshState {
     /// The executables and images that may be instances of a service, by their SHA-256; a service that is not here takes any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub deployments: BTreeMap<ServiceName, BTreeSet<Digest>>,
+    /// The declared services that are no part of the mesh; any other is active.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub barred: BTreeMap<ServiceName, Barred>,
     /// Whose tokens are believed.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub issuers: BTreeMap<IssuerName, Issuer>,
@@ -83,6 +86,19 @@ pub struct Service {
     /// Its number for life. A removed service's slot is the last to be given again, so that an address a caller
     /// resolved once never comes to mean another service while anyone remembers it.
     pub slot: u16,
+}
+
+/// Why a declared service is no part of the mesh: nobody finds it, and it reaches nobody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "standing", rename_all = "snake_case")]
+pub enum Barred {
+    /// Nobody has let it in yet.
+    Quarantined,
+    /// Somebody took it out for a while.
+    Suspended {
+        /// Why, in their words.
+        reason: Arc<str>,
+    },
 }
 
 /// A policy in force: where it stands and the digest of its text.
@@ -140,6 +156,19 @@ pub enum FoldError {
     /// None, or too many, executables and images.
     #[error("a deployment names 1 to {ARTIFACTS_MAX} executables or images")]
     Artifacts,
+    /// A standing that it cannot come from.
+    #[error("service {name} is {is}: {what}")]
+    Standing {
+        /// The service.
+        name: ServiceName,
+        /// What it is.
+        is: &'static str,
+        /// What would be needed.
+        what: &'static str,
+    },
+    /// A suspension says why.
+    #[error("a suspension gives its reason in 1 to {REASON_BYTES_MAX} bytes")]
+    Suspension,
     /// An issuer or a pipeline that nobody should believe.
     #[error("{0}: {1}")]
     Pipeline(String, String),
@@ -180,6 +209,17 @@ impl MeshState {
             Change::RemoveService { name } => {
                 known(self.services.remove(name).is_some())?;
                 self.deployments.remove(name);
+                self.barred.remove(name);
+            }
+            Change::QuarantineService { name }
+            | Change::ApproveService { name }
+            | Change::SuspendService { name, .. }
+            | Change::ResumeService { name } => {
+                known(self.services.contains_key(name))?;
+                match self.barred_after(change, name)? {
+                    Some(barred) => drop(self.barred.insert(name.clone(), barred)),
+                    None => drop(self.barred.remove(name)),
+                }
             }
             Change::SetRole { name, members } => {
                 self.roles.insert(name.clone(), members.clone());
@@ -255,6 +295,33 @@ impl MeshState {
             | Change::SetOperatorRoles { .. } => self.operators = self.operators_after(change)?,
         }
         Ok(())
+    }
+
+    /// What bars a service from the mesh after a change of its standing; nothing, when that lets it in.
+    fn barred_after(&self, change: &Change, name: &ServiceName) -> Result<Option<Barred>, FoldError> {
+        let refused = |is, what| Err(FoldError::Standing { name: name.clone(), is, what });
+        match (change, self.barred.get(name)) {
+            (Change::QuarantineService { .. }, None) => Ok(Some(Barred::Quarantined)),
+            (Change::ApproveService { .. }, Some(Barred::Quarantined)) => Ok(None),
+            (Change::SuspendService { reason, .. }, None) => {
+                if reason.is_empty() || reason.len() > REASON_BYTES_MAX {
+                    return Err(FoldError::Suspension);
+                }
+                Ok(Some(Barred::Suspended { reason: reason.clone() }))
+            }
+            (Change::ResumeService { .. }, Some(Barred::Suspended { .. })) => Ok(None),
+            (Change::ResumeService { .. }, Some(Barred::Quarantined)) => {
+                refused("quarantined", "it is approved, not resumed")
+            }
+            (_, None) => refused("active", "there is nothing to lift"),
+            (_, Some(Barred::Quarantined)) => refused("quarantined", "it is no part of the mesh already"),
+            (_, Some(Barred::Suspended { .. })) => refused("suspended", "resume it first"),
+        }
+    }
+
+    /// Whether a declared service is part of the mesh.
+    pub fn is_active(&self, name: &ServiceName) -> bool {
+        self.services.contains_key(name) && !self.barred.contains_key(name)
     }
 
     /// Whether an operator has enrolled. From then on there is no way back.
@@ -442,6 +509,47 @@ mod tests {
         assert_eq!(MeshState::default().apply(&declare("web")), Err(FoldError::NotCreated));
         let again = Change::CreateMesh { trust_domain: TrustDomain::parse("other.example").unwrap() };
         assert!(matches!(created().apply(&again), Err(FoldError::CreatedTwice(_))));
+    }
+
+    #[test]
+    fn a_service_is_let_in_and_taken_out_by_what_fits_its_standing_and_an_active_one_is_written_as_ever() {
+        let mut state = created();
+        state.apply(&declare("web")).unwrap();
+        let written = serde_json::to_string(&state).unwrap();
+        assert!(!written.contains("barred"), "the digests of older histories stay: {written}");
+        let name = || name("web");
+        let suspend = |reason: &str| Change::SuspendService { name: name(), reason: reason.into() };
+        let (quarantine, approve) =
+            (Change::QuarantineService { name: name() }, Change::ApproveService { name: name() });
+        let resume = Change::ResumeService { name: name() };
+        let refused = |state: &mut MeshState, change: &Change| {
+            let before = state.clone();
+            let why = state.apply(change).unwrap_err().to_string();
+            assert_eq!(*state, before);
+            why
+        };
+        assert_eq!(refused(&mut state, &approve), "service web is active: there is nothing to lift");
+        assert_eq!(refused(&mut state, &resume), "service web is active: there is nothing to lift");
+        state.apply(&quarantine).unwrap();
+        assert!(!state.is_active(&name()));
+        assert_eq!(refused(&mut state, &quarantine), "service web is quarantined: it is no part of the mesh already");
+        assert_eq!(refused(&mut state, &suspend("x")), "service web is quarantined: it is no part of the mesh already");
+        assert_eq!(refused(&mut state, &resume), "service web is quarantined: it is approved, not resumed");
+        state.apply(&approve).unwrap();
+        assert_eq!(serde_json::to_string(&state).unwrap(), written);
+        assert!(refused(&mut state, &suspend("")).contains("gives its reason"));
+        assert!(refused(&mut state, &suspend(&"x".repeat(REASON_BYTES_MAX + 1))).contains("gives its reason"));
+        state.apply(&suspend("a leak")).unwrap();
+        assert_eq!(refused(&mut state, &approve), "service web is suspended: resume it first");
+        assert_eq!(refused(&mut state, &quarantine), "service web is suspended: resume it first");
+        state.apply(&resume).unwrap();
+        assert!(state.is_active(&name()));
+        state.apply(&quarantine).unwrap();
+        state.apply(&Change::RemoveService { name: name() }).unwrap();
+        assert!(state.barred.is_empty() && !state.is_active(&name()));
+        for change in [quarantine, approve, suspend("x"), resume] {
+            assert!(matches!(state.apply(&change), Err(FoldError::Unknown(_))), "{}", change.kind());
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub struct View {
     pub trust_domain: TrustDomain,
     /// The service this proxy stands in front of.
     pub service: ServiceName,
-    /// What that service declares; `None` when it is not (or no longer) declared: the proxy then admits nothing.
+    /// What that service declares; `None` when it is not (or no longer) part of the mesh: the proxy then admits nothing.
     pub spec: Option<ServiceSpec>,
     /// The operations of that service, when it has a contract.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,6 +42,9 @@ pub struct View {
     pub services: BTreeMap<ServiceName, VisibleService>,
     /// Every traffic rule, by the service it is for, in the order in which they are tried.
     pub routes: BTreeMap<ServiceName, Vec<ViewRoute>>,
+    /// The declared services that are no part of the mesh: none of them is let in as a caller, whatever policies say.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub barred: BTreeSet<ServiceName>,
 }
 
 /// A policy of the request gate, by value.
@@ -109,7 +112,9 @@ pub enum ViewError {
 /// Computes the view of one proxy.
 pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Local) -> Result<View, ViewError> {
     let trust_domain = state.trust_domain.clone().ok_or(ViewError::NotCreated)?;
-    let spec = state.services.get(&local.service).map(|service| service.spec.clone());
+    // One that is barred has the view of one that does not exist: it is found by nobody, and finds nobody.
+    let is_barred = state.barred.contains_key(&local.service);
+    let spec = state.services.get(&local.service).filter(|_| !is_barred).map(|service| service.spec.clone());
     let contract = match spec.as_ref().and_then(|spec| spec.contract) {
         Some(body) => {
             let missing = || ViewError::ContractMissing { service: local.service.clone(), body };
@@ -128,6 +133,7 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
     let services = state
         .services
         .iter()
+        .filter(|(name, _)| !is_barred && state.is_active(name))
         .map(|(name, service)| {
             (
                 name.clone(),
@@ -140,7 +146,7 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
         })
         .collect();
     let mut routes: BTreeMap<ServiceName, Vec<ViewRoute>> = BTreeMap::new();
-    for (name, route) in &state.routes {
+    for (name, route) in state.routes.iter().filter(|_| !is_barred) {
         routes.entry(route.service.clone()).or_default().push(ViewRoute { name: name.clone(), route: route.clone() });
     }
     for of_service in routes.values_mut() {
@@ -156,6 +162,7 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
         roles: state.roles.clone(),
         services,
         routes,
+        barred: state.barred.keys().cloned().collect(),
     })
 }
 
@@ -170,5 +177,6 @@ impl View {
             && self.roles == other.roles
             && self.services == other.services
             && self.routes == other.routes
+            && self.barred == other.barred
     }
 }

@@ -9,6 +9,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use countersign_api::local::Invite;
 use countersign_core::{
+    change::Change,
     identity::{ServiceName, TrustDomain},
     record::Outcome,
 };
@@ -188,7 +189,38 @@ pub struct InitArguments {
 #[derive(Debug, Subcommand)]
 pub enum ServiceVerb {
     /// List them
-    List,
+    List {
+        /// Those only that wait to be approved
+        #[arg(long)]
+        pending: bool,
+    },
+    /// Let a quarantined service into the mesh, once all of its checklist is there
+    Approve {
+        /// Its name
+        service: ServiceName,
+        /// Who asks.
+        #[command(flatten)]
+        who: operator::Who,
+    },
+    /// Take a service out of the mesh for a while: what it and its callers have open is cut at once
+    Suspend {
+        /// Its name
+        service: ServiceName,
+        /// Why, for whoever reads of it later
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        /// Who asks.
+        #[command(flatten)]
+        who: operator::Who,
+    },
+    /// Let a suspended service into the mesh again
+    Resume {
+        /// Its name
+        service: ServiceName,
+        /// Who asks.
+        #[command(flatten)]
+        who: operator::Who,
+    },
     /// Show one with its instances
     Show {
         /// Its name
@@ -383,7 +415,17 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             ask(identity::revoke(&place(&global)?, which, reason, timeout, &asker, output))
         }
         Command::Status => ask(status::status(&place(&global)?, output)),
-        Command::Service(ServiceVerb::List) => ask(service::list(&place(&global)?, output)),
+        Command::Service(ServiceVerb::List { pending }) => ask(service::list(&place(&global)?, pending, output)),
+        Command::Service(ServiceVerb::Approve { service, who }) => {
+            ask(service::change(&place(&global)?, Change::ApproveService { name: service }, &who, output))
+        }
+        Command::Service(ServiceVerb::Suspend { service, reason, who }) => {
+            let change = Change::SuspendService { name: service, reason: reason.into() };
+            ask(service::change(&place(&global)?, change, &who, output))
+        }
+        Command::Service(ServiceVerb::Resume { service, who }) => {
+            ask(service::change(&place(&global)?, Change::ResumeService { name: service }, &who, output))
+        }
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),
         Command::Service(ServiceVerb::Deploy(arguments)) => ask(deploy::deploy(arguments, &place(&global)?, output)),
         Command::Service(ServiceVerb::Artifact { command }) => deploy::show(&command, output),

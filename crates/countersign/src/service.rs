@@ -1,31 +1,45 @@
-//! `service list` and `service show`.
+//! `service list` and `service show`; `service approve`, `suspend` and `resume`: whether a service is part of the mesh.
 
 use std::fmt::Write as _;
 
-use countersign_api::local::{Caller, ServiceView, Status};
-use countersign_core::identity::ServiceName;
+use countersign_api::local::{Caller, Checked, ServiceView, Status};
+use countersign_core::{change::Change, identity::ServiceName};
 
 use crate::{
     client::Client,
     error::{Done, Failure},
     mesh_finder::Place,
+    operator::{self, Who},
     render::{self, Output, cell, verdict},
     status,
 };
 
-/// Lists the declared services.
-pub async fn list(place: &Place, output: Output) -> Done {
-    let status: Status = Client::control(place).get("/v1/status").await?;
+/// Lists the declared services, or those only that wait to be approved.
+pub async fn list(place: &Place, pending: bool, output: Output) -> Done {
+    let mut status: Status = Client::control(place).get("/v1/status").await?;
+    status.services.retain(|service| !pending || service.state == QUARANTINED);
     let revision = status.revision.0;
-    render::answer(output, &status.services, |services, paint| status::services(services, revision, paint))
+    render::answer(output, &status.services, |services, paint| match services.is_empty() && pending {
+        true => "no service waits to be approved\n".to_owned(),
+        false => status::services(services, revision, paint),
+    })
 }
 
-/// One service, with who calls it.
+/// Changes whether a service is part of the mesh.
+pub async fn change(place: &Place, change: Change, who: &Who, output: Output) -> Done {
+    operator::change(&Client::control(place), who, output, |_| Ok(change.clone())).await
+}
+
+/// The state of a service that waits to be approved.
+const QUARANTINED: &str = "quarantined";
+
+/// One service, with who calls it, and what has to be there before it is let in.
 #[derive(serde::Serialize)]
 struct Shown<'a> {
     #[serde(flatten)]
     service: &'a ServiceView,
     callers: Vec<Caller>,
+    checklist: Vec<Checked>,
 }
 
 /// Shows one service with its instances and its callers.
@@ -33,9 +47,10 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
     let status: Status = Client::control(place).get("/v1/status").await?;
     let service = find(&status.services, name)?;
     let callers: Vec<Caller> = Client::control(place).get(&format!("/v1/services/{name}/callers")).await?;
+    let checklist: Vec<Checked> = Client::control(place).get(&format!("/v1/services/{name}/checklist")).await?;
     let now_ms = render::now_ms();
-    let shown = Shown { service, callers };
-    render::answer(output, &shown, |Shown { service, callers }, paint| {
+    let shown = Shown { service, callers, checklist };
+    render::answer(output, &shown, |Shown { service, callers, checklist }, paint| {
         let mut text = format!("{} {}\n", paint.strong(service.name.as_str()), paint.dim(service.id.as_str()));
         for (label, value) in [
             ("state", service.state.clone()),
@@ -67,6 +82,9 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
         let headings =
             ["INSTANCE", "HOST", "ADDRESS", "STATE", "ENFORCES", "SVID EXPIRES", "ISOLATION", "SHA-256", "ADMIN"];
         let _ = write!(text, "\n{}", render::table(&headings, rows, paint));
+        if service.state == QUARANTINED {
+            text.push_str(&table_of_checklist(service, checklist, paint));
+        }
         text.push_str(&table_of_waiting(service, paint));
         let _ = write!(text, "\n{}", table_of_callers(callers, now_ms, paint));
         text
@@ -85,6 +103,18 @@ fn contract(service: &ServiceView) -> String {
         Some(contract) => format!("{} operations, {}", contract.operations, contract.digest.short()),
         None => "none: every operation is a matter of policies alone".to_owned(),
     }
+}
+
+/// What has to be there before it is let in, and the next thing to do.
+fn table_of_checklist(service: &ServiceView, checklist: &[Checked], paint: render::Paint) -> String {
+    let rows = checklist.iter().map(|one| {
+        let holds = one.help.is_none();
+        vec![cell(&one.what), verdict(if holds { "there" } else { "missing" }, holds), cell(&one.found)]
+    });
+    let next = checklist.iter().find_map(|one| one.help.clone());
+    let next = next.unwrap_or_else(|| format!("`countersign service approve {}` lets it in", service.name));
+    let table = render::table(&["BEFORE IT IS LET IN", "", "FOUND"], rows, paint);
+    format!("\n{table}{} {}\n", paint.note("help:"), render::tame(&next))
 }
 
 /// What waits to be admitted; nothing where nothing does.

@@ -133,6 +133,32 @@ fn a_change_takes_hold_on_apply_and_on_save_and_survives_a_kill() {
 }
 
 #[test]
+fn a_suspended_service_is_as_if_it_were_not_there_until_it_is_resumed() {
+    let mut mesh = Mesh::started();
+    assert_eq!(mesh.ask("/hello").0, "200");
+    assert_eq!(mesh.json(&["service", "suspend", "greeter", "--reason", "it leaks"])["revision"], 2);
+    mesh.until("nobody finds it", |mesh| mesh.ask("/hello").0 == "404");
+    assert!(said(&mesh.run(&["service", "show", "greeter"])).contains("suspended: it leaks"));
+    mesh.json(&["service", "resume", "greeter"]);
+    mesh.until("it is found again", |mesh| mesh.ask("/hello").0 == "200");
+    mesh.json(&["service", "suspend", "web", "--reason", "it is not what it was"]);
+    mesh.until("whoever is suspended finds nobody", |mesh| mesh.ask("/hello").0 == "404");
+    for (arguments, expected) in [
+        (&["suspend", "web", "--reason", "again"][..], "service web is suspended: resume it first"),
+        (&["approve", "greeter"], "service greeter is active: there is nothing to lift"),
+        (&["approve", "nobody"], "service nobody does not exist"),
+        (&["suspend", "greeter"], "--reason <TEXT>"),
+    ] {
+        let refused = mesh.run(&[&["service"], arguments].concat());
+        assert!(!refused.status.success() && said(&refused).contains(expected), "{arguments:?}: {}", said(&refused));
+    }
+    assert!(said(&mesh.run(&["service", "list", "--pending"])).contains("no service waits to be approved"));
+    mesh.json(&["ledger", "verify"]);
+    mesh.signal("-INT");
+    mesh.gone();
+}
+
+#[test]
 fn a_service_that_dies_at_once_is_shown_and_the_rest_goes_on() {
     let mut mesh = Mesh::init();
     fs::write(mesh.dir.join("services/web.py"), "import sys\nsys.exit('web has nothing to do today')\n").unwrap();

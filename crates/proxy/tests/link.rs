@@ -104,6 +104,7 @@ fn view(revision: u64, policies: &[&str]) -> View {
         roles: BTreeMap::new(),
         services: BTreeMap::new(),
         routes: BTreeMap::new(),
+        barred: [].into(),
     }
 }
 

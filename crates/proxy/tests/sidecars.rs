@@ -60,6 +60,7 @@ fn view(of: &str, revision: u64, policies: &[&str]) -> View {
         roles: BTreeMap::new(),
         services: [(service("web"), visible(1)), (service("catalog"), visible(2))].into(),
         routes: BTreeMap::new(),
+        barred: [].into(),
     }
 }
 

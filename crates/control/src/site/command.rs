@@ -71,6 +71,7 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::GET, "/v1/decisions/{id}", Rule::OfSession),
     (Method::POST, "/v1/acts/{act}", Rule::Asks(&["operator"])),
     (Method::GET, "/v1/services/{service}/callers", Rule::Reads),
+    (Method::GET, "/v1/services/{service}/checklist", Rule::Reads),
     (Method::GET, "/v1/authority", Rule::Reads),
     (Method::POST, "/v1/authority/rotate", Rule::Refused(HERE)),
     (Method::GET, "/v1/identities", Rule::Reads),

@@ -23,7 +23,7 @@ use countersign_core::{
 use countersign_testkit::security_key::SecurityKey;
 
 use super::{SiteConfig, serve::From, session};
-use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, proposals, start_with_clock};
+use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, onboarding, proposals, start_with_clock};
 
 mod authenticators;
 mod commands;
@@ -76,7 +76,8 @@ impl Mesh {
     }
 
     fn asked(&self, changes: Vec<Change>) -> Apply {
-        let base = self.plane().ledger.head().follower.revision();
+        let head = self.plane().ledger.head();
+        let (base, changes) = (head.follower.revision(), onboarding::planned(changes, head.follower.state()));
         Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() }
     }
 
@@ -514,7 +515,7 @@ async fn what_a_change_says_is_shown_as_text_and_runs_nowhere() {
     let id = refused.refusal.as_ref().and_then(|refusal| refusal.change.clone());
     let id = id.unwrap_or_else(|| panic!("{refused:?}"));
     let (_, page) = alice.get(&format!("/changes/{id}")).await;
-    assert!(page.contains("Set policy all and one more change"), "{page}");
+    assert!(page.contains("Set policy all and 2 more changes"), "{page}");
     assert!(page.contains("alert(1)") && !page.contains("<script>alert") && !page.contains("<img src=x"), "{page}");
     let digest = proposals::show(mesh.plane(), &id).await.unwrap().change_set.digest();
     assert!(page.contains(&digest.to_string()), "what is hashed is what is shown");

@@ -214,6 +214,16 @@ fn words(change: &Change, state: Option<&MeshState>) -> Option<String> {
         Change::Deploy { service, .. } => {
             format!("Only these executables or images run as {service}; any other stays quarantined.")
         }
+        Change::QuarantineService { name } => {
+            format!("{name} is declared, and found by nobody, until an operator approves it.")
+        }
+        Change::ApproveService { name } => {
+            format!("{name} becomes part of the mesh: every workload finds it, and policies say who may call whom.")
+        }
+        Change::SuspendService { name, .. } => {
+            format!("{name} is as if it were not there: what it and its callers have open is cut at once.")
+        }
+        Change::ResumeService { name } => format!("{name} is part of the mesh again."),
         Change::SetPipeline { name, .. } => format!("Pipeline {name} may propose changes; operators countersign them."),
         Change::SetSignIn { name, .. } => format!("Who is in these groups at {name} gets these roles of the mesh."),
         Change::RemoveSignIn { name } => format!("Groups at {name} mean nothing here any more."),

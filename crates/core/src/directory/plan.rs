@@ -48,6 +48,9 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
                 bodies.insert(contract.to_body());
             }
             changes.push(Change::DeclareService { name: name.clone(), spec: service.spec.clone() });
+            if state.is_protected() && !state.services.contains_key(name) {
+                changes.push(Change::QuarantineService { name: name.clone() });
+            }
         }
     }
     for (name, members) in &directory.roles {
@@ -218,6 +221,33 @@ mod tests {
         ] {
             assert_eq!(planned(before, after), expected, "{case}");
         }
+    }
+
+    #[test]
+    fn a_new_service_of_a_protected_mesh_is_planned_into_quarantine_and_one_that_is_there_is_not() {
+        use crate::operator::{EnrolledFactor, Operator};
+        let (bare, all) = (directory("", "", "", ""), directory(TWO, "", "", ""));
+        let mut state = MeshState::default();
+        state = state.apply_all(&plan(&bare, &state, Revision(0)).unwrap().change_set).unwrap();
+        let factors = [(crate::identity::FactorId::parse("one").unwrap(), EnrolledFactor::Totp)].into();
+        let owner = Operator { factors, ..Operator::default() };
+        state.operators.insert(crate::identity::OperatorName::parse("alice").unwrap(), owner);
+        let planned = plan(&all, &state, Revision(1)).unwrap().change_set;
+        let kinds: Vec<_> = planned.changes.iter().map(|one| format!("{} {}", one.kind(), one.subject())).collect();
+        assert_eq!(
+            kinds,
+            [
+                "declare_service service catalog",
+                "quarantine_service service catalog",
+                "declare_service service web",
+                "quarantine_service service web"
+            ]
+        );
+        let quarantined = state.apply_all(&planned).unwrap();
+        assert!(plan(&all, &quarantined, Revision(2)).unwrap().is_empty());
+        let other = directory(&TWO.replace("port = 1", "port = 1, namespace = \"x\""), "", "", "");
+        let planned = plan(&other, &quarantined, Revision(2)).unwrap().change_set.changes;
+        assert_eq!(planned.iter().map(Change::kind).collect::<Vec<_>>(), ["declare_service"]);
     }
 
     #[test]

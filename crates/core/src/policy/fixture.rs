@@ -43,6 +43,7 @@ pub(super) fn view(policies: &str) -> View {
         ]),
         services: BTreeMap::new(),
         routes: BTreeMap::new(),
+        barred: [].into(),
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Law {
     classes: Vec<Class>,
     entities: EntitiesOfLaw,
     contract: Option<Enforced>,
+    /// The services that are let in by no policy.
+    barred: HashSet<Box<str>, FxBuildHasher>,
 }
 
 /// The contract of the service, made ready for deciding. All of it is found by the place of an operation.
@@ -202,6 +204,7 @@ impl Law {
             trust_domain: view.trust_domain.clone(),
             service: view.service.clone(),
             declared: view.spec.is_some(),
+            barred: view.barred.iter().map(|name| name.as_str().into()).collect(),
             by_scope,
             paths,
             classes_by_workload,
@@ -243,12 +246,17 @@ impl Law {
     /// Where `query` stands in the index; or the denial that needs no policy.
     ///
     /// INVARIANT (contract-first): where there is a contract, no policy is asked about what is no operation of it.
+    ///
+    /// INVARIANT (barred-reaches-nobody): no policy is asked about what a quarantined or suspended service asks for.
     pub(super) fn stand(&self, query: &Query<'_>) -> Result<Standing, Decision> {
         let refused = |reason| Err(Decision::denial(reason, Reads::NOTHING));
         if !self.declared || *query.service != self.service {
             return refused(Reason::NotDeclared);
         }
         let Some(workload) = self.workload(query.principal) else { return refused(Reason::NotAWorkload) };
+        if self.barred.contains(workload) {
+            return refused(Reason::CallerBarred);
+        }
         let operation = match &self.contract {
             None => None,
             Some(contract) => {
@@ -736,6 +744,23 @@ mod tests {
         check(
             r#"@id("other") permit (principal == Workload::"cron", action == Action::"http:PUT", resource in Service::"payments");"#,
             &[(asked("cron", "http:PUT", "/"), "deny no_policy_permits")],
+        );
+    }
+
+    /// PROVES (barred-reaches-nobody)
+    #[test]
+    fn a_barred_service_is_let_in_by_no_policy_and_a_workload_elsewhere_of_its_name_is_another() {
+        let policies = r#"@id("all") permit (principal, action, resource);"#;
+        let barred = View { barred: ["web"].map(|name| ServiceName::parse(name).unwrap()).into(), ..view(policies) };
+        let law = Arc::new(Law::compile(&barred).unwrap());
+        check_by(
+            &law,
+            policies,
+            &[
+                (asked("web", "http:GET", "/"), "deny caller_barred"),
+                (asked("cron", "http:GET", "/"), "permit permitted by all"),
+                (asked("spiffe://other.example/web", "http:GET", "/"), "permit permitted by all"),
+            ],
         );
     }
 

@@ -180,6 +180,11 @@ impl ParsedPolicy {
         }
     }
 
+    /// Whether its principal scope is this service.
+    pub fn names_caller(&self, service: &ServiceName) -> bool {
+        matches!(&self.principal, PrincipalScope::Workload(name) if **name == *service.as_str())
+    }
+
     /// The conditions as one expression; `None` when scope is all it asks for.
     pub(super) fn condition(&self) -> Option<&Expr> {
         self.policy.non_scope_constraints()

@@ -120,6 +120,7 @@ mod tests {
             roles: BTreeMap::new(),
             services: services.iter().map(visible).collect(),
             routes: BTreeMap::new(),
+            barred: [].into(),
         }
     }
 

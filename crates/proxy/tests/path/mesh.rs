@@ -210,6 +210,7 @@ impl Plan {
                 })
                 .collect(),
             routes,
+            barred: [].into(),
         }
     }
 }
