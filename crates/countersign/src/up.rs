@@ -15,13 +15,13 @@ use tokio::sync::broadcast::error::RecvError;
 
 use countersign_agent::{Agent, AgentConfig};
 use countersign_api::{
-    local::{Status, TailEvent},
+    local::{self, Status, TailEvent},
     run_file::RunFile,
 };
 use countersign_control::{Control, ControlConfig, advertise::Advertise, site::SiteConfig};
 use countersign_core::{
     change::Revision,
-    directory::{Directory, Files},
+    directory::{Directory, Files, plan},
     identity::OperatorName,
 };
 
@@ -316,7 +316,8 @@ impl Mesh<'_> {
         }
     }
 
-    /// Applies the directory whenever it is saved. A mistake is told and changes nothing.
+    /// Applies the directory whenever it is saved, and runs what it says once that is applied, by whomever. A mistake is told and
+    /// changes nothing.
     async fn apply_saves(
         &self,
         agent: &Agent,
@@ -325,18 +326,31 @@ impl Mesh<'_> {
         mut files: Files,
         watched: bool,
     ) -> Failure {
-        if !watched {
-            return std::future::pending().await;
-        }
-        let mut watch = match Watch::begin(self.dir) {
-            Ok(watch) => watch,
-            Err(failure) => {
-                self.refuse(teller, &failure);
-                return std::future::pending().await;
+        let mut watch = None;
+        if watched {
+            match Watch::begin(self.dir) {
+                Ok(begun) => watch = Some(begun),
+                Err(failure) => self.refuse(teller, &failure),
             }
-        };
+        }
+        let mut changes = self.control.changes();
         loop {
-            watch.saved().await;
+            let saved = async {
+                match &mut watch {
+                    Some(watch) => watch.saved().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = saved => {}
+                // What a save asked for may be applied later, by who shows a factor for it.
+                Ok(_) = changes.recv() => {
+                    if let Err(failure) = self.take_up(agent, running).await {
+                        self.refuse(teller, &failure);
+                    }
+                    continue;
+                }
+            }
             let Ok((now, _)) = mesh_directory::read(self.dir) else { continue };
             if now == files {
                 continue;
@@ -346,6 +360,17 @@ impl Mesh<'_> {
                 self.refuse(teller, &failure);
             }
         }
+    }
+
+    /// Runs what the directory says, once the mesh is what it says. What is wrong with the directory was said when it was saved.
+    async fn take_up(&self, agent: &Agent, running: &Running) -> Done {
+        let Ok(directory) = mesh_directory::load(self.dir) else { return Ok(()) };
+        let mesh: local::Mesh = self.client.get("/v1/mesh").await?;
+        if plan(&directory, &mesh.state, mesh.revision).is_ok_and(|plan| plan.is_empty()) {
+            agent.set_workloads(agent::workloads(&directory, self.dir)).await;
+            running.tell(&self.run_file(agent))?;
+        }
+        Ok(())
     }
 
     async fn apply_save(&self, agent: &Agent, teller: &Teller, running: &Running) -> Done {
