@@ -1,6 +1,7 @@
 //! From `apply` to the last proxy enforcing, with 100 and with 1 000 agents on mutual TLS streams in this one process, at
 //! rest and while instances come and go; and with 1 000 that follow two control planes on one PostgreSQL database, half of them each,
-//! where the change is asked for at one of the two. Prints one JSON object on its last line.
+//! where the change is asked for at one of the two; and from `identity revoke` to the last proxy having said that it enforces it.
+//! Prints one JSON object on its last line.
 //!
 //! The agents of eight services do all the work of an agent and its proxy: verify, fold, compute the view, compile the law.
 //! The others acknowledge what they receive, since their folding would happen on other machines and not on these cores.
@@ -15,7 +16,7 @@ use std::{
 };
 
 use countersign_api::{
-    local::{KeyPlace, Waited},
+    local::{IdentityFilter, IdentityView, KeyPlace, RevokeAs, Revoked, Shown, SignalWaited, Waited},
     mesh::{self, follow_event::Event, follow_request::Message as Said},
 };
 use countersign_control::{ControlConfig, start, store::postgres::PostgresUrl};
@@ -40,6 +41,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 const WORKING_SERVICES: usize = 8;
 const INSTANCES: usize = 2;
 const CHANGES: u64 = 100;
+const REVOCATIONS: usize = 100;
 /// How many of those that come and go are there at a time.
 const COME_AND_GO_AT_ONCE: usize = 20;
 
@@ -112,19 +114,56 @@ impl Working {
 
 async fn follow(mut stream: Stream, service: usize, instance: String, tell: mpsc::UnboundedSender<Enforces>) {
     let welcome = stream.welcome().await;
-    let revision = welcome.entries.as_ref().map_or(0, |entries| entries.size);
+    let mut enforces = mesh::InstanceRevision {
+        instance: instance.clone(),
+        revision: welcome.entries.as_ref().map_or(0, |entries| entries.size),
+        ..Default::default()
+    };
     let mut working = (service < WORKING_SERVICES).then(|| Working::start(welcome, &service_name(service)));
     stream.up(&instance, "127.0.0.1:1").await;
-    stream.acknowledge(&instance, revision).await;
     loop {
-        let Ok(event) = stream.next().await else { return };
-        let Event::Entries(entries) = event else { continue };
-        let moved = working.as_mut().is_some_and(|working| working.take_up(&entries));
-        if moved {
-            let _ = tell.send(Enforces { revision: entries.size, service, at: Instant::now() });
+        stream.say(Said::Acknowledgement(mesh::Acknowledgement { instances: vec![enforces.clone()] })).await;
+        let told = loop {
+            match stream.next().await {
+                Ok(event @ (Event::Entries(_) | Event::Signals(_))) => break event,
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        };
+        match told {
+            Event::Signals(signals) => enforces.signal_sequence = signals.sequence,
+            Event::Entries(entries) => {
+                if working.as_mut().is_some_and(|working| working.take_up(&entries)) {
+                    let _ = tell.send(Enforces { revision: entries.size, service, at: Instant::now() });
+                }
+                enforces.revision = entries.size;
+            }
+            _ => unreachable!("passed over above"),
         }
-        stream.acknowledge(&instance, entries.size).await;
     }
+}
+
+/// Has SVIDs issued and takes each back; says how long it took until everybody had said that they enforce it, in milliseconds.
+async fn revoke(plane: &Plane) -> Vec<f64> {
+    let mut agent = plane.agent("taken").await;
+    let of_host = IdentityFilter { host: Some(name("taken")), ..IdentityFilter::default() };
+    let mut took_ms = Vec::with_capacity(REVOCATIONS);
+    for number in 0..REVOCATIONS {
+        agent.issue(&format!("s0/r{number}")).await.unwrap();
+        let issued: Vec<IdentityView> = plane.get("/v1/identities?host=taken").await;
+        let instance = format!("s0/r{number}");
+        let is_newest = |one: &&IdentityView| one.instance.as_ref().is_some_and(|id| id.as_str() == instance);
+        let serial = issued.iter().find(is_newest).map(|one| one.serial);
+        let identities = IdentityFilter { serial, ..of_host.clone() };
+        let asked = RevokeAs { identities, reason: "measured".into(), shown: Shown::default() };
+        let began = Instant::now();
+        let revoked: Revoked = plane.post("/v1/identities/revoke", &asked).await.unwrap();
+        let waited: SignalWaited = plane.get(&format!("/v1/signals/{}/wait?timeout_ms=10000", revoked.signal.0)).await;
+        assert!(waited.enforced, "{waited:?}");
+        took_ms.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    took_ms.sort_by(f64::total_cmp);
+    took_ms
 }
 
 /// A host whose instances come and go, ten a second each way; they enforce what they are told as the others do.
@@ -237,6 +276,7 @@ async fn measure(agents: usize, churning: bool, at_planes: &Planes) -> serde_jso
     while plane.status().await.services.iter().map(|service| service.instances.len()).sum::<usize>() < agents {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    let revoked_ms = revoke(&plane).await;
     if churning {
         simulated.spawn(come_and_go(plane.clone(), services));
     }
@@ -276,6 +316,7 @@ async fn measure(agents: usize, churning: bool, at_planes: &Planes) -> serde_jso
     json!({
         "last_affected_enforces_ms": { "p50": at(&last_affected_ms, 0.5), "p99": at(&last_affected_ms, 0.99) },
         "everyone_acknowledged_ms": { "p50": at(&everyone_ms, 0.5), "p99": at(&everyone_ms, 0.99) },
+        "revocation_heeded_by_everyone_ms": { "p50": at(&revoked_ms, 0.5), "p99": at(&revoked_ms, 0.99) },
         "simulator_and_control_cores_busy": busy,
     })
 }
