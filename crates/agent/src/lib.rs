@@ -41,6 +41,7 @@ use crate::{
     join::{Issued, JoinToken},
     link::ControlAddress,
     report::Reports,
+    signals::Heard,
     workloads::Workloads,
 };
 
@@ -266,6 +267,9 @@ pub enum StartError {
     /// It was away for longer than its identity lives.
     #[error("the identity of host `{0}` has expired while the agent was not running; join again with a new token")]
     Expired(ServiceName),
+    /// It was taken back.
+    #[error("the identity of host `{0}` was revoked; join again with a new token")]
+    Revoked(ServiceName),
     /// The identity in its directory cannot be used.
     #[error("the agent's identity in `{dir}` cannot be used; remove it and join again")]
     Kept {
@@ -371,7 +375,7 @@ async fn isolation(config: &AgentConfig) -> Result<Isolation, StartError> {
 }
 
 /// The identity of this host, and whether it is new. A token for another root than the kept identity's means another
-/// mesh: then it is traded, and so it is when the kept identity has expired.
+/// mesh: then it is traded, and so it is when the kept identity has expired, or was revoked as far as this host has heard.
 async fn own_identity(
     host: &ServiceName,
     control: &ControlAddress,
@@ -379,10 +383,13 @@ async fn own_identity(
     dir: &std::path::Path,
 ) -> Result<(Issued, bool), StartError> {
     let now = identity::now();
+    let revoked = Heard::load(dir).now();
+    let is_revoked = |kept: &Issued| kept.svid.serial().is_some_and(|serial| revoked.is_revoked(&serial));
     match (Issued::load(dir), token) {
-        (Ok(Some(kept)), _) if kept.serves(host, token, now) => Ok((kept, false)),
+        (Ok(Some(kept)), _) if kept.serves(host, token, now) && !is_revoked(&kept) => Ok((kept, false)),
         (_, Some(token)) => Ok((join::join(control, host, token, now).await?, true)),
         (Err(source), None) => Err(StartError::Kept { dir: dir.to_owned(), source }),
+        (Ok(Some(kept)), None) if is_revoked(&kept) => Err(StartError::Revoked(host.clone())),
         (Ok(Some(_)), None) => Err(StartError::Expired(host.clone())),
         (Ok(None), None) => Err(StartError::NotJoined(host.clone())),
     }

@@ -100,7 +100,11 @@ pub async fn start(config: AgentConfig) -> Result<countersign_agent::Agent, Fail
     countersign_agent::start(config).await.map_err(|e| {
         let help = match &e {
             StartError::Control(_) => "a control plane is named like `https://192.0.2.1:7443`",
-            StartError::Token(_) | StartError::NotJoined(_) | StartError::Expired(_) | StartError::Join(_) => {
+            StartError::Token(_)
+            | StartError::NotJoined(_)
+            | StartError::Expired(_)
+            | StartError::Revoked(_)
+            | StartError::Join(_) => {
                 "make a new join token with `countersign host invite` where the control plane runs, and give it with `--join`"
             }
             StartError::Dir { .. } | StartError::Socket { .. } => {

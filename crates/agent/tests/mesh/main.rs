@@ -536,6 +536,12 @@ async fn a_host_whose_own_identity_is_revoked_says_so_and_what_to_do() {
         _ => None,
     });
     assert!(why.await.contains("this host's identity was revoked; invite it again"));
+    until("it is kept", || ground.data_dir().join("agent/signals").exists()).await;
+    agent.stop(Duration::ZERO).await;
+    let refused = start(ground.config(None, Vec::new())).await;
+    assert!(matches!(refused, Err(StartError::Revoked(_))), "{:?}", refused.err());
+    let agent = ground.start(Vec::new()).await;
+    until("it follows again, by what the new token brought", || ground.control.stream_count() == 1).await;
     agent.stop(Duration::ZERO).await;
 }
 
