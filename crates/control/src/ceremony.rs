@@ -205,6 +205,7 @@ mod tests {
     use countersign_core::{
         assurance::{challenge::Challenge, webauthn::RelyingParty},
         change::{Bodies, Change, Revision},
+        directory::quarantined,
         gate::OWNER,
         identity::{ServiceName, TrustDomain},
         keyring::Keyring,
@@ -214,7 +215,7 @@ mod tests {
     use countersign_testkit::security_key::SecurityKey;
 
     use super::*;
-    use crate::{Control, ControlConfig, clock::Clock, gate::Petitioner, onboarding, proposals, start_with_clock};
+    use crate::{Control, ControlConfig, clock::Clock, gate::Petitioner, proposals, start_with_clock};
 
     fn name(given: &str) -> OperatorName {
         OperatorName::parse(given).unwrap()
@@ -278,7 +279,7 @@ mod tests {
 
         fn asked(&self, changes: Vec<Change>) -> Apply {
             let head = self.plane().ledger.head();
-            let (base, changes) = (head.follower.revision(), onboarding::planned(changes, head.follower.state()));
+            let (base, changes) = (head.follower.revision(), quarantined(changes, head.follower.state()));
             Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() }
         }
 

@@ -78,18 +78,6 @@ pub async fn examine(plane: &Plane, change_set: &ChangeSet) -> Result<(), Proble
     Ok(())
 }
 
-/// The changes, with the quarantine of each service that is new to a protected mesh: as a command plans them.
-#[cfg(test)]
-pub fn planned(changes: Vec<Change>, state: &MeshState) -> Vec<Change> {
-    let quarantine = |change: &Change| match change {
-        Change::DeclareService { name, .. } if state.is_protected() && !state.services.contains_key(name) => {
-            Some(Change::QuarantineService { name: name.clone() })
-        }
-        _ => None,
-    };
-    changes.into_iter().flat_map(|change| [Some(change.clone()), quarantine(&change)]).flatten().collect()
-}
-
 /// How many roles the service has: policies permit by them.
 fn roles_of(state: &MeshState, service: &ServiceName) -> usize {
     let member = Member::Service(service.clone());

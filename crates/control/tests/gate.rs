@@ -21,6 +21,7 @@ use countersign_control::{clock::Clock, mfa, start_with_clock};
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Revision},
+    directory::quarantined,
     identity::{FactorId, OperatorName},
     operator::EnrolledFactor,
     policy::Factor,
@@ -118,7 +119,7 @@ impl Clocked {
 
     async fn apply_with(&self, changes: Vec<Change>, bodies: Bodies, shown: &Shown) -> Result<Applied, Problem> {
         let mesh = self.mesh().await;
-        let changes = support::planned(changes, &mesh);
+        let changes = quarantined(changes, &mesh.state);
         self.exactly(Apply { change_set: ChangeSet { base: mesh.revision, changes }, bodies }, shown).await
     }
 

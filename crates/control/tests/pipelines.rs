@@ -31,6 +31,7 @@ use countersign_api::local::{
 use countersign_control::{ControlConfig, clock::Clock, pipelines::Settings, start_with_clock};
 use countersign_core::{
     change::{Bodies, Change, ChangeSet},
+    directory::quarantined,
     gate::Author,
     identity::OperatorName,
     pipeline::{Issuer, MESH_ISSUER, Pipeline},
@@ -172,7 +173,7 @@ impl World {
 
     async fn apply_of(&self, service: &str) -> Apply {
         let mesh = self.plane.get::<Mesh>("/v1/mesh").await;
-        let (base, changes) = (mesh.revision, support::planned(vec![declare(service)], &mesh));
+        let (base, changes) = (mesh.revision, quarantined(vec![declare(service)], &mesh.state));
         Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() }
     }
 
@@ -373,7 +374,7 @@ async fn what_a_pipeline_may_not_ask_for_or_see_is_refused() {
     for change in widening {
         let what = change.kind();
         let mesh = world.plane.get::<Mesh>("/v1/mesh").await;
-        let changes = support::planned(vec![declare("api"), change], &mesh);
+        let changes = quarantined(vec![declare("api"), change], &mesh.state);
         let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
         let refused = world.propose(&apply, &token()).await.unwrap_err();
         assert!(matches!(refused.status, 403 | 422), "{what}: {refused:?}");
@@ -417,7 +418,7 @@ async fn a_workload_proposes_with_its_own_svid_and_an_operator_countersigns() {
     };
     let mesh = world.plane.get::<Mesh>("/v1/mesh").await;
     let robot = Change::SetPipeline { name: "robot".into(), pipeline: workload("deployer") };
-    let (base, changes) = (mesh.revision, support::planned(vec![declare("deployer"), robot], &mesh));
+    let (base, changes) = (mesh.revision, quarantined(vec![declare("deployer"), robot], &mesh.state));
     let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
     let _: Applied = world.plane.post("/v1/changes", &ApplyAs { apply, shown: world.shown() }).await.unwrap();
     let mut agent = world.plane.agent("h1").await;

@@ -21,6 +21,7 @@ use countersign_control::{
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, ChangeSet, Revision},
+    directory::quarantined,
     identity::OperatorName,
 };
 use countersign_testkit::{authenticator::App, partition::Partition, postgres::Server};
@@ -259,7 +260,7 @@ async fn a_protected_mesh_has_one_gate_whichever_control_plane_is_asked() {
         let (plane, declared, shown) = (&planes[plane], declare(service), shown(otp));
         async move {
             let mesh: countersign_api::local::Mesh = plane.get("/v1/mesh").await;
-            let (base, changes) = (mesh.revision, support::planned(vec![declared], &mesh));
+            let (base, changes) = (mesh.revision, quarantined(vec![declared], &mesh.state));
             let apply = Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() };
             plane.post::<Applied>("/v1/changes", &ApplyAs { apply, shown }).await
         }

@@ -24,7 +24,7 @@ use std::{
 use miette::{Diagnostic, LabeledSpan, MietteError, MietteSpanContents, SourceCode, SourceSpan, SpanContents};
 
 pub use contracts::{contract_files, is_descriptor_set};
-pub use plan::{Plan, TrustDomainMoved, plan};
+pub use plan::{Plan, TrustDomainMoved, plan, quarantined};
 pub use reference::{Key, Section, reference};
 
 use crate::{

@@ -15,6 +15,7 @@ use tower::ServiceExt;
 use countersign_api::local::{Apply, ApplyAs, Shown};
 use countersign_core::{
     change::{Bodies, Change, ChangeSet},
+    directory::quarantined,
     identity::{OperatorName, ServiceName, TrustDomain},
     keyring::Keyring,
     ledger::{EntryProof, Trust},
@@ -23,7 +24,7 @@ use countersign_core::{
 use countersign_testkit::security_key::SecurityKey;
 
 use super::{SiteConfig, serve::From, session};
-use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, onboarding, proposals, start_with_clock};
+use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, proposals, start_with_clock};
 
 mod authenticators;
 mod commands;
@@ -77,7 +78,7 @@ impl Mesh {
 
     fn asked(&self, changes: Vec<Change>) -> Apply {
         let head = self.plane().ledger.head();
-        let (base, changes) = (head.follower.revision(), onboarding::planned(changes, head.follower.state()));
+        let (base, changes) = (head.follower.revision(), quarantined(changes, head.follower.state()));
         Apply { change_set: ChangeSet { base, changes }, bodies: Bodies::default() }
     }
 

@@ -198,17 +198,6 @@ pub fn declare(service: &str) -> Change {
     Change::DeclareService { name: name(service), spec: ServiceSpec::new(Protocol::Http) }
 }
 
-/// The changes, with the quarantine of each service that is new to a protected mesh: as a command plans them.
-pub fn planned(changes: Vec<Change>, mesh: &countersign_api::local::Mesh) -> Vec<Change> {
-    let quarantine = |change: &Change| match change {
-        Change::DeclareService { name, .. } if mesh.state.is_protected() && !mesh.state.services.contains_key(name) => {
-            Some(Change::QuarantineService { name: name.clone() })
-        }
-        _ => None,
-    };
-    changes.into_iter().flat_map(|change| [Some(change.clone()), quarantine(&change)]).flatten().collect()
-}
-
 /// A policy of one permit, with its text.
 pub fn permit(id: &str, from: &str, to: &str) -> (Change, Bodies) {
     let text = format!(

@@ -48,11 +48,9 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
                 bodies.insert(contract.to_body());
             }
             changes.push(Change::DeclareService { name: name.clone(), spec: service.spec.clone() });
-            if state.is_protected() && !state.services.contains_key(name) {
-                changes.push(Change::QuarantineService { name: name.clone() });
-            }
         }
     }
+    let mut changes = quarantined(changes, state);
     for (name, members) in &directory.roles {
         if state.roles.get(name) != Some(members) {
             changes.push(Change::SetRole { name: name.clone(), members: members.clone() });
@@ -116,6 +114,24 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
         }
     }
     Ok(Plan { change_set: ChangeSet { base: revision, changes }, bodies, too_few_signers })
+}
+
+/// The changes, with the quarantine of each service that they bring to a protected mesh after its declaration.
+pub fn quarantined(changes: Vec<Change>, state: &MeshState) -> Vec<Change> {
+    let quarantine = |change: &Change| match change {
+        Change::DeclareService { name, .. } if state.is_protected() && !state.services.contains_key(name) => {
+            Some(Change::QuarantineService { name: name.clone() })
+        }
+        _ => None,
+    };
+    changes
+        .into_iter()
+        .flat_map(|change| {
+            let quarantine = quarantine(&change);
+            [Some(change), quarantine]
+        })
+        .flatten()
+        .collect()
 }
 
 fn gone<K: Ord + Clone, A, B>(held: &BTreeMap<K, A>, wanted: &BTreeMap<K, B>) -> impl Iterator<Item = K> {
