@@ -1,5 +1,5 @@
 //! The SPIFFE Workload API: workloads of this host ask for their identities, and for what verifies those of others, on a unix socket.
-//! Software written for SPIFFE works unchanged.
+//! Software written for SPIFFE works unchanged, and so does an Envoy, which asks on the same socket in its own way.
 //!
 //! Standards: SPIFFE Workload Endpoint (sections 3 to 6) and SPIFFE Workload API (sections 4 and 5). Who asks is told by the kernel and
 //! decided at the [`Door`] of each socket, for every request and again while a stream is open: an identity ends with what earned it.
@@ -9,11 +9,14 @@
 //! | [`authority`] | what clients on a unix socket call the other end |
 //! | [`peer`] | the process at the other end of a connection |
 //! | [`material`] | the identities of one instance, fetched when somebody asks |
+//! | [`sds`] | the same identities for an Envoy: its Secret Discovery Service |
 
 use std::{convert::Infallible, io, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use countersign_api::{
+    mesh,
+    sds::secret_discovery_service_server::SecretDiscoveryServiceServer,
     svid::Bundle,
     workload::{
         JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, SECURITY_HEADER,
@@ -22,12 +25,12 @@ use countersign_api::{
         spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
     },
 };
-use countersign_core::jwt_svid;
+use countersign_core::{change::Revision, identity::ServiceName, jwt_svid, ledger::Follower, state::Barred};
 use futures_util::{Stream, StreamExt};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::UnixListener,
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, metadata::MetadataMap, transport::server::Connected};
@@ -35,6 +38,7 @@ use tonic::{Request, Response, Status, metadata::MetadataMap, transport::server:
 use crate::{
     host::Host,
     identity,
+    join::Issued,
     workload_api::{
         authority::WithAuthority,
         material::{Material, X509},
@@ -45,6 +49,7 @@ use crate::{
 mod authority;
 pub(crate) mod material;
 pub(crate) mod peer;
+mod sds;
 
 /// Connections to one socket at the same time at most: a local user that opens more waits.
 const CONNECTIONS_MAX: usize = 256;
@@ -63,6 +68,21 @@ pub(crate) trait Door: Send + Sync + 'static {
     fn admit(&self, peer: &Peer) -> Result<Arc<Material>, Status>;
 }
 
+/// Whether processes of `service` have an identity at all, as far as this host knows.
+pub(crate) fn has_identity(follower: &Follower, service: &ServiceName) -> Result<(), Status> {
+    let state = follower.state();
+    match (state.services.contains_key(service), state.barred.get(service)) {
+        (true, Some(Barred::Suspended { reason })) => {
+            Err(Status::permission_denied(format!("service `{service}` is suspended: {reason}")))
+        }
+        (true, _) => Ok(()),
+        (false, _) if follower.revision() == Revision(0) => {
+            Err(Status::unavailable("this host does not know its mesh yet; ask again"))
+        }
+        (false, _) => Err(Status::permission_denied(format!("service `{service}` is not declared in this mesh"))),
+    }
+}
+
 /// Answers on `listener` until dropped.
 pub(crate) async fn serve(listener: OwnedFd, host: Arc<Host>, door: Arc<dyn Door>) {
     let listener = std::os::unix::net::UnixListener::from(listener);
@@ -72,13 +92,16 @@ pub(crate) async fn serve(listener: OwnedFd, host: Arc<Host>, door: Arc<dyn Door
     };
     let (accepted, incoming) = mpsc::channel(1);
     let accepting = accept(listener, accepted);
-    let api = SpiffeWorkloadApiServer::new(Api { host, door }).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let api = Api { host, door };
+    let secrets = SecretDiscoveryServiceServer::new(api.clone()).max_decoding_message_size(sds::MESSAGE_BYTES_MAX);
+    let api = SpiffeWorkloadApiServer::new(api).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let serving = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_max_header_list_size(16 * 1024)
         .http2_max_pending_accept_reset_streams(Some(20))
         .max_concurrent_streams(STREAMS_MAX)
         .add_service(api)
+        .add_service(secrets)
         .serve_with_incoming(ReceiverStream::new(incoming).map(Ok::<_, Infallible>));
     tokio::select! {
         () = accepting => {}
@@ -154,6 +177,7 @@ impl tokio::io::AsyncWrite for Connection {
 }
 
 /// What is served on one socket.
+#[derive(Clone)]
 struct Api {
     host: Arc<Host>,
     door: Arc<dyn Door>,
@@ -164,73 +188,127 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Api {
     /// Who asks, and what they may have.
     ///
-    /// INVARIANT (asked-by-a-workload): every request passes here: without the header of the standard it came from somebody who was
-    /// made to send it, and without attestation from nobody.
-    fn admit<T>(&self, request: &Request<T>) -> Result<(Arc<Peer>, Arc<Material>), Status> {
+    /// INVARIANT (asked-by-a-workload): every request for an identity passes here: from nobody without attestation; and of the Workload
+    /// API, without the header of the standard it came from somebody who was made to send it.
+    fn admit<T>(&self, request: &Request<T>) -> Result<Watched, Status> {
         has_security_header(request.metadata())?;
+        self.attest(request)
+    }
+
+    fn attest<T>(&self, request: &Request<T>) -> Result<Watched, Status> {
         let peer = request.extensions().get::<Arc<Peer>>().cloned();
         let peer = peer.ok_or_else(|| Status::internal("the connection has no peer"))?;
         let material = self.door.admit(&peer)?;
-        Ok((peer, material))
+        Ok(Watched {
+            door: self.door.clone(),
+            peer,
+            material,
+            svids: None,
+            bundles: self.host.bundle.subscribe(),
+            revisions: self.host.held.revisions(),
+            host: self.host.clone(),
+        })
+    }
+}
+
+/// Who asked, and what they may have as long as they are admitted.
+struct Watched {
+    host: Arc<Host>,
+    door: Arc<dyn Door>,
+    peer: Arc<Peer>,
+    material: Arc<Material>,
+    svids: Option<watch::Receiver<X509>>,
+    bundles: watch::Receiver<mesh::Bundle>,
+    revisions: watch::Receiver<Revision>,
+}
+
+/// What may be told at one moment.
+struct Facts {
+    /// Good now; absent as long as nobody sought it.
+    svid: Option<Arc<Issued>>,
+    bundle: Arc<Bundle>,
+}
+
+impl Watched {
+    /// Has an X.509-SVID issued from now on, and waits for the first.
+    async fn seek_svid(&mut self) -> Result<(), Status> {
+        let svids = self.svids.get_or_insert_with(|| self.material.x509());
+        let known = svids.wait_for(|svid| !matches!(svid, X509::Sought));
+        match tokio::time::timeout(FIRST_WITHIN, known).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Status::unavailable("the control plane has not issued an identity yet; ask again")),
+        }
     }
 
-    /// Answers with what `make` makes, at once and whenever that changes, until the peer is not admitted any more.
+    /// Looks again at who asked, and at what there is for them.
+    fn look(&mut self) -> Result<Facts, Status> {
+        if !Arc::ptr_eq(&self.door.admit(&self.peer)?, &self.material) {
+            return Err(Status::permission_denied("this process is another workload than the one that asked"));
+        }
+        let svid = match self.svids.as_mut().map(|svids| svids.borrow_and_update().clone()) {
+            None => None,
+            Some(X509::Held(issued)) => Some(issued),
+            Some(X509::Refused(why)) => return Err(Status::permission_denied(why)),
+            Some(X509::Sought) => return Err(Status::unavailable("there is no identity yet; ask again")),
+        };
+        let expires_at = svid.as_ref().map(|issued| issued.svid.not_after());
+        if expires_at.is_some_and(|at| at <= identity::now().as_secs().cast_signed()) {
+            return Err(Status::unavailable("the identity has expired, and the control plane cannot be reached"));
+        }
+        Ok(Facts { svid, bundle: self.host.tls.bundle() })
+    }
+
+    /// Returns when it is time to look again.
+    async fn changed(&mut self) {
+        let svids = self.svids.as_mut();
+        let svid = async {
+            match svids {
+                Some(svids) => drop(svids.changed().await),
+                None => std::future::pending().await,
+            }
+        };
+        // None of them can fail: the senders lie in `host` and in `material`.
+        tokio::select! {
+            _ = self.bundles.changed() => {}
+            _ = self.revisions.changed() => {}
+            () = svid => {}
+            () = tokio::time::sleep(ATTEST_EVERY) => {}
+        }
+    }
+
+    /// Answers with what `make` makes, at once and whenever that changes, until who asked is not admitted any more.
     fn stream<T: Clone + PartialEq + Send + 'static>(
-        &self,
-        peer: Arc<Peer>,
-        material: Arc<Material>,
-        needs_svid: bool,
-        make: impl Fn(&X509, &Bundle) -> Result<T, Status> + Send + 'static,
+        mut self,
+        make: impl Fn(&Facts) -> Result<T, Status> + Send + 'static,
     ) -> Response<Answers<T>> {
         let (tell, answers) = mpsc::channel(1);
-        let (host, door) = (self.host.clone(), self.door.clone());
         tokio::spawn(async move {
-            let told = tell_on(&host, &*door, &peer, material, needs_svid, make, &tell).await;
-            if let Err(status) = told {
+            if let Err(status) = self.tell_on(make, &tell).await {
                 let _ = tell.send(Err(status)).await;
             }
         });
         Response::new(Box::pin(ReceiverStream::new(answers)))
     }
-}
 
-/// Returns when nobody listens any more, or with why there is no more to tell.
-async fn tell_on<T: Clone + PartialEq>(
-    host: &Arc<Host>,
-    door: &dyn Door,
-    peer: &Peer,
-    material: Arc<Material>,
-    needs_svid: bool,
-    make: impl Fn(&X509, &Bundle) -> Result<T, Status>,
-    tell: &mpsc::Sender<Result<T, Status>>,
-) -> Result<(), Status> {
-    let (mut bundles, mut revisions) = (host.bundle.subscribe(), host.held.revisions());
-    let mut svids = if needs_svid { material.x509() } else { material.no_x509() };
-    if needs_svid {
-        let known = svids.wait_for(|svid| !matches!(svid, X509::Sought));
-        if tokio::time::timeout(FIRST_WITHIN, known).await.is_err() {
-            return Err(Status::unavailable("the control plane has not issued an identity yet; ask again"));
-        }
-    }
-    let mut last = None;
-    loop {
-        if !Arc::ptr_eq(&door.admit(peer)?, &material) {
-            return Err(Status::permission_denied("this process is another workload than the one that asked"));
-        }
-        let bundle = host.tls.bundle();
-        let now = make(&svids.borrow_and_update(), &bundle)?;
-        if last.as_ref() != Some(&now) {
-            if tell.send(Ok(now.clone())).await.is_err() {
-                return Ok(());
+    /// Returns when nobody listens any more, or with why there is no more to tell.
+    async fn tell_on<T: Clone + PartialEq>(
+        &mut self,
+        make: impl Fn(&Facts) -> Result<T, Status>,
+        tell: &mpsc::Sender<Result<T, Status>>,
+    ) -> Result<(), Status> {
+        let mut last = None;
+        loop {
+            let now = make(&self.look()?)?;
+            if last.as_ref() != Some(&now) {
+                if tell.send(Ok(now.clone())).await.is_err() {
+                    return Ok(());
+                }
+                last = Some(now);
             }
-            last = Some(now);
-        }
-        tokio::select! {
-            () = tell.closed() => return Ok(()),
-            _ = bundles.changed() => {}
-            _ = revisions.changed() => {}
-            Ok(()) = svids.changed() => {}
-            () = tokio::time::sleep(ATTEST_EVERY) => {}
+            tokio::select! {
+                () = tell.closed() => return Ok(()),
+                () = self.changed() => {}
+            }
         }
     }
 }
@@ -245,16 +323,10 @@ impl SpiffeWorkloadApi for Api {
         &self,
         request: Request<X509svidRequest>,
     ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
-        let (peer, material) = self.admit(&request)?;
-        Ok(self.stream(peer, material, true, |svid, bundle| {
-            let issued = match svid {
-                X509::Held(issued) => issued,
-                X509::Refused(why) => return Err(Status::permission_denied(why.clone())),
-                X509::Sought => return Err(Status::unavailable("there is no identity yet; ask again")),
-            };
-            if issued.svid.not_after() <= identity::now().as_secs().cast_signed() {
-                return Err(Status::unavailable("the identity has expired, and the control plane cannot be reached"));
-            }
+        let mut watched = self.admit(&request)?;
+        watched.seek_svid().await?;
+        Ok(watched.stream(|Facts { svid, bundle }| {
+            let issued = svid.as_ref().ok_or_else(|| Status::internal("an identity was not sought"))?;
             let svid = X509svid {
                 spiffe_id: issued.svid.id().to_string(),
                 x509_svid: concatenated(issued.svid.chain()),
@@ -270,15 +342,14 @@ impl SpiffeWorkloadApi for Api {
         &self,
         request: Request<X509BundlesRequest>,
     ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
-        let (peer, material) = self.admit(&request)?;
-        Ok(self.stream(peer, material, false, |_, bundle| {
+        Ok(self.admit(&request)?.stream(|Facts { bundle, .. }| {
             let own = (bundle.trust_domain().id().to_string(), concatenated(bundle.authorities()));
             Ok(X509BundlesResponse { bundles: [own].into(), ..X509BundlesResponse::default() })
         }))
     }
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
-        let (_, material) = self.admit(&request)?;
+        let Watched { material, .. } = self.admit(&request)?;
         let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
         if !jwt_svid::are_audiences(&audience) {
             return Err(Status::invalid_argument("name 1 to 8 audiences of 1 to 512 bytes"));
@@ -295,8 +366,7 @@ impl SpiffeWorkloadApi for Api {
         &self,
         request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        let (peer, material) = self.admit(&request)?;
-        Ok(self.stream(peer, material, false, |_, bundle| {
+        Ok(self.admit(&request)?.stream(|Facts { bundle, .. }| {
             let own = (bundle.trust_domain().id().to_string(), bundle.jwt_jwks().to_string().into());
             Ok(JwtBundlesResponse { bundles: [own].into() })
         }))

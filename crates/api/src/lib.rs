@@ -12,6 +12,7 @@
 //! | [`https`] | somebody outside the mesh, one question at a time: HTTPS |
 //! | [`run_file`] | `run.json`: where everything of a running mesh listens |
 //! | [`workload`] | workloads and the agent of their host: the SPIFFE Workload API |
+//! | [`sds`] | Envoys and the agent of their host: Envoy's Secret Discovery Service |
 //! | [`signals`] | signals, among the messages of the above |
 //! | [`svid`] | SVIDs as TLS identities: parse, verify a peer, hot-swap |
 
@@ -22,6 +23,7 @@ pub mod https;
 pub mod local;
 pub mod mesh;
 pub mod run_file;
+pub mod sds;
 pub mod sidecar;
 pub mod signals;
 pub mod svid;

@@ -7,6 +7,7 @@
 use std::{fmt, sync::Arc};
 
 use arc_swap::ArcSwap;
+use base64::{Engine, engine::general_purpose::STANDARD};
 use rustls::{
     CertificateError, ClientConfig, CommonState, DigitallySignedStruct, DistinguishedName, ServerConfig,
     SignatureScheme,
@@ -470,6 +471,13 @@ impl TlsIdentity {
         config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
         Arc::new(config)
     }
+}
+
+/// `der` as text (RFC 7468), between the lines that say that it is a `label`.
+pub fn pem(label: &str, der: &[u8]) -> String {
+    let text = STANDARD.encode(der);
+    let lines: Vec<&str> = text.as_bytes().chunks(64).filter_map(|line| std::str::from_utf8(line).ok()).collect();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
 }
 
 /// The server name to hand rustls: our verifiers look at the SPIFFE ID and never at this.

@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 use countersign_api::{
     local::{AuthorityView, CertificateView},
     mesh,
-    svid::{Bundle, SvidError, TlsIdentity, X509Svid},
+    svid::{Bundle, SvidError, TlsIdentity, X509Svid, pem},
 };
 use countersign_core::{
     canonical::Digest,
@@ -324,7 +324,7 @@ impl Authority {
         Ok(AuthorityView {
             trust_domain: self.trust_domain.clone(),
             bundle_sequence: self.bundle().sequence(),
-            bundle_pem: pem(&self.root),
+            bundle_pem: pem("CERTIFICATE", &self.root),
             issuing: certificate_view(&self.issuing.read().certificate)?,
             roots: vec![certificate_view(&self.root)?],
             svid_lifetime_seconds: SVID_LIFETIME.as_secs(),
@@ -471,11 +471,4 @@ fn certificate_view(der: &CertificateDer<'_>) -> Result<CertificateView, Authori
         not_after_ms: ms(certificate.validity().not_after.timestamp()),
         sha256: Digest::of(der),
     })
-}
-
-fn pem(der: &CertificateDer<'_>) -> String {
-    use base64::Engine as _;
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let lines: Vec<&str> = text.as_bytes().chunks(64).filter_map(|line| std::str::from_utf8(line).ok()).collect();
-    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
 }

@@ -91,11 +91,6 @@ impl Material {
         self.x509.subscribe()
     }
 
-    /// The same without asking for one.
-    pub(crate) fn no_x509(&self) -> watch::Receiver<X509> {
-        self.x509.subscribe()
-    }
-
     /// A JWT-SVID for `audience` with at least half its life before it.
     pub(crate) async fn jwt(&self, audience: Vec<String>) -> Result<String, Status> {
         let now_ms = identity::now().as_secs() * 1000;

@@ -1,14 +1,22 @@
-//! A workload that asks for its identities, and strangers who do. This program is that workload too (`asks`).
+//! A workload that asks for its identities, and strangers who do. This program is that workload too: as software written for SPIFFE
+//! (`asks`), and as an Envoy (`asks-as-envoy`).
 
-use std::{path::Path, process::ExitCode, sync::atomic::Ordering, time::Duration};
+use std::{collections::BTreeSet, path::Path, process::ExitCode, sync::atomic::Ordering, time::Duration};
 
 use countersign_agent::AgentEvent;
-use countersign_api::workload::{
-    ENDPOINT_VARIABLE, JwtBundlesRequest, JwtsvidRequest, SECURITY_HEADER, ValidateJwtsvidRequest, X509BundlesRequest,
-    X509svidRequest, spiffe_workload_api_client::SpiffeWorkloadApiClient,
+use countersign_api::{
+    sds::{
+        BuildVersion, DiscoveryRequest, Node, SECRET_TYPE, Secret, SemanticVersion, SpiffeCertValidatorConfig,
+        secret::Type, secret_discovery_service_client::SecretDiscoveryServiceClient,
+    },
+    workload::{
+        ENDPOINT_VARIABLE, JwtBundlesRequest, JwtsvidRequest, SECURITY_HEADER, ValidateJwtsvidRequest,
+        X509BundlesRequest, X509svidRequest, spiffe_workload_api_client::SpiffeWorkloadApiClient,
+    },
 };
 use countersign_core::{canonical::Digest, change::Change};
 use hyper_util::rt::TokioIo;
+use prost::Message;
 use tonic::{
     Code, Request, Status,
     transport::{Channel, Endpoint},
@@ -17,14 +25,16 @@ use tonic::{
 use crate::{control::declare, event, ground, name, until, workload};
 
 async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
+    SpiffeWorkloadApiClient::new(channel(socket).await)
+}
+
+async fn channel(socket: &Path) -> Channel {
     let socket = socket.to_owned();
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
         async move { Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(socket).await?)) }
     });
-    SpiffeWorkloadApiClient::new(
-        Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap(),
-    )
+    Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap()
 }
 
 fn with_header<T>(message: T) -> Request<T> {
@@ -67,6 +77,108 @@ pub fn main() -> ExitCode {
         tokio::time::sleep(Duration::from_secs(1000)).await;
     });
     ExitCode::SUCCESS
+}
+
+/// What an Envoy does: keeps a stream open for each of its secrets, takes up what comes, and asks again when a stream ends.
+pub fn envoy_main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let socket = std::env::var(ENDPOINT_VARIABLE).unwrap();
+        let client =
+            SecretDiscoveryServiceClient::new(channel(Path::new(socket.strip_prefix("unix://").unwrap())).await);
+        let keep = async |name: &'static str| {
+            let mut last = String::new();
+            let mut say = |said: String| {
+                if said != std::mem::replace(&mut last, said.clone()) {
+                    println!("{name} {said}");
+                }
+            };
+            loop {
+                let ended = keep_secret(client.clone(), name, &mut say).await;
+                say(ended);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::join!(keep("default"), keep("ROOTCA"));
+    });
+    ExitCode::SUCCESS
+}
+
+/// Says each answer, and returns why there is no more.
+async fn keep_secret(
+    mut client: SecretDiscoveryServiceClient<Channel>,
+    name: &str,
+    say: &mut impl FnMut(String),
+) -> String {
+    let version = SemanticVersion { major_number: 1, minor_number: 40, patch: 0 };
+    let version = Some(BuildVersion { version: Some(version) });
+    let node = Some(Node { id: "edge".into(), metadata: None, user_agent_build_version: version });
+    let ask = DiscoveryRequest {
+        node,
+        resource_names: vec![name.to_owned()],
+        type_url: SECRET_TYPE.into(),
+        ..DiscoveryRequest::default()
+    };
+    let (tell, told) = tokio::sync::mpsc::channel(4);
+    tell.send(ask.clone()).await.unwrap();
+    let answers = client.stream_secrets(tokio_stream::wrappers::ReceiverStream::new(told)).await;
+    let mut answers = match answers {
+        Ok(answers) => answers.into_inner(),
+        Err(status) => return format!("ended {:?}", status.code()),
+    };
+    loop {
+        let answer = match answers.message().await {
+            Ok(Some(answer)) => answer,
+            Ok(None) => return "ended without a word".to_owned(),
+            Err(status) => return format!("ended {:?}", status.code()),
+        };
+        let secret = Secret::decode(&answer.resources[0].value[..]).unwrap();
+        say(match secret.r#type.unwrap() {
+            Type::TlsCertificate(certificate) => format!("certificate {}", Digest::of(&certificate.encode_to_vec())),
+            Type::ValidationContext(context) => {
+                let config = context.custom_validator_config.unwrap().typed_config.unwrap();
+                let config = SpiffeCertValidatorConfig::decode(&config.value[..]).unwrap();
+                format!("believes {}", config.trust_domains[0].name)
+            }
+        });
+        let took = DiscoveryRequest { version_info: answer.version_info, response_nonce: answer.nonce, ..ask.clone() };
+        tell.send(DiscoveryRequest { node: None, ..took }).await.unwrap();
+    }
+}
+
+pub async fn an_envoy_has_its_secrets_until_its_service_is_suspended_and_again_when_it_is_resumed() {
+    let ground = ground().await;
+    ground.control.append(vec![declare("edge")], &[]);
+    ground.control.svid_seconds.store(4, Ordering::Relaxed);
+    let mut spec = workload("edge", "");
+    spec.run = Some(vec![std::env::current_exe().unwrap().display().to_string(), "asks-as-envoy".into()]);
+    let agent = ground.start(vec![spec]).await;
+    let mut events = agent.events();
+    let mut said_until = async |is_enough: &dyn Fn(&[String]) -> bool| {
+        let mut said = Vec::new();
+        while !is_enough(&said) {
+            let line = |event: &AgentEvent| match event {
+                AgentEvent::Output { line, .. } => Some(line.clone()),
+                _ => None,
+            };
+            said.push(event(&mut events, line).await);
+        }
+        said
+    };
+    let believes = format!("ROOTCA believes {}", ground.control.trust_domain);
+    let certificates = |said: &[String]| {
+        let found: BTreeSet<_> = said.iter().filter(|line| line.starts_with("default certificate ")).cloned().collect();
+        found.len()
+    };
+    said_until(&|said| said.contains(&believes) && certificates(said) == 3).await;
+    let suspend = Change::SuspendService { name: name("edge"), reason: "its key was copied".into() };
+    ground.control.append(vec![suspend], &[]);
+    let ended = ["default ended PermissionDenied", "ROOTCA believes invalid", "ROOTCA ended PermissionDenied"];
+    let said = said_until(&|said| ended.iter().all(|line| said.iter().any(|said| said == line))).await;
+    assert!(!said.contains(&believes), "{said:?}");
+    ground.control.append(vec![Change::ResumeService { name: name("edge") }], &[]);
+    said_until(&|said| said.contains(&believes) && certificates(said) > 0).await;
+    agent.stop(Duration::ZERO).await;
 }
 
 pub async fn a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh() {
@@ -129,6 +241,10 @@ pub async fn a_process_that_the_agent_did_not_launch_has_no_identity() {
     refused(client.fetch_x509_bundles(with_header(X509BundlesRequest {})).await, Code::PermissionDenied).await;
     let validate = ValidateJwtsvidRequest { audience: "orders".into(), svid: "a.b.c".into() };
     refused(client.validate_jwtsvid(with_header(validate)).await, Code::PermissionDenied).await;
+    let secrets = async |request: DiscoveryRequest| {
+        SecretDiscoveryServiceClient::new(channel(&socket).await).fetch_secrets(request).await
+    };
+    refused(secrets(DiscoveryRequest::default()).await, Code::PermissionDenied).await;
     // Whoever can be made to send a request does not send the header.
     refused(client.fetch_jwtsvid(ask()).await, Code::InvalidArgument).await;
     let mut twice = with_header(ask());

@@ -1,6 +1,6 @@
 //! A whole agent against a control plane that can be stopped and told to lie, with sidecars that write down what they are
 //! told. This program is its own launcher (`launch`), sidecar (`sidecar`), for the tests that kill one agent (`agent`), and a workload that
-//! asks for its identities (`asks`).
+//! asks for its identities (`asks`, `asks-as-envoy`).
 
 use std::{
     collections::BTreeMap,
@@ -43,6 +43,7 @@ use crate::{
     identities::{
         a_process_that_the_agent_did_not_launch_has_no_identity,
         a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh,
+        an_envoy_has_its_secrets_until_its_service_is_suspended_and_again_when_it_is_resumed,
     },
 };
 
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         Some("sidecar") => sidecar::main(),
         Some("agent") => agent(),
         Some("asks") => identities::main(),
+        Some("asks-as-envoy") => identities::envoy_main(),
         _ => tests(&Arguments::from_args()),
     }
 }
@@ -111,6 +113,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_cold_host_is_given_no_operators_but_the_pinned_ones
         a_host_that_joined_before_the_anchor_pins_it_and_keeps_it
         a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh
+        an_envoy_has_its_secrets_until_its_service_is_suspended_and_again_when_it_is_resumed
         a_process_that_the_agent_did_not_launch_has_no_identity
     };
     libtest_mimic::run(arguments, trials).exit_code()

@@ -3,7 +3,6 @@
 
 use std::{io, os::fd::OwnedFd, os::unix::net::UnixListener, path::PathBuf, sync::Arc};
 
-use countersign_core::change::Revision;
 use tonic::Status;
 
 use super::Instance;
@@ -29,7 +28,7 @@ struct Launched {
 
 impl Door for Launched {
     /// INVARIANT (attested-by-launch): only a process that lives in the mounts of this launch, or descends from its launcher, has the
-    /// identity of the instance; and only while its service is declared.
+    /// identity of the instance; and only while its service is declared and not suspended.
     fn admit(&self, peer: &Peer) -> Result<Arc<Material>, Status> {
         let is_ours = match self.mounts {
             Some(mounts) => peer.lives_in_mounts(mounts),
@@ -38,14 +37,8 @@ impl Door for Launched {
         if !is_ours {
             return Err(Status::permission_denied("this process is not of the workload that the agent launched here"));
         }
-        let service = &self.instance.spec.service;
-        let (held, is_declared) =
-            self.host.held.look(|follower| (follower.revision(), follower.state().services.contains_key(service)));
-        match (is_declared, held) {
-            (true, _) => Ok(self.material.clone()),
-            (false, Revision(0)) => Err(Status::unavailable("this host does not know its mesh yet; ask again")),
-            (false, _) => Err(Status::permission_denied(format!("service `{service}` is not declared in this mesh"))),
-        }
+        self.host.held.look(|follower| workload_api::has_identity(follower, &self.instance.spec.service))?;
+        Ok(self.material.clone())
     }
 }
 
