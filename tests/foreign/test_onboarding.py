@@ -71,6 +71,15 @@ def test_a_new_service_is_found_by_nobody_and_reaches_nobody_until_it_is_approve
         return all("help" not in line for line in shown["checklist"])
 
     until("all of its checklist is there", ready)
+    shown = json.loads(countersign(directory, "service", "show", "shop").stdout)
+    (telemetry,) = [line["found"] for line in shown["checklist"] if line["what"] == "telemetry"]
+    assert telemetry == "record, metric and span received of 1 sidecars"
+    (instance,) = shown["instances"]
+    assert instance["telemetry"]["verified_at_ms"] <= time.time() * 1000 and "silent_since_ms" not in instance["telemetry"]
+
+    listed = countersign(directory, "decision", "list", "--service", "shop", "--probes", "--otp", next(codes))
+    (judged,) = {record["judged"] for record in json.loads(listed.stdout)}
+    assert judged == "as_probe", "nobody has called it but its own sidecar"
     approved = countersign(directory, "service", "approve", "shop", "--otp", next(codes))
     assert approved.returncode == 0, approved
     until("it is found", lambda: status_of(directory, "web", "http://shop.mesh/hello") == ["200"])

@@ -141,7 +141,7 @@ def page(url):
         for line in answer.read().decode().splitlines():
             if line.startswith("#"):
                 continue
-            name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line).groups()
+            name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)(?: # .*)?", line).groups()
             pairs = dict(re.findall(r'(\w+)="([^"]*)"', labels or ""))
             if "le" in pairs:
                 pairs["le"] = str(float(pairs["le"]))

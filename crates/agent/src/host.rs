@@ -16,8 +16,8 @@ use zeroize::Zeroizing;
 
 use crate::{
     AgentEvent, ack::Acknowledgements, discovery::Discovery, fresh::Fresh, held::Held, identity::now,
-    isolate::Isolation, join::Issued, link::ControlAddress, report::Reports, signals::Heard, telemetry::Telemetry,
-    views::Views,
+    isolate::Isolation, join::Issued, link::ControlAddress, probe::Probes, report::Reports, signals::Heard,
+    telemetry::Telemetry, views::Views,
 };
 
 /// Events that a slow listener may fall behind before it misses some.
@@ -55,6 +55,7 @@ pub(crate) struct Host {
     pub(crate) signals: Heard,
     pub(crate) acknowledgements: Acknowledgements,
     pub(crate) reports: Arc<Reports>,
+    pub(crate) probes: Probes,
     pub(crate) telemetry: Option<Telemetry>,
     pub(crate) fresh: Fresh,
     pub(crate) events: broadcast::Sender<AgentEvent>,
@@ -116,6 +117,7 @@ impl Host {
             discovery: Discovery::new(),
             acknowledgements: Acknowledgements::default(),
             reports: parts.reports,
+            probes: Probes::default(),
             telemetry: parts.telemetry,
             events: broadcast::Sender::new(EVENTS_KEPT),
         }

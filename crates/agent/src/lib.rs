@@ -18,6 +18,7 @@
 //! | `workloads` | instances: a launcher, a workload and a sidecar each, supervised |
 //! | `ack` | what control must know of this host's instances |
 //! | `report` | decision records on their way to control |
+//! | `probe` | whether the telemetry of the sidecars here arrives at control |
 //! | [`Telemetry`] | what proxies count, and the spans of their exchanges, on their way to whoever exports them |
 //! | `fresh` | how long ago this host was in step with control |
 //! | `local_api` | `agent.sock` |
@@ -62,6 +63,7 @@ mod join;
 mod keep;
 mod link;
 mod local_api;
+mod probe;
 mod report;
 mod signals;
 mod telemetry;

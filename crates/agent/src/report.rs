@@ -73,6 +73,11 @@ impl Reports {
         }
     }
 
+    /// What came of a probe. One that finds no room is as one that came to nothing: there is a next.
+    pub(crate) fn send_probed(&self, probed: FollowRequest) {
+        let _ = self.to_control.try_send(probed);
+    }
+
     /// A proxy that can be asked for kept records.
     pub(crate) fn proxy_started(&self, instance: &InstanceId) -> mpsc::Receiver<RecordsQuery> {
         let (ask, asked) = mpsc::channel(QUERIES_MAX);

@@ -628,6 +628,20 @@ pub struct InstanceView {
     pub admin: String,
     /// The SHA-256 of what its command names, as its agent measured it.
     pub artifact: Option<Digest>,
+    /// What arrives of its sidecar's telemetry.
+    #[serde(default)]
+    pub telemetry: TelemetryView,
+}
+
+/// What arrived of the telemetry of an instance's sidecar: of the exchanges that it makes with itself, by their nonces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct TelemetryView {
+    /// When a record, a metric and a span of one such exchange were last all there, in milliseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified_at_ms: Option<u64>,
+    /// Since when they are missing, once that is longer than five minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silent_since_ms: Option<u64>,
 }
 
 /// An instance that is not let run, because no deployment of its service admits what its command names.
@@ -752,6 +766,8 @@ pub struct RecordFilter {
     pub outcome: Option<Outcome>,
     /// Not before, in milliseconds since 1970.
     pub since_ms: Option<u64>,
+    /// Those of exchanges that sidecars make with themselves as well.
+    pub probes: bool,
     /// At most so many, the newest; 100 unless given.
     pub limit: Option<u32>,
 }

@@ -8,7 +8,7 @@ use prost::Message;
 use tokio_util::codec::{Decoder, Encoder, LengthDelimitedCodec};
 
 pub use crate::mesh::{
-    Configure, Drain, Endpoints, Fresh, Identity, Listening, Metrics, MetricsQuery, Sampling, ServiceEndpoints,
+    Configure, Drain, Endpoints, Fresh, Identity, Listening, Metrics, MetricsQuery, Probed, Sampling, ServiceEndpoints,
     SidecarMessage, SidecarOrder, Span, SpanDecision, Spans, sidecar_message, sidecar_order,
 };
 

@@ -416,10 +416,23 @@ async fn hear(mut said: Streaming<mesh::FollowRequest>, leaving: &Leaving) {
             Ok(Some(_)) => continue, // a kind of message that a later version knows
             Ok(None) | Err(_) => return,
         };
-        if let Said::Report(report) = message {
-            plane.decisions.take(report);
-            continue;
-        }
+        let message = match message {
+            Said::Report(report) => {
+                let probes = plane.decisions.take(report);
+                let authority = plane.authority();
+                for (authority, record) in authority.iter().flat_map(|one| probes.iter().map(move |p| (one, p))) {
+                    plane.telemetry.hear_record(authority.trust_domain(), host, record, plane.clock.now_ms());
+                }
+                continue;
+            }
+            Said::Probed(probed) => {
+                if let Some(authority) = plane.authority() {
+                    plane.telemetry.hear_probed(authority.trust_domain(), host, &probed, plane.clock.now_ms());
+                }
+                continue;
+            }
+            message => message,
+        };
         if let Err(refused) = plane.publisher.hear(host, message, plane.clock.now_ms()) {
             plane.metrics.refused("message");
             tracing::warn!(host = %host, %refused, "what an agent said is not taken");
@@ -488,6 +501,24 @@ impl mesh::mesh_server::Mesh for Agents {
             expires_at_ms,
         });
         Ok(Response::new(mesh::IssueJwtSvidResponse { token, issued_at_ms, expires_at_ms }))
+    }
+
+    async fn probe_telemetry(
+        &self,
+        request: Request<mesh::ProbeTelemetryRequest>,
+    ) -> Result<Response<mesh::ProbeTelemetryResponse>, Status> {
+        let host = self.host_of(&request)?;
+        let plane = &self.0;
+        let instance = request.into_inner().instance;
+        let instance =
+            InstanceId::parse(&instance).map_err(|e| self.refuse(Status::invalid_argument(e.to_string())))?;
+        if !plane.publisher.registry(|registry| registry.runs(&host, &instance)) {
+            return Err(Status::failed_precondition(format!("`{instance}` is not announced by host `{host}`")));
+        }
+        let mut nonce = [0; 16];
+        aws_lc_rs::rand::fill(&mut nonce).expect("INVARIANT: the system's random source does not fail");
+        let nonce = plane.telemetry.begin(&host, &instance, nonce, plane.clock.now_ms())?;
+        Ok(Response::new(mesh::ProbeTelemetryResponse { nonce }))
     }
 
     async fn renew_agent(

@@ -100,6 +100,8 @@ pub enum Event {
         /// Whose, the first of them.
         names: Vec<String>,
     },
+    /// Nothing was verified for long of what the sidecar of an instance should tell.
+    TelemetrySilent { instance: String, host: String, since_ms: u64 },
     /// A join token was shown a second time.
     JoinTokenReused { host: String },
 }
@@ -386,6 +388,7 @@ mod tests {
                 count: 2,
                 names: vec!["web/1".into()],
             },
+            Event::TelemetrySilent { instance: "web/1".into(), host: "h".into(), since_ms: 9 },
             Event::JoinTokenReused { host: "h".into() },
         ];
         let dir = tempfile::tempdir().unwrap();

@@ -10,7 +10,7 @@ use countersign_api::{
     local::{Problem, RecordFilter, TailEvent},
     mesh,
 };
-use countersign_core::record::{DecisionRecord, EdgeCount};
+use countersign_core::record::{DecisionRecord, EdgeCount, Judged};
 
 use crate::{
     clock::Clock,
@@ -49,11 +49,12 @@ impl Decisions {
         Self { reports, tail: broadcast::Sender::new(TAIL_EVENTS_MAX), storage, publisher, metrics }
     }
 
-    /// Takes one report in.
-    pub fn take(&self, report: mesh::Report) {
-        let records: Vec<DecisionRecord> = report.records_json.iter().filter_map(parse).collect();
+    /// Takes one report in. Returns the records of probes, which are no traffic and are kept on their hosts alone.
+    pub fn take(&self, report: mesh::Report) -> Vec<DecisionRecord> {
+        let mut records: Vec<DecisionRecord> = report.records_json.iter().filter_map(parse).collect();
         let edges: Vec<EdgeCount> = report.edges_json.iter().filter_map(parse).collect();
         let unread = report.records_json.len() - records.len();
+        let probes = records.extract_if(.., |record| record.judged == Judged::AsProbe).collect();
         self.metrics.denials.inc_by(records.len() as u64);
         let mut shed = report.shed + unread as u64;
         // Nobody listening is no error.
@@ -68,6 +69,7 @@ impl Decisions {
             self.metrics.shed.inc_by(shed);
             tell(TailEvent::Shed(shed));
         }
+        probes
     }
 
     /// Records as they come in.
@@ -120,12 +122,13 @@ pub fn limit_of(filter: &RecordFilter) -> usize {
 
 /// Whether every given member of `filter` holds of `record`.
 pub fn matches(filter: &RecordFilter, record: &DecisionRecord) -> bool {
-    let RecordFilter { id, service, principal, outcome, since_ms, limit: _ } = filter;
+    let RecordFilter { id, service, principal, outcome, since_ms, probes, limit: _ } = filter;
     let principal_is = |wanted: &str| {
         let given = &record.inputs.principal;
         given.as_str() == wanted || given.service().is_some_and(|service| service.as_str() == wanted)
     };
-    id.as_deref().is_none_or(|id| record.id.starts_with(id))
+    (record.judged != Judged::AsProbe || *probes || id.is_some())
+        && id.as_deref().is_none_or(|id| record.id.starts_with(id))
         && service.as_ref().is_none_or(|service| record.inputs.service == *service)
         && principal.as_deref().is_none_or(principal_is)
         && outcome.is_none_or(|outcome| record.outcome == outcome)

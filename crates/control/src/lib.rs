@@ -16,6 +16,7 @@
 //! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
 //! | [`identities`] | the SVIDs that were issued, and taking them back | signs one |
 //! | [`onboarding`] | what has to be there before a service is let in | lets it in |
+//! | [`telemetry`] | verifies that the telemetry of each sidecar arrives | keeps any |
 //! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
 //! | [`registry`] | hosts, instances, what they enforce | reads a clock or a socket |
 //! | [`publish`] | tells agents, the same bytes to all | computes anything per agent |
@@ -90,6 +91,7 @@ mod replicas;
 pub mod sealing;
 pub mod site;
 pub mod store;
+pub mod telemetry;
 pub mod witness;
 
 pub use audit::{AUDIT_FILE, AuditError};
@@ -116,6 +118,7 @@ use store::{
     postgres::{PostgresStore, PostgresUrl},
     sqlite::SqliteStore,
 };
+use telemetry::Telemetry;
 
 /// The file below the data directory that holds everything but the key-encryption key.
 pub const STORE_FILE: &str = "control.db";
@@ -128,6 +131,8 @@ pub const KEY_FILE: &str = "keys/kek";
 const SOCKET_PATH_BYTES_MAX: usize = 107 - ".new".len();
 /// Changes that a slow listener may fall behind before it misses some.
 const CHANGES_KEPT: usize = 256;
+/// Silent instances that a warning names.
+const SILENT_NAMED_MAX: usize = 3;
 /// How long open connections have to end when the control plane stops.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
 
@@ -330,6 +335,8 @@ pub struct Plane {
     pub publisher: Arc<Publisher>,
     /// Decision records.
     pub decisions: Decisions,
+    /// Whether the telemetry of sidecars arrives.
+    pub telemetry: Telemetry,
     /// Checkpoints of the ledger.
     pub checkpoints: Checkpoints,
     /// What is counted.
@@ -473,6 +480,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         gate: Arc::default(),
         publisher,
         decisions,
+        telemetry: Telemetry::default(),
         checkpoints: Checkpoints::new(witnesses),
         metrics,
         started_at_ms: now_ms,
@@ -503,6 +511,8 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         }
     }
     plane.mark().await;
+    let restoring = plane.clone();
+    plane.storage.run("telemetry", move |store| restoring.telemetry.restore(store, now_ms)).await?;
     identities::catch_up(&plane).await?;
     if let Some(wanted) = created.or(trust_domain) {
         plane.begin_authority(&wanted).await?;
@@ -631,10 +641,15 @@ impl Plane {
         let unprotected = (!is_protected).then(|| unprotected.to_owned());
         let waiting = sealing::waiting(self);
         let recovered = recover::told(self.ledger.head().follower.state(), mfa::seconds(self.clock.now_ms()));
+        let silent = self.telemetry.silent();
+        let first: Vec<String> = silent.iter().take(SILENT_NAMED_MAX).map(ToString::to_string).collect();
+        let silent = (!silent.is_empty())
+            .then(|| format!("the telemetry of {} instances is silent: {}", silent.len(), first.join(", ")));
         let unwritten = self.audit.failing().map(|why| format!("the audit trail cannot be written: {why}"));
         unprotected
             .into_iter()
             .chain(unwritten)
+            .chain(silent)
             .chain(recovered)
             .chain(waiting)
             .chain(self.warnings.read().values().cloned())
@@ -808,6 +823,7 @@ impl Plane {
             streams_cut,
             proxies: proxies.len() as u64,
             behind: revision.saturating_sub(slowest),
+            silent: self.telemetry.silent().len() as u64,
         }
     }
 }
@@ -833,6 +849,13 @@ async fn beat(plane: Arc<Plane>) {
         plane.publisher.heartbeat();
         if let Err(error) = plane.write_instances().await {
             tracing::warn!(%error, "instances could not be written down");
+        }
+        let turned = plane.telemetry.sweep(&plane.publisher.reached(), now_ms);
+        turned.into_iter().filter_map(telemetry::Turned::tell).for_each(|event| plane.tell(event));
+        let (keeping, is_shared) = (plane.clone(), plane.storage.is_shared());
+        let kept = plane.storage.run("telemetry", move |store| keeping.telemetry.keep(store, is_shared, now_ms)).await;
+        if let Err(error) = kept {
+            tracing::warn!(%error, "what arrived of telemetry could not be written down");
         }
     }
 }

@@ -21,9 +21,10 @@ use tokio::{
 use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, Checked,
     CheckpointView, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink,
-    GateOutcome, GateRefusal, IdentityFilter, IdentityView, Invitation, InviteAs, LedgerLine, Mesh, OPERATOR_HEADER,
-    Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, RevokeAs,
-    Revoked, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited, Status, TailEvent, Waited,
+    GateOutcome, GateRefusal, IdentityFilter, IdentityView, InstanceView, Invitation, InviteAs, LedgerLine, Mesh,
+    OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
+    RecordFilter, RevokeAs, Revoked, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited,
+    Status, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -231,7 +232,7 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
                 Some(Barred::Quarantined) => "quarantined".to_owned(),
                 Some(Barred::Suspended { reason }) => format!("suspended: {reason}"),
             },
-            instances: plane.publisher.instances_of(name),
+            instances: instances_of(&plane, name),
             waiting: plane.publisher.waiting_of(name),
             deployments: state.deployments.get(name).cloned().unwrap_or_default(),
             policies: concerns.map(|policy| policy.id().to_string()).collect(),
@@ -253,6 +254,13 @@ async fn status(State(plane): State<Arc<Plane>>) -> Json<Status> {
         services: services.collect(),
         warnings: plane.warnings(),
     })
+}
+
+/// The instances of a service, with what arrives of their telemetry.
+fn instances_of(plane: &Plane, service: &ServiceName) -> Vec<InstanceView> {
+    let (instances, now_ms) = (plane.publisher.instances_of(service), plane.clock.now_ms());
+    let told = |of: InstanceView| InstanceView { telemetry: plane.telemetry.of(&of.instance, now_ms), ..of };
+    instances.into_iter().map(told).collect()
 }
 
 fn mesh_of(head: &Head) -> Mesh {

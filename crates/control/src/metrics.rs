@@ -54,6 +54,8 @@ pub struct LevelsNow {
     pub proxies: u64,
     /// Revisions by which the slowest connected proxy is behind.
     pub behind: u64,
+    /// Instances whose telemetry is silent.
+    pub silent: u64,
 }
 
 #[derive(Default)]
@@ -63,6 +65,7 @@ struct Levels {
     streams_cut: Gauge,
     proxies: Gauge,
     behind: Gauge,
+    silent: Gauge,
 }
 
 impl Default for StoreLatency {
@@ -106,6 +109,7 @@ impl Default for Metrics {
             "Revisions by which the slowest connected proxy is behind",
             levels.behind.clone(),
         );
+        r.register("telemetry_silent", "Instances whose telemetry is silent", levels.silent.clone());
         Self { registry, store, issued, refused, denials, shed, applied, revoked, levels }
     }
 }
@@ -129,6 +133,7 @@ impl Metrics {
         gauge(&self.levels.streams_cut, now.streams_cut);
         gauge(&self.levels.proxies, now.proxies);
         gauge(&self.levels.behind, now.behind);
+        gauge(&self.levels.silent, now.silent);
         let mut page = String::new();
         if encode(&mut page, &self.registry).is_err() {
             let _ = write!(page, "# the metrics could not be written");

@@ -13,6 +13,7 @@ use countersign_core::{
 use crate::{
     Plane, identities,
     local_api::{problem, store_problem},
+    telemetry::OfService,
 };
 
 /// The checklist of a declared service.
@@ -24,6 +25,7 @@ pub async fn checklist(plane: &Plane, service: &ServiceName) -> Result<Vec<Check
     let identities = identities::list(plane, of_service).await.map_err(|error| store_problem(&error))?;
     let good = identities.iter().filter(|identity| identity.revoked.is_none()).count();
     let instances = plane.publisher.instances_of(service);
+    let telemetry = plane.telemetry.of_service(instances.iter().map(|one| &one.instance), plane.clock.now_ms());
     let enforcing =
         instances.iter().filter(|one| one.error.is_none() && one.revision == head.follower.revision()).count();
     let policies = plane.gate.policies(&head);
@@ -44,6 +46,20 @@ pub async fn checklist(plane: &Plane, service: &ServiceName) -> Result<Vec<Check
             format!("{enforcing} sidecars enforce revision {}", head.follower.revision()),
             enforcing > 0,
             "wait for them: `countersign status` shows which revision each enforces".to_owned(),
+        ),
+        check(
+            "telemetry",
+            match telemetry.verified {
+                0 => {
+                    let arrived = |what, so| format!("{what} {}", if so { "received" } else { "missing" });
+                    let OfService { record, metric, span, .. } = telemetry;
+                    [arrived("record", record), arrived("metric", metric), arrived("span", span)].join(", ")
+                }
+                count => format!("record, metric and span received of {count} sidecars"),
+            },
+            telemetry.verified > 0,
+            "wait for it: each sidecar shows it by itself once a minute; the agent's log on its host says why it cannot"
+                .to_owned(),
         ),
         check(
             "policy",

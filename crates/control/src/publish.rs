@@ -31,6 +31,7 @@ use crate::{
     ledger::Head,
     registry::{Moved, Refused, Registry},
     store::{StoredAcknowledgement, StoredHost, StoredInstance, StoredSignal},
+    telemetry::Reached,
 };
 
 /// Events that wait for one agent at most.
@@ -339,6 +340,8 @@ impl Publisher {
             Said::Hello(hello) => inner.registry.hear_refusal(&hello, host),
             // Reports go to the decisions room.
             Said::Report(_) => {}
+            // What comes of probes goes to the telemetry room.
+            Said::Probed(_) => {}
         }
         drop(inner);
         self.bump();
@@ -395,6 +398,11 @@ impl Publisher {
     /// Instances of a service for people.
     pub fn instances_of(&self, service: &ServiceName) -> Vec<InstanceView> {
         self.inner.lock().registry.instances_of(service)
+    }
+
+    /// Every instance whose proxy can be reached.
+    pub fn reached(&self) -> Vec<Reached> {
+        self.inner.lock().registry.reached().collect()
     }
 
     /// Instances of a service that are not let run, for people.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use countersign_api::{
-    local::{HostView, InstanceView, ProxyRevision, WaitingView},
+    local::{HostView, InstanceView, ProxyRevision, TelemetryView, WaitingView},
     mesh,
 };
 use countersign_core::{
@@ -20,7 +20,10 @@ use countersign_core::{
     state::MeshState,
 };
 
-use crate::store::{StoredAcknowledgement, StoredHost, StoredInstance};
+use crate::{
+    store::{StoredAcknowledgement, StoredHost, StoredInstance},
+    telemetry::Reached,
+};
 
 /// How long the instances of a host stay when its stream ends: an agent that reconnects cuts no traffic.
 pub const GRACE_MS: u64 = 5_000;
@@ -416,6 +419,21 @@ impl Registry {
         shown.filter_map(|(id, instance)| Some(instance.endpoint.as_ref()?.message(id))).collect()
     }
 
+    /// Whether the agent of `host` announced `instance` here.
+    pub fn runs(&self, host: &ServiceName, instance: &InstanceId) -> bool {
+        let known = self.instances.get(instance);
+        known.is_some_and(|known| known.host == *host && known.endpoint.is_some() && !known.is_elsewhere)
+    }
+
+    /// Every instance whose proxy can be reached.
+    pub fn reached(&self) -> impl Iterator<Item = Reached> + '_ {
+        let connected = |instance: &Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
+        self.instances.iter().filter(|(_, instance)| instance.endpoint.is_some()).map(move |(id, instance)| Reached {
+            instance: id.clone(),
+            connected: (!instance.is_elsewhere && connected(instance)).then(|| instance.host.clone()),
+        })
+    }
+
     /// What each proxy of a connected host enforces.
     pub fn proxies(&self) -> impl Iterator<Item = ProxyRevision> + '_ {
         let connected = |instance: &&Instance| self.hosts.get(&instance.host).is_some_and(|host| host.connected);
@@ -501,6 +519,7 @@ impl Registry {
                     isolation: endpoint.isolation.clone(),
                     admin: endpoint.admin.clone(),
                     artifact: instance.artifact,
+                    telemetry: TelemetryView::default(),
                 })
             })
             .collect()

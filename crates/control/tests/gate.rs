@@ -650,15 +650,22 @@ async fn a_new_service_is_found_by_nobody_until_it_is_approved_with_all_of_its_c
         let checklist: Vec<Checked> = mesh.plane.get("/v1/services/shop/checklist").await;
         checklist.into_iter().filter(|one| one.help.is_some()).map(|one| one.what).collect::<Vec<_>>()
     };
-    assert_eq!(missing().await, ["identity", "enforcement", "policy"]);
+    assert_eq!(missing().await, ["identity", "enforcement", "telemetry", "policy"]);
     let shown = mesh.shown(&alice);
     let refused = mesh.apply(vec![approve()], &shown).await.unwrap_err();
     assert_eq!((refused.status, &*refused.title), (422, "service `shop` cannot be approved yet"));
-    assert_eq!(refused.detail.unwrap().lines().count(), 3);
+    assert_eq!(refused.detail.unwrap().lines().count(), 4);
     let (policy, bodies) = support::permit("web-reads-shop", "web", "shop");
     mesh.apply_with(vec![policy], bodies, &shown).await.expect("the code was not used up");
     agent.issue("shop/1").await.unwrap();
-    assert_eq!(missing().await, ["enforcement"]);
+    assert_eq!(missing().await, ["enforcement", "telemetry"]);
+    let nonce = agent.begin_probe("shop/1").await.unwrap();
+    let (record, probed) = support::Stream::probed("shop/1", &nonce);
+    stream.say(record).await;
+    stream.say(probed).await;
+    while missing().await != ["enforcement"] {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
     stream.acknowledge("shop/1", mesh.mesh().await.revision.0).await;
     while !missing().await.is_empty() {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;

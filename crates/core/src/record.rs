@@ -116,6 +116,8 @@ pub enum Judged {
     AtStart,
     /// A later one, because its inputs changed while it was open.
     WhileOpen,
+    /// The only one, of an exchange that a sidecar makes with itself to show that its telemetry arrives.
+    AsProbe,
 }
 
 /// How the exchange ended.

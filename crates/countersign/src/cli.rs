@@ -319,6 +319,9 @@ pub struct Filter {
     /// Not older than this: `10m`
     #[arg(long, value_name = "SPAN", value_parser = span)]
     pub since: Option<Duration>,
+    /// Those of exchanges that sidecars make with themselves as well
+    #[arg(long)]
+    pub probes: bool,
     /// At most so many
     #[arg(long, value_name = "N")]
     pub limit: Option<u32>,

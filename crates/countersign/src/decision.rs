@@ -291,6 +291,7 @@ fn judged(record: &DecisionRecord) -> &'static str {
     match record.judged {
         Judged::AtStart => "at its start",
         Judged::WhileOpen => "while it was open",
+        Judged::AsProbe => "as a probe of the sidecar by itself",
     }
 }
 
@@ -308,6 +309,7 @@ fn filtered(filter: &Filter) -> String {
         ("principal", filter.principal.clone()),
         ("outcome", filter.outcome.map(|outcome| outcome.as_str().to_owned())),
         ("since_ms", since_ms.map(|ms| ms.to_string())),
+        ("probes", filter.probes.then(|| "true".to_owned())),
         ("limit", filter.limit.map(|limit| limit.to_string())),
     ])
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use countersign_api::local::{Caller, Checked, ServiceView, Status};
+use comfy_table::Cell;
+use countersign_api::local::{Caller, Checked, ServiceView, Status, TelemetryView};
 use countersign_core::{change::Change, identity::ServiceName};
 
 use crate::{
@@ -73,14 +74,25 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
                 cell(&instance.address),
                 verdict(if instance.ready { "ready" } else { "not ready" }, instance.ready),
                 verdict(enforces, instance.error.is_none() && instance.revision == status.revision),
+                telemetry(instance.telemetry, now_ms),
                 cell(render::distance(instance.svid_expires_at_ms, now_ms)),
                 verdict(&instance.isolation, instance.isolation == "namespace"),
                 cell(instance.artifact.map_or_else(|| "-".to_owned(), |artifact| artifact.short())),
                 cell(&instance.admin),
             ]
         });
-        let headings =
-            ["INSTANCE", "HOST", "ADDRESS", "STATE", "ENFORCES", "SVID EXPIRES", "ISOLATION", "SHA-256", "ADMIN"];
+        let headings = [
+            "INSTANCE",
+            "HOST",
+            "ADDRESS",
+            "STATE",
+            "ENFORCES",
+            "TELEMETRY",
+            "SVID EXPIRES",
+            "ISOLATION",
+            "SHA-256",
+            "ADMIN",
+        ];
         let _ = write!(text, "\n{}", render::table(&headings, rows, paint));
         if service.state == QUARANTINED {
             text.push_str(&table_of_checklist(service, checklist, paint));
@@ -89,6 +101,15 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
         let _ = write!(text, "\n{}", table_of_callers(callers, now_ms, paint));
         text
     })
+}
+
+/// When the telemetry of a sidecar was verified last, or since when it is silent.
+fn telemetry(arrived: TelemetryView, now_ms: u64) -> Cell {
+    match (arrived.silent_since_ms, arrived.verified_at_ms) {
+        (Some(since), _) => verdict(format!("silent since {}", render::distance(since, now_ms)), false),
+        (None, Some(at)) => verdict(format!("verified {}", render::distance(at, now_ms)), true),
+        (None, None) => cell("not yet"),
+    }
 }
 
 fn may_run(service: &ServiceView) -> String {

@@ -26,7 +26,8 @@ pub(crate) async fn authorize(
     exchange: &Rc<Exchange>,
     view: &Arc<Compiled>,
 ) -> Result<Permit, Refusal> {
-    let (reason, id) = exchange.judge(view, Judged::AtStart);
+    let which = if exchange.asked.is_probe { Judged::AsProbe } else { Judged::AtStart };
+    let (reason, id) = exchange.judge(view, which);
     match reason {
         Reason::Permitted => {}
         Reason::NotInContract => return Err(Refusal::NotInContract(id)),

@@ -93,6 +93,8 @@ pub struct Counts {
     pub spans: Count,
     /// Spans lost for want of room.
     pub spans_shed: Count,
+    /// Exchanges of this sidecar with itself, which are counted nowhere else.
+    pub probes: Count,
     /// Nanoseconds spent judging.
     pub judge_ns: Count,
     /// Judgements, by the bucket of their duration.
@@ -100,11 +102,12 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Counts one judgement: the first of an exchange by its reason, every one by its duration.
+    /// Counts one judgement: the first of an exchange by its reason, every one by its duration. Traffic only: a probe is none.
     pub fn judged(&self, which: Judged, reason: Reason, judge_ns: u64) {
         match which {
             Judged::AtStart => self.decisions_by_reason[reason.place()].add(1),
             Judged::WhileOpen => self.rejudged.add(1),
+            Judged::AsProbe => return,
         }
         self.judge_ns.add(judge_ns);
         let bucket = JUDGE_BOUNDS_NS.iter().position(|bound| judge_ns <= *bound);

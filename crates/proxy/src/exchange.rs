@@ -15,13 +15,14 @@ use countersign_core::{
     service::Protocol,
 };
 use h2::ext::Protocol as ConnectProtocol;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, uri::PathAndQuery};
 
 use crate::{
     answer::{Refusal, answer, says},
     authenticate::authenticate,
     authorize::authorize,
     counts::{Counts, Direction},
+    decided::TraceId,
     flow::{Account, Flow, Watched},
     forward, hygiene,
     identify::Peer,
@@ -70,9 +71,14 @@ pub(crate) struct Routed {
 pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Request<Flow>) -> Reply {
     let began = Instant::now();
     let kind = kind_of(request.headers());
-    let trace = Trace::of(request.headers(), worker.sampling());
+    let probe = probe_of(worker, peer, request.headers());
+    let trace = match probe {
+        Some(nonce) => Trace::of_probe(nonce),
+        None => Trace::of(request.headers(), worker.sampling()),
+    };
     let admitted = admit(worker, |counts| &counts.inbound, 0);
-    let (view, routed, asked) = match admitted.and_then(|view| route_inbound(worker, peer, view, trace, request)) {
+    let routed = admitted.and_then(|view| route_inbound(worker, peer, view, trace, probe.is_some(), request));
+    let (view, routed, asked) = match routed {
         Ok(routed) => routed,
         Err(refusal) => {
             worker.counts.inbound.started.add(1);
@@ -83,6 +89,9 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
         }
     };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
+    if exchange.asked.is_probe {
+        return probed(worker, peer, &exchange, &view).await;
+    }
     let outcome = async {
         let caller = authenticate(&worker.shared, peer)?;
         let permit = authorize(caller, &exchange, &view).await?;
@@ -123,6 +132,33 @@ pub(crate) async fn outbound(worker: &Rc<Worker>, door: &Door, intent: Intent, r
             refused(worker, refusal, kind)
         }
     }
+}
+
+/// The nonce of an exchange of this sidecar with itself, which is used up. Of nobody else, whatever they send: neither another
+/// instance of the service nor its workload, which may have its SVID, knows the nonce.
+///
+/// INVARIANT (probes-only-itself): made only for the nonce that the agent gave last, once, and for a peer with our own SPIFFE ID.
+fn probe_of(worker: &Worker, peer: &Peer, headers: &HeaderMap) -> Option<TraceId> {
+    if !worker.shared.expects_probe() {
+        return None;
+    }
+    let given = headers.get(hygiene::PROBE)?.to_str().ok().filter(|given| given.len() == 32)?;
+    let nonce = TraceId(u128::from_str_radix(given, 16).ok()?);
+    let own = worker.shared.identity()?.svid().id() == peer.id();
+    (own && worker.shared.spend_probe(nonce)).then_some(nonce)
+}
+
+/// A probe is judged and recorded as every exchange, and goes no further, whatever the answer.
+async fn probed(worker: &Worker, peer: &Rc<Peer>, exchange: &Rc<Exchange>, view: &Arc<Compiled>) -> Reply {
+    let judged = async { authorize(authenticate(&worker.shared, peer)?, exchange, view).await };
+    let status = match judged.await {
+        Ok(_permit) => StatusCode::NO_CONTENT,
+        Err(refusal) => refusal.row().status,
+    };
+    exchange.status.set(status.as_u16());
+    let mut response = Response::new(Watched::own(""));
+    *response.status_mut() = status;
+    Reply::Whole(response)
 }
 
 /// Holds a caller to the limits of the rule that its request matches here. A denied request takes nothing of them.
@@ -166,6 +202,7 @@ fn route_inbound(
     peer: &Peer,
     view: Arc<Compiled>,
     trace: Trace,
+    is_probe: bool,
     request: Request<Flow>,
 ) -> Result<(Arc<Compiled>, Routed, Asked), Refusal> {
     let (parts, body) = request.into_parts();
@@ -187,7 +224,7 @@ fn route_inbound(
         (&Method::CONNECT, Some(_)) => return Err(Refusal::WrongProtocol),
         _ => Intent::Message,
     };
-    if (intent == Intent::Tunnel) != (protocol == Protocol::Tcp) {
+    if (intent == Intent::Tunnel) != (protocol == Protocol::Tcp) && !is_probe {
         return Err(Refusal::WrongProtocol);
     }
     let (path, path_and_query) = match parts.uri.path_and_query().filter(|_| intent != Intent::Tunnel) {
@@ -206,8 +243,9 @@ fn route_inbound(
         Protocol::Tcp => Kind::Tcp,
     };
     let operation = view.law.operation(method.as_str(), &path);
-    let first_contact = worker.is_first_contact(peer.id(), operation.map_or(method.as_str(), |name| name));
-    let asked = Asked { kind, method: method.clone(), path, host: own_host, size, first_contact, trace };
+    let way = || operation.map_or(method.as_str(), |name| name);
+    let first_contact = !is_probe && worker.is_first_contact(peer.id(), way());
+    let asked = Asked { kind, method: method.clone(), path, host: own_host, size, first_contact, trace, is_probe };
     let routed = Routed { intent, protocol, method, path_and_query, headers, body };
     Ok((view, routed, asked))
 }

@@ -9,6 +9,9 @@ use http::{
 /// Who the caller is, as the workload learns it.
 pub(crate) const CALLER: HeaderName = HeaderName::from_static("countersign-caller");
 
+/// The nonce of an exchange of this sidecar with itself. Never crosses, as nothing of ours does.
+pub(crate) const PROBE: HeaderName = HeaderName::from_static("countersign-probe");
+
 // RFC 9110, section 7.6.1: these concern one connection only, whether `Connection` names them or not. `TE` goes on for
 // gRPC, reduced to `trailers`; `Expect` was answered by whoever asks for the body.
 const HOP_BY_HOP: [HeaderName; 8] = [

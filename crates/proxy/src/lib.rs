@@ -24,6 +24,7 @@
 //! | `answer` | outcome to status |
 //! | [`decided`], [`record`] | one decision; kept, reported, read back |
 //! | [`counts`], [`admin`] | what a worker counts; metrics and pages for operators |
+//! | [`probe`] | the exchange of this sidecar with itself |
 //! | [`workers`], [`shared`], [`view`] | the threads; what the agent told this proxy; a view made ready for the path |
 //! | [`link`], `sidecar` | the conversation with the agent; the process: what it gives up, where its log goes |
 //! | [`listen`], [`dns`] | sockets, of this host's network or of the workload's namespace; `*.mesh` inside that namespace |
@@ -49,6 +50,7 @@ pub mod link;
 pub mod listen;
 mod live;
 mod pool;
+pub mod probe;
 pub mod record;
 mod route;
 mod serve;

@@ -17,9 +17,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bytes::Bytes;
 use countersign_api::{
     mesh::{self, InstanceRevision, RecordsAnswer, RecordsQuery, Report},
-    sidecar::{Drain, Endpoints, Identity, Metrics, ProxyFrames, SidecarMessage, sidecar_message, sidecar_order},
+    sidecar::{
+        Drain, Endpoints, Identity, Metrics, Probed, ProxyFrames, SidecarMessage, sidecar_message, sidecar_order,
+    },
     signals::{self, SignalsRefused},
     svid::{Bundle, SvidError, X509Svid},
 };
@@ -40,6 +43,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     admin::{self, Admin},
     decided::Recorder,
+    probe::probe,
     record::{Reader, Sink, SinkConfig},
     shared::{Endpoint, Setup, Shared},
     sidecar::chain,
@@ -162,6 +166,7 @@ pub async fn run(agent: UnixStream) -> Result<Ended, LinkError> {
 /// A configured sidecar.
 struct Sidecar {
     shared: Arc<Shared>,
+    inbound: SocketAddr,
     workers: Vec<JoinHandle<()>>,
     offered: Arc<Offered>,
     heard: watch::Sender<()>, // signals
@@ -178,13 +183,14 @@ impl Sidecar {
         let start = |what| move |source| LinkError::Start { what, source };
         let sockets = configuration.sockets()?;
         let listeners = Listeners::bind(&configuration, &sockets)?;
-        let listening = listeners.listening();
-        let (tracing, spans) = configuration.sampling.map(Tracing::new).unzip();
+        let (listening, inbound) = (listeners.listening(), listeners.inbound());
+        let (tracing, spans) = Tracing::new(configuration.sampling);
+        let is_told = configuration.sampling.is_some();
         let shared = Arc::new(Shared::new(Setup {
             instance: configuration.instance.clone(),
             app: configuration.app(&sockets),
             worker_count: configuration.worker_count,
-            tracing,
+            tracing: Some(tracing),
         }));
         let (report, reports) = mpsc::channel(REPORTS_MAX);
         let config = SinkConfig {
@@ -207,7 +213,7 @@ impl Sidecar {
         let spoken = tokio::spawn(speak(unread, to_agent));
         let reported = tokio::spawn(pass_on_reports(reports, say.clone()));
         let (end_spans, ending) = oneshot::channel();
-        let traced = spans.map(|spans| tokio::spawn(trace::pass_on(spans, say.downgrade(), ending)));
+        let traced = tokio::spawn(trace::pass_on(spans, say.downgrade(), ending));
         let counted = Counted { shared: shared.clone(), reader: reader.clone(), began: SystemTime::now() };
         let names = if configuration.transparent {
             let upstreams = listeners.upstreams().map_err(start("the names of services"))?;
@@ -223,21 +229,21 @@ impl Sidecar {
         }
         let admin = tokio::net::TcpListener::from_std(listeners.open(&shared)).map_err(start("the admin pages"))?;
         tokio::spawn(Admin::new(shared.clone(), reader.clone()).serve(admin));
-        let traced = traced.map(|traced| (end_spans, traced));
         let closing = Closing {
             shared: shared.clone(),
             sink,
             say: say.downgrade(),
             spoken,
             reported,
-            traced,
+            traced: (end_spans, traced),
+            is_told,
             counted: counted.clone(),
             end,
         };
         tokio::spawn(closing.run(drains));
         info!(instance.id = %shared.setup.instance, workers = workers.len(), "sidecar listens");
         let queries = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok((Self { shared, workers, offered, heard, reader, counted, queries, say, drain }, ended))
+        Ok((Self { shared, inbound, workers, offered, heard, reader, counted, queries, say, drain }, ended))
     }
 
     fn obey(&self, order: Option<sidecar_order::Order>) -> Result<(), LinkError> {
@@ -271,6 +277,10 @@ impl Sidecar {
             Some(Order::MetricsQuery(_)) => {
                 // An agent that reads nothing asks again later.
                 let _ = self.say.try_send(message(sidecar_message::Message::Metrics(self.counted.now())));
+                Ok(())
+            }
+            Some(Order::Probe(nonce)) => {
+                tokio::spawn(make_probe(self.shared.clone(), self.inbound, nonce, self.say.clone()));
                 Ok(())
             }
             Some(Order::Signals(message)) => self.take_signals(&message),
@@ -368,7 +378,8 @@ struct Closing {
     say: mpsc::WeakSender<SidecarMessage>,
     spoken: tokio::task::JoinHandle<()>,
     reported: tokio::task::JoinHandle<()>,
-    traced: Option<(oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
+    traced: (oneshot::Sender<()>, tokio::task::JoinHandle<()>),
+    is_told: bool, // somebody exports what it counts
     counted: Counted,
     end: mpsc::Sender<Ended>,
 }
@@ -379,13 +390,11 @@ impl Closing {
         self.shared.drain(within).await;
         let _ = spawn_blocking(move || drop(self.sink)).await; // the last records are written and reported
         let _ = self.reported.await;
-        let told = self.traced.is_some();
-        if let Some((end_spans, traced)) = self.traced {
-            let _ = end_spans.send(());
-            let _ = traced.await;
-        }
+        let (end_spans, traced) = self.traced;
+        let _ = end_spans.send(());
+        let _ = traced.await;
         if let Some(say) = self.say.upgrade() {
-            if told {
+            if self.is_told {
                 let _ = say.send(message(sidecar_message::Message::Metrics(self.counted.now()))).await;
             }
             let _ = say.send(message(sidecar_message::Message::Drained(String::new()))).await;
@@ -413,6 +422,14 @@ async fn pass_on_reports(mut reports: mpsc::Receiver<Report>, say: mpsc::Sender<
             return;
         }
     }
+}
+
+/// Makes an exchange with itself and says that it is over.
+async fn make_probe(shared: Arc<Shared>, inbound: SocketAddr, nonce: Bytes, say: mpsc::Sender<SidecarMessage>) {
+    let made = probe(&shared, inbound, &nonce).await;
+    let error = made.err().map(|error| error.to_string()).unwrap_or_default();
+    // An agent that reads nothing asks again later.
+    let _ = say.try_send(message(sidecar_message::Message::Probed(Probed { nonce, error })));
 }
 
 /// Answers one query of kept records, a few hundred at a time.
@@ -461,5 +478,6 @@ fn name(order: &sidecar_order::Order) -> &'static str {
         Order::Drain(_) => "drain",
         Order::MetricsQuery(_) => "metrics_query",
         Order::Signals(_) => "signals",
+        Order::Probe(_) => "probe",
     }
 }

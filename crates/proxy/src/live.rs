@@ -61,6 +61,8 @@ pub(crate) struct Asked {
     pub(crate) size: Option<u64>,
     pub(crate) first_contact: bool,
     pub(crate) trace: Trace,
+    /// It is an exchange of this sidecar with itself; no traffic, and counted by itself.
+    pub(crate) is_probe: bool,
 }
 
 /// The action of an exchange but for its method.
@@ -147,8 +149,10 @@ impl Live {
             place: RefCell::default(),
             stream: RefCell::default(),
         });
-        worker.counts.inbound.started.add(1);
-        worker.counts.inbound.open.add(1);
+        if !exchange.asked.is_probe {
+            worker.counts.inbound.started.add(1);
+            worker.counts.inbound.open.add(1);
+        }
         entry.insert(Rc::downgrade(&exchange));
         exchange
     }
@@ -416,7 +420,12 @@ impl Drop for Exchange {
         self.worker.live.table.borrow_mut().remove(self.slot);
         let duration_us = self.began.elapsed().as_micros() as u64;
         let (status, bytes_in, bytes_out) = (self.status.get(), self.bytes_in.get(), self.bytes_out.get());
-        self.worker.counts.inbound.end(status, duration_us, bytes_in, bytes_out);
+        if self.asked.is_probe {
+            self.worker.counts.probes.add(1);
+            self.worker.shared.probed(self.asked.trace.id());
+        } else {
+            self.worker.counts.inbound.end(status, duration_us, bytes_in, bytes_out);
+        }
         let how = match (self.cut.get(), status, self.broke.get()) {
             (Some(_), ..) => End::Cut,
             (None, 0, _) | (None, _, true) => End::Abandoned,

@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashSet;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::{counts::Counts, live::LiveExchange, trace::Tracing, view::Compiled};
+use crate::{counts::Counts, decided::TraceId, live::LiveExchange, trace::Tracing, view::Compiled};
 
 /// What is fixed for the life of one sidecar.
 pub struct Setup {
@@ -99,9 +99,18 @@ pub struct Shared {
     began: Instant,
     draining: AtomicBool,
     edges: Mutex<FxHashSet<u64>>,
+    probe: Probe,
     app_ready: AtomicBool,
     app_doubt: Notify,
     workers: Mutex<Vec<mpsc::UnboundedSender<Order>>>,
+}
+
+/// The exchange that this sidecar makes with itself: one at a time.
+#[derive(Default)]
+struct Probe {
+    is_expected: AtomicBool, // for exchanges that are none, which are all but one a minute
+    expected: Mutex<Option<TraceId>>,
+    last: Mutex<Option<TraceId>>,
 }
 
 /// One instance of a service, as discovery tells of it.
@@ -144,6 +153,7 @@ impl Shared {
             began: Instant::now(),
             draining: AtomicBool::new(false),
             edges: Mutex::default(),
+            probe: Probe::default(),
             app_ready: AtomicBool::new(false),
             app_doubt: Notify::new(),
             workers: Mutex::default(),
@@ -280,6 +290,36 @@ impl Shared {
     pub(crate) fn is_new_edge(&self, edge: u64) -> bool {
         let mut edges = self.edges.lock();
         edges.len() < EDGES_MAX && edges.insert(edge)
+    }
+
+    /// From now on an exchange of this sidecar with itself that names `nonce` is a probe, once. An earlier nonce is void.
+    pub(crate) fn expect_probe(&self, nonce: TraceId) {
+        *self.probe.expected.lock() = Some(nonce);
+        self.probe.is_expected.store(true, Ordering::Release);
+    }
+
+    /// Whether any probe is expected.
+    pub(crate) fn expects_probe(&self) -> bool {
+        self.probe.is_expected.load(Ordering::Acquire)
+    }
+
+    /// Whether `nonce` is the one expected: it is used up.
+    pub(crate) fn spend_probe(&self, nonce: TraceId) -> bool {
+        let spent = self.probe.expected.lock().take_if(|expected| *expected == nonce).is_some();
+        if spent {
+            self.probe.is_expected.store(false, Ordering::Release);
+        }
+        spent
+    }
+
+    /// The exchange of `nonce` is over, and counted.
+    pub(crate) fn probed(&self, nonce: TraceId) {
+        *self.probe.last.lock() = Some(nonce);
+    }
+
+    /// Of the last probe that was counted.
+    pub(crate) fn last_probe(&self) -> Option<TraceId> {
+        *self.probe.last.lock()
     }
 
     /// Takes note of whether the workload accepts connections.

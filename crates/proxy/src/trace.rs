@@ -41,7 +41,7 @@ pub struct Sampling {
 /// What a proxy that tells of exchanges needs for it.
 #[derive(Debug)]
 pub struct Tracing {
-    sampling: Sampling,
+    sampling: Option<Sampling>,
     waiting: mpsc::Sender<sidecar::Span>,
 }
 
@@ -72,13 +72,13 @@ impl Sampling {
 
 impl Tracing {
     /// The queue and what comes out of it.
-    pub fn new(sampling: Sampling) -> (Self, mpsc::Receiver<sidecar::Span>) {
+    pub fn new(sampling: Option<Sampling>) -> (Self, mpsc::Receiver<sidecar::Span>) {
         let (waiting, spans) = mpsc::channel(WAITING_MAX);
         (Self { sampling, waiting }, spans)
     }
 
-    /// Which traces are kept.
-    pub fn sampling(&self) -> Sampling {
+    /// Which traces are kept; `None` when this proxy takes no part in any but those of its own probes.
+    pub fn sampling(&self) -> Option<Sampling> {
         self.sampling
     }
 
@@ -105,6 +105,11 @@ impl Trace {
         let kept = sampling.is_some_and(|sampling| sampling.keeps(id, given_flags));
         let flags = given_flags.unwrap_or(0) | if kept { SAMPLED } else { 0 };
         Self { id, span_id: fastrand::u64(1..), parent_id, flags, kept }
+    }
+
+    /// The trace of an exchange of this sidecar with itself: always kept.
+    pub(crate) fn of_probe(nonce: TraceId) -> Self {
+        Self { id: nonce, span_id: fastrand::u64(1..), parent_id: 0, flags: SAMPLED, kept: true }
     }
 
     /// Tells the next hop. A trace that is continued and not kept goes on as it came.
@@ -167,7 +172,7 @@ impl Kind {
 impl Worker {
     /// Which traces are kept; `None` when this proxy takes no part in any.
     pub(crate) fn sampling(&self) -> Option<Sampling> {
-        self.shared.setup.tracing.as_ref().map(Tracing::sampling)
+        self.shared.setup.tracing.as_ref().and_then(Tracing::sampling)
     }
 
     /// Hands a span over, or sheds it.
@@ -345,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_span_that_finds_no_room_is_shed_and_counted() {
-        let (tracing, mut spans) = Tracing::new(ALL);
+        let (tracing, mut spans) = Tracing::new(Some(ALL));
         let counts = Counts::default();
         for _ in 0..WAITING_MAX + 3 {
             tracing.tell(sidecar::Span::default(), &counts);
@@ -358,7 +363,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_is_handed_over_when_the_proxy_ends() {
-        let (tracing, spans) = Tracing::new(ALL);
+        let (tracing, spans) = Tracing::new(Some(ALL));
         let (say, mut said) = mpsc::channel(64);
         let (end, ending) = oneshot::channel();
         for _ in 0..300 {

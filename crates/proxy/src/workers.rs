@@ -41,7 +41,7 @@ use crate::{
 /// Time for a cut to reach both ends.
 pub(crate) const LAST_WORDS: Duration = Duration::from_millis(200);
 /// The only protocol of the mesh hop.
-const ALPN: &[&[u8]] = &[b"h2"];
+pub(crate) const ALPN: &[&[u8]] = &[b"h2"];
 
 /// What one thread holds. Everything in it stays on its thread.
 pub(crate) struct Worker {

@@ -29,7 +29,7 @@ use crate::{
     AgentEvent, TOLD, discovery,
     host::{Contact, Host},
     join::Issued,
-    launch,
+    launch, probe,
     telemetry::{self, Source, Telemetry},
     views::Published,
     workloads::output::Output,
@@ -110,8 +110,10 @@ impl Talk<'_> {
             tokio::time::sleep(within + EXIT_WITHIN).await;
         };
         let (host, instance) = (self.host, self.instance);
+        let (order, probing) = mpsc::channel(1);
         let listening = listen(host, instance, read);
-        let speaking = self.speak(write, configure, queries);
+        let speaking = self.speak(write, configure, queries, probing);
+        let probes = probe::run(host, instance, order);
         let ended = tokio::select! {
             biased;
             drained = listening => match drained {
@@ -121,6 +123,7 @@ impl Talk<'_> {
                 }
                 Err(why) => Ended::Died(exit_status(&mut child).await.unwrap_or(why)),
             },
+            never = probes => match never {},
             why = speaking => Ended::Died(exit_status(&mut child).await.unwrap_or(why)),
             () = overdue => Ended::Drained,
         };
@@ -135,6 +138,7 @@ impl Talk<'_> {
         write: OwnedWriteHalf,
         configure: Configure,
         mut queries: mpsc::Receiver<countersign_api::mesh::RecordsQuery>,
+        mut probing: mpsc::Receiver<Order>,
     ) -> String {
         let mut orders = Orders { frames: FramedWrite::new(write, AgentFrames::default()) };
         let said: io::Result<std::convert::Infallible> = async {
@@ -189,6 +193,7 @@ impl Talk<'_> {
                         orders.say_all(news.map(Order::Endpoints)).await?;
                     }
                     Some(query) = queries.recv() => orders.say(Order::RecordsQuery(query)).await?,
+                    Some(order) = probing.recv() => orders.say(order).await?,
                     _ = tick.tick() => orders.say_all(self.fresh()).await?,
                     () = metrics_due.next() => orders.say(Order::MetricsQuery(MetricsQuery {})).await?,
                 }
@@ -313,8 +318,17 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
             Some(Message::Heeded(sequence)) => host.acknowledgements.heeds(&instance.id, sequence),
             Some(Message::Report(report)) => host.reports.relay(report),
             Some(Message::Records(answer)) => host.reports.answer(&instance.id, answer),
-            Some(Message::Metrics(metrics)) => heard(host, instance, telemetry::Told::Metrics(metrics)),
-            Some(Message::Spans(spans)) => heard(host, instance, telemetry::Told::Spans(spans.spans)),
+            Some(Message::Metrics(metrics)) => {
+                host.probes.hear_metrics(&instance.id, &metrics.page);
+                heard(host, instance, telemetry::Told::Metrics(metrics));
+            }
+            Some(Message::Spans(spans)) => {
+                let spans = host.probes.hear_spans(&instance.id, spans.spans);
+                if !spans.is_empty() {
+                    heard(host, instance, telemetry::Told::Spans(spans));
+                }
+            }
+            Some(Message::Probed(probed)) => host.probes.hear_end(&instance.id, probed),
             Some(Message::AppReady(ready)) => instance.app_ready(host, ready),
             Some(Message::Drained(_)) => return Ok(()),
             // A message of a newer proxy: the binary was replaced under a running agent.

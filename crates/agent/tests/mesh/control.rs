@@ -17,7 +17,8 @@ use bytes::Bytes;
 use countersign_api::{
     mesh::{
         self, FollowEvent, FollowRequest, IssueJwtSvidRequest, IssueJwtSvidResponse, IssueX509SvidRequest,
-        IssueX509SvidResponse, JoinRequest, JoinResponse, RenewAgentRequest,
+        IssueX509SvidResponse, JoinRequest, JoinResponse, ProbeTelemetryRequest, ProbeTelemetryResponse,
+        RenewAgentRequest,
         enrolment_server::{Enrolment, EnrolmentServer},
         follow_event::Event,
         follow_request::Message,
@@ -70,6 +71,10 @@ pub struct Control {
     discovery: Mutex<(u64, BTreeMap<String, mesh::Endpoint>)>,
     /// The number of the last signal, and what is revoked.
     revoked: Mutex<(u64, Vec<mesh::Revocation>)>,
+    /// Gives nonces for probes.
+    pub probes_telemetry: AtomicBool,
+    /// The nonces that were given, and for which instance.
+    pub probes: Mutex<Vec<(String, [u8; 16])>>,
     /// Everything agents said, in order.
     pub said: Mutex<Vec<Message>>,
     /// Join tokens that were shown.
@@ -169,6 +174,8 @@ impl Control {
             streams: Mutex::default(),
             discovery: Mutex::new((1, BTreeMap::new())),
             revoked: Mutex::default(),
+            probes_telemetry: AtomicBool::new(false),
+            probes: Mutex::default(),
             said: Mutex::default(),
             shown: Mutex::default(),
             tokens: Mutex::default(),
@@ -546,6 +553,18 @@ impl Mesh for Service {
         let ms = |seconds: i64| seconds.unsigned_abs() * 1000;
         self.0.issued.lock().push(format!("{instance} for {}", audience.join(" ")));
         Ok(Response::new(IssueJwtSvidResponse { token, issued_at_ms: ms(now), expires_at_ms: ms(now + 300) }))
+    }
+
+    async fn probe_telemetry(
+        &self,
+        asked: Request<ProbeTelemetryRequest>,
+    ) -> Result<Response<ProbeTelemetryResponse>, Status> {
+        if !self.0.probes_telemetry.load(Ordering::Relaxed) {
+            return Err(Status::unavailable("not in this test"));
+        }
+        let nonce: [u8; 16] = fastrand::u128(1..).to_be_bytes();
+        self.0.probes.lock().push((asked.into_inner().instance, nonce));
+        Ok(Response::new(ProbeTelemetryResponse { nonce: Bytes::copy_from_slice(&nonce) }))
     }
 
     async fn renew_agent(&self, _: Request<RenewAgentRequest>) -> Result<Response<IssueX509SvidResponse>, Status> {

@@ -97,6 +97,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         endpoints_reach_the_proxies_that_see_them
         control_hears_the_records_of_every_proxy
         proxies_are_asked_what_they_count_only_when_somebody_wants_it
+        what_comes_of_a_probe_goes_to_control_and_its_span_to_nobody_else
         a_workload_that_ends_ends_the_run_with_its_code
         the_local_socket_shows_what_runs_to_its_owner
         a_workload_is_started_after_its_sidecar_serves_it
@@ -754,6 +755,37 @@ async fn proxies_are_asked_what_they_count_only_when_somebody_wants_it() {
     until("two rounds", || heard.lock().len() >= 4).await;
     assert_eq!(heard.lock()[..2], ["shop.example h1 web page", "shop.example h1 web span 7"]);
     assert_eq!(ground.words_of("web", "sampling"), ["true 0.25"]);
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn what_comes_of_a_probe_goes_to_control_and_its_span_to_nobody_else() {
+    let ground = ground().await;
+    ground.control.probes_telemetry.store(true, Ordering::Relaxed);
+    ground.control.append(vec![declare("web")], &[]);
+    let heard: Arc<parking_lot::Mutex<Vec<u64>>> = Arc::default();
+    let hears = heard.clone();
+    let hear = move |_: Source<'_>, told: Told| {
+        if let Told::Spans(spans) = told {
+            hears.lock().extend(spans.iter().map(|span| span.span_id));
+        }
+    };
+    let mut config = ground.config(Some(ground.control.token()), vec![idle("web")]);
+    config.telemetry = Some(Telemetry { sampling: None, metrics_every: None, hear: Arc::new(hear) });
+    let agent = start(config).await.unwrap();
+    let probed = || {
+        ground.control.said.lock().iter().find_map(|message| match message {
+            Message::Probed(probed) => Some(probed.clone()),
+            _ => None,
+        })
+    };
+    until("a probe", || probed().is_some()).await;
+    let (probed, given) = (probed().unwrap(), ground.control.probes.lock()[0].clone());
+    assert_eq!((&probed.instance, &probed.nonce[..]), (&given.0, &given.1[..]));
+    assert!(probed.metric.contains(&hex::encode(given.1)), "{probed:?}");
+    assert_eq!(probed.span.unwrap().span_id, 8);
+    until("the other span", || heard.lock().contains(&7)).await;
+    assert!(!heard.lock().contains(&8), "it is no traffic");
+    assert_eq!(ground.words_of("web", "probe"), [hex::encode(given.1)]);
     agent.stop(Duration::ZERO).await;
 }
 

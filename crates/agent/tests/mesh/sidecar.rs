@@ -15,7 +15,7 @@ use std::{
 use bytes::BytesMut;
 use countersign_api::mesh::{InstanceRevision, RecordsAnswer};
 use countersign_api::sidecar::{
-    AGENT_FD, BROKER_FD, Configure, Listening, Metrics, ProxyFrames, SidecarMessage, SidecarOrder, Span, Spans,
+    AGENT_FD, BROKER_FD, Configure, Listening, Metrics, Probed, ProxyFrames, SidecarMessage, SidecarOrder, Span, Spans,
     sidecar_message::Message, sidecar_order::Order,
 };
 use countersign_core::{identity::ServiceName, view::View};
@@ -26,6 +26,7 @@ struct Sidecar {
     orders: Option<File>,
     revision: u64,
     held: Vec<TcpListener>,
+    probed: Option<String>, // the page to show next
 }
 
 /// The hidden subcommand.
@@ -34,7 +35,7 @@ pub fn main() -> ExitCode {
     // SAFETY: the agent passes its end under this number, and nothing else here uses it.
     let mut agent = unsafe { UnixStream::from_raw_fd(AGENT_FD) };
     let said = Arc::new(Mutex::new(agent.try_clone().unwrap()));
-    let mut sidecar = Sidecar { agent: said, orders: None, revision: 0, held: Vec::new() };
+    let mut sidecar = Sidecar { agent: said, orders: None, revision: 0, held: Vec::new(), probed: None };
     let (mut frames, mut buffer, mut chunk) = (ProxyFrames::default(), BytesMut::new(), [0; 65536]);
     loop {
         while let Some(SidecarOrder { order: Some(order) }) = frames.decode(&mut buffer).unwrap() {
@@ -99,8 +100,20 @@ impl Sidecar {
             }
             Order::MetricsQuery(_) => {
                 self.note("metrics_query".into());
-                say(&self.agent, Message::Metrics(Metrics { page: "page".into(), began_ns: 1, at_ns: 2 }));
+                let page = self.probed.take().unwrap_or_else(|| "page".into());
+                say(&self.agent, Message::Metrics(Metrics { page, began_ns: 1, at_ns: 2 }));
                 say(&self.agent, Message::Spans(Spans { spans: vec![Span { span_id: 7, ..Span::default() }] }));
+            }
+            Order::Probe(nonce) => {
+                let trace_id = hex::encode(&nonce);
+                self.note(format!("probe {trace_id}"));
+                self.probed = Some(format!("countersign_probes_total 1 # {{trace_id=\"{trace_id}\"}} 1"));
+                let spans = vec![
+                    Span { span_id: 7, ..Span::default() },
+                    Span { trace_id: nonce.clone(), span_id: 8, ..Span::default() },
+                ];
+                say(&self.agent, Message::Spans(Spans { spans }));
+                say(&self.agent, Message::Probed(Probed { nonce, error: String::new() }));
             }
             Order::Drain(drain) => {
                 self.note(format!("drain {}", drain.within_ms));

@@ -95,6 +95,11 @@ fn told(event: &Event) -> Told {
             unmapped: json!({ "events_lost": count }),
             ..plain(LIFECYCLE, (99, "Other"), "events could not be written", app())
         },
+        Event::TelemetrySilent { instance, host, since_ms } => Told {
+            severity: Severity::High,
+            unmapped: json!({ "instance": instance, "host": host, "silent_since": since_ms }),
+            ..plain(LIFECYCLE, (99, "Other"), "the telemetry of a sidecar is silent", app())
+        },
         Event::SignedIn { who, session, with, address, held_by } => Told {
             unmapped: json!({ "factor": with, "held_by": held_by }),
             ..plain(

@@ -64,6 +64,7 @@ impl Wanted {
             principal: given(&self.principal),
             outcome: outcome.transpose()?,
             since_ms,
+            probes: false,
             limit: Some(PAGE),
         })
     }

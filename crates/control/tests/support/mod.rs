@@ -29,7 +29,7 @@ use countersign_control::{Control, ControlConfig, StartError, start};
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Revision},
-    identity::{ServiceName, TrustDomain},
+    identity::{InstanceId, ServiceName, TrustDomain},
     service::{Protocol, ServiceSpec},
 };
 
@@ -267,6 +267,12 @@ impl Agent {
         self.client.issue_x509_svid(request).await.map(tonic::Response::into_inner)
     }
 
+    /// Begins a probe of an instance of this host.
+    pub async fn begin_probe(&mut self, instance: &str) -> Result<Bytes, tonic::Status> {
+        let request = mesh::ProbeTelemetryRequest { instance: instance.into() };
+        Ok(self.client.probe_telemetry(request).await?.into_inner().nonce)
+    }
+
     pub async fn issue_jwt(&mut self, instance: &str, audience: &[&str]) -> Result<String, tonic::Status> {
         let audience = audience.iter().map(|audience| audience.to_string()).collect();
         let request = mesh::IssueJwtSvidRequest { instance: instance.into(), audience, artifact: Bytes::new() };
@@ -303,6 +309,39 @@ impl Stream {
         let up =
             mesh::InstanceUp { instance: instance.into(), address: address.into(), ready: true, ..Default::default() };
         self.say(Said::Up(up)).await;
+    }
+
+    /// What a sidecar tells of the exchange with itself whose nonce is `nonce`: its record, and what its agent passes on.
+    pub fn probed(instance: &str, nonce: &[u8]) -> (Said, Said) {
+        let id = InstanceId::parse(instance).unwrap();
+        let (service, trace_id) = (id.service(), hex::encode(nonce));
+        let caller = trust_domain().workload(&service);
+        let record = serde_json::json!({
+            "id": "0197", "at_ms": 1, "instance": instance, "revision": 1, "signal_seq": 0, "outcome": "deny",
+            "reason": "not_declared", "policies": [], "judged": "as_probe", "trace_id": trace_id, "judge_ns": 1,
+            "ended": { "status": 403, "duration_us": 1, "bytes_in": 0, "bytes_out": 0, "how": "completed" },
+            "inputs": {
+                "principal": caller, "action": "http:GET", "service": service, "path": "/.countersign/probe",
+                "host": format!("{service}.mesh"), "method": "GET", "protocol": "http", "size": null,
+                "origin": "127.0.0.1", "now": 1, "first_contact": false,
+            },
+        });
+        let report = mesh::Report { records_json: vec![record.to_string().into()], ..Default::default() };
+        let decision = mesh::SpanDecision { id: "0197".into(), caller: caller.to_string(), ..Default::default() };
+        let span = mesh::Span {
+            trace_id: Bytes::copy_from_slice(nonce),
+            inbound: true,
+            service: service.to_string(),
+            decision: Some(decision),
+            ..Default::default()
+        };
+        let probed = mesh::TelemetryProbed {
+            instance: instance.into(),
+            nonce: Bytes::copy_from_slice(nonce),
+            metric: format!("countersign_probes_total 1 # {{trace_id=\"{trace_id}\"}} 1"),
+            span: Some(span),
+        };
+        (Said::Report(report), Said::Probed(probed))
     }
 
     pub async fn acknowledge(&self, instance: &str, revision: u64) {

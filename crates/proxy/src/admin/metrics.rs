@@ -9,16 +9,17 @@ use countersign_core::record::Reason;
 use prometheus_client::{
     collector::Collector,
     encoding::{
-        DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, MetricEncoder, NoLabelSet,
-        text::encode as encode_text,
+        DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, EncodeMetric, MetricEncoder,
+        NoLabelSet, text::encode as encode_text,
     },
-    metrics::MetricType,
+    metrics::{MetricType, exemplar::CounterWithExemplar},
     registry::Registry,
 };
 
 use crate::{
     answer::ALL,
     counts::{Count, Counts, DURATION_BOUNDS_US, Direction, JUDGE_BOUNDS_NS},
+    decided::TraceId,
     record::SinkCounts,
     shared::Shared,
 };
@@ -39,6 +40,8 @@ struct Scrape {
     judge_buckets: Vec<u64>,
     judge_ns: u64,
     totals: Vec<(&'static str, &'static str, u64)>, // name, help
+    probes: u64,
+    last_probe: Option<TraceId>,
     gauges: Vec<(&'static str, &'static str, f64)>,
 }
 
@@ -120,6 +123,8 @@ impl Scrape {
             judge_buckets: sum_each(shared.counts.iter().map(|counts| &counts.judge_buckets[..])),
             judge_ns: sum(|counts| &counts.judge_ns),
             totals,
+            probes: sum(|counts| &counts.probes),
+            last_probe: shared.last_probe(),
             gauges,
         }
     }
@@ -183,6 +188,15 @@ impl Collector for Scrape {
             to.encode_descriptor(name, help, None, MetricType::Counter)?
                 .encode_counter::<NoLabelSet, _, u64>(count, None)?;
         }
+        // The exemplar says which probe was counted last: what control looks for.
+        let probes = CounterWithExemplar::<[(&str, String); 1]>::default();
+        if let (Some(before), Some(last)) = (self.probes.checked_sub(1), self.last_probe) {
+            probes.inc_by(before, None, None);
+            probes.inc_by(1, Some([("trace_id", last.to_string())]), None);
+        }
+        let to_probes =
+            to.encode_descriptor("probes", "Exchanges of this sidecar with itself", None, MetricType::Counter)?;
+        probes.encode(to_probes)?;
         for (name, help, value) in &self.gauges {
             to.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(value)?;
         }
@@ -286,6 +300,17 @@ mod tests {
             assert!(page.lines().any(|given| given == line), "{line} is not in\n{page}");
         }
         assert!(page.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn the_last_probe_is_the_exemplar_of_their_count() {
+        let shared = shared();
+        assert!(scraped(&shared).lines().any(|line| line == "countersign_probes_total 0"));
+        shared.counts.iter().for_each(|counts| counts.probes.add(1));
+        shared.probed(TraceId(0xabc));
+        let expected = r#"countersign_probes_total 2 # {trace_id="00000000000000000000000000000abc"} 1.0"#;
+        let page = scraped(&shared);
+        assert!(page.lines().any(|line| line == expected), "{page}");
     }
 
     #[test]

@@ -139,6 +139,12 @@ impl Listeners {
         Ok(Self { doors, admin: listen("the admin pages", &of_host, wanted.admin)? })
     }
 
+    /// Where other sidecars reach this one, and it itself.
+    pub fn inbound(&self) -> SocketAddr {
+        let inbound = self.doors.iter().find(|(door, ..)| *door == Door::Inbound);
+        inbound.expect("INVARIANT: every sidecar has that door").2
+    }
+
     /// Where everything listens.
     pub fn listening(&self) -> Listening {
         let mut listening = Listening { admin: format!("http://{}", self.admin.1), ..Listening::default() };

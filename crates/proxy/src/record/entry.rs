@@ -55,6 +55,7 @@ pub(super) fn encode_decision(to: &mut Vec<u8>, decided: &Decided<'_>) {
     to.push(match decided.judged {
         Judged::AtStart => 0,
         Judged::WhileOpen => 1,
+        Judged::AsProbe => 2,
     });
     to.push(match query.context.protocol {
         Protocol::Http => 0,
@@ -198,7 +199,7 @@ impl<'a> Payload<'a> {
                 Some(Self::Decision(DecisionView {
                     outcome: [Outcome::Permit, Outcome::StepUp, Outcome::Deny].get(usize::from(head[1])).copied()?,
                     reason: Reason::ALL.get(usize::from(head[2])).copied()?,
-                    judged: [Judged::AtStart, Judged::WhileOpen].get(usize::from(head[3])).copied()?,
+                    judged: [Judged::AtStart, Judged::WhileOpen, Judged::AsProbe].get(usize::from(head[3])).copied()?,
                     protocol: [Protocol::Http, Protocol::Grpc, Protocol::Tcp].get(usize::from(head[4])).copied()?,
                     first_contact: head[5] == 1,
                     id: DecisionId(u128::from_be_bytes(*head[6..].first_chunk()?)),

@@ -11,7 +11,10 @@ use std::{
 };
 
 use countersign_api::local::RecordFilter;
-use countersign_core::{identity::InstanceId, record::DecisionRecord};
+use countersign_core::{
+    identity::InstanceId,
+    record::{DecisionRecord, Judged},
+};
 
 use super::{
     QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX,
@@ -208,7 +211,9 @@ fn matches(view: &DecisionView<'_>, filter: &RecordFilter) -> bool {
                 .strip_suffix(given.as_str())
                 .is_some_and(|before| before.matches('/').count() == 3 && before.ends_with('/'))
     };
-    filter.outcome.is_none_or(|outcome| outcome == view.outcome)
+    let is_asked_for = view.judged != Judged::AsProbe || filter.probes || filter.id.is_some();
+    is_asked_for
+        && filter.outcome.is_none_or(|outcome| outcome == view.outcome)
         && filter.since_ms.is_none_or(|since_ms| since_ms <= view.at_ms)
         && filter.service.as_ref().is_none_or(|given| given.as_str() == service)
         && filter.principal.as_ref().is_none_or(is_principal)

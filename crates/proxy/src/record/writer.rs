@@ -233,6 +233,8 @@ impl Tally {
     fn count(&mut self, view: &DecisionView<'_>, instance: &InstanceId, now: Instant, shared: &Shared) {
         self.edges_due.get_or_insert(now + EDGES_EVERY);
         let counted = match (view.outcome, view.judged) {
+            // No flood of denials keeps control from hearing of it: the sidecar makes one at a time.
+            (_, Judged::AsProbe) => self.add_in_full(view, instance),
             (Outcome::Permit, Judged::AtStart) => self.count_permit(view),
             (Outcome::Permit, Judged::WhileOpen) => true,
             (Outcome::Deny | Outcome::StepUp, _) => self.count_in_full(view, instance),
@@ -260,10 +262,15 @@ impl Tally {
         if self.full_count == FULL_MAX {
             return false;
         }
+        let added = self.add_in_full(view, instance);
+        self.full_count += usize::from(added);
+        added
+    }
+
+    fn add_in_full(&mut self, view: &DecisionView<'_>, instance: &InstanceId) -> bool {
         let json = view.record(instance).and_then(|record| serde_json::to_vec(&record).ok());
-        self.full_count += usize::from(json.is_some());
-        let counted = json.is_some();
+        let added = json.is_some();
         self.full.extend(json.map(Bytes::from));
-        counted
+        added
     }
 }

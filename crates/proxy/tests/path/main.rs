@@ -5,6 +5,7 @@ mod hostile;
 mod limits;
 mod mesh;
 mod plain;
+mod probe;
 mod proof;
 mod streams;
 mod upstream;

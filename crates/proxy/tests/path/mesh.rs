@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use countersign_api::svid::{Bundle, TlsIdentity, X509Svid};
+use countersign_api::{
+    sidecar::Span,
+    svid::{Bundle, TlsIdentity, X509Svid},
+};
 use countersign_core::{
     change::Revision,
     contract::Contract,
@@ -22,7 +25,7 @@ use countersign_core::{
     view::{View, ViewPolicy, ViewRoute, VisibleService},
 };
 use countersign_proxy::{
-    App, Door, Endpoint, Setup, Shared,
+    App, Door, Endpoint, Setup, Shared, Tracing,
     decided::{Decided, DecisionId, Recorder, Shed},
     workers,
 };
@@ -37,7 +40,7 @@ use time::OffsetDateTime;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::oneshot,
+    sync::{mpsc, oneshot},
 };
 
 pub const EVERYONE: &str = r#"permit(principal, action, resource);"#;
@@ -107,6 +110,8 @@ pub struct Recorded {
     pub ended: Option<Ended>,
     pub reason: Reason,
     pub operation: Option<String>,
+    pub trace_id: String,
+    pub first_contact: bool,
 }
 
 struct Keep {
@@ -128,6 +133,8 @@ impl Recorder for Keep {
             ended: decided.ended.clone(),
             reason: decided.decision.reason,
             operation: decided.decision.operation.as_deref().map(str::to_owned),
+            trace_id: decided.trace_id.map(|id| id.to_string()).unwrap_or_default(),
+            first_contact: decided.query.context.first_contact,
         });
         Ok(())
     }
@@ -225,6 +232,7 @@ pub struct Sidecar {
     pub records: Arc<Mutex<Vec<Recorded>>>,
     /// Its record has no room while this is set.
     pub full: Arc<AtomicBool>,
+    pub spans: Mutex<mpsc::Receiver<Span>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -250,7 +258,9 @@ impl Sidecar {
             socket: Box::new(|| socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)),
         });
         let worker_count = recorders.len();
-        let shared = Arc::new(Shared::new(Setup { instance: instance.clone(), app, worker_count, tracing: None }));
+        let (tracing, spans) = Tracing::new(None);
+        let setup = Setup { instance: instance.clone(), app, worker_count, tracing: Some(tracing) };
+        let shared = Arc::new(Shared::new(setup));
         let threads = workers::start(&shared, recorders).unwrap();
         let open = |door| {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -260,7 +270,7 @@ impl Sidecar {
         };
         let (inbound, outbound) = (open(Door::Inbound), open(Door::ForwardProxy));
         let (records, full) = (Arc::default(), Arc::default());
-        Self { shared, service, instance, inbound, outbound, records, full, threads }
+        Self { shared, service, instance, inbound, outbound, records, full, spans: Mutex::new(spans), threads }
     }
 
     /// A loopback listener for `upstream`.
