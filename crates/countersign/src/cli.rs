@@ -15,7 +15,7 @@ use countersign_core::{
 };
 
 use crate::{
-    agent, apply, authority, change, control, decision, deploy, doctor,
+    agent, apply, authority, change, control, decision, declare, deploy, doctor,
     error::{Done, Failure},
     exec, host,
     identity::{self, IdentityVerb},
@@ -226,6 +226,11 @@ pub enum ServiceVerb {
         /// Its name
         service: ServiceName,
     },
+    /// Write a new service into mesh.toml, beside what stands there
+    ///
+    /// It changes that file and nothing else; `plan` shows what it means for the mesh, and `apply` asks for it. Without a command after
+    /// `--` the service runs already and listens at `--port`.
+    Declare(declare::DeclareArguments),
     /// Say which executables may be instances of a service; from the first one on any other waits and does not run
     ///
     /// It adds to what was admitted before, so that the old and the new run beside each other; `--only` takes the old back.
@@ -430,6 +435,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             ask(service::change(&place(&global)?, Change::ResumeService { name: service }, &who, output))
         }
         Command::Service(ServiceVerb::Show { service }) => ask(service::show(&place(&global)?, &service, output)),
+        Command::Service(ServiceVerb::Declare(arguments)) => declare::declare(&arguments, &place(&global)?, output),
         Command::Service(ServiceVerb::Deploy(arguments)) => ask(deploy::deploy(arguments, &place(&global)?, output)),
         Command::Service(ServiceVerb::Artifact { command }) => deploy::show(&command, output),
         Command::Operator(verb) => ask(operator::operator(verb, &place(&global)?, output)),

@@ -12,6 +12,7 @@ mod cli;
 mod client;
 mod control;
 mod decision;
+mod declare;
 mod deploy;
 mod diff;
 mod difference;

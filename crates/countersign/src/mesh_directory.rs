@@ -35,6 +35,11 @@ pub fn load(dir: &Path) -> Result<Directory, Failure> {
 
 /// The text of every file that the mesh directory consists of, and what cannot be text.
 pub fn read(dir: &Path) -> Result<(Files, Vec<Mistake>), Failure> {
+    read_with(dir, None)
+}
+
+/// As [`read`], with another text in place of that of `mesh.toml`.
+pub fn read_with(dir: &Path, mesh_toml: Option<&str>) -> Result<(Files, Vec<Mistake>), Failure> {
     let could_not = |path: &Path, e: &io::Error| {
         Failure::new(format!("could not read `{}`", path.display()))
             .because(e)
@@ -69,6 +74,7 @@ pub fn read(dir: &Path) -> Result<(Files, Vec<Mistake>), Failure> {
             Err(no_text) => mistakes.push(unreadable(name, no_text)),
         }
     }
+    files.extend(mesh_toml.map(|text| (MESH_FILE.to_owned(), text.to_owned())));
     let contracts = files.get(MESH_FILE).map(|text| directory::contract_files(text)).unwrap_or_default();
     for name in contracts {
         let path = dir.join(&name);
