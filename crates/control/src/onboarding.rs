@@ -7,6 +7,7 @@ use countersign_api::local::{Checked, IdentityFilter, Problem};
 use countersign_core::{
     change::{Change, ChangeSet, Member},
     identity::ServiceName,
+    service::Protocol,
     state::{Barred, MeshState},
 };
 
@@ -38,7 +39,22 @@ pub async fn checklist(plane: &Plane, service: &ServiceName) -> Result<Vec<Check
         found,
         help: (!holds).then_some(help),
     };
-    Ok(vec![
+    let contract = spec.filter(|spec| spec.protocol.has_operations()).map(|spec| {
+        let found = match (&spec.contract, spec.without_contract) {
+            (Some(digest), _) => {
+                let operations = plane.gate.contract(digest, &head).map_or(0, |contract| contract.operations().len());
+                format!("{operations} operations")
+            }
+            (None, true) => "none, as mesh.toml says: contract = \"none\"".to_owned(),
+            (None, false) => "none".to_owned(),
+        };
+        let help = format!(
+            "name its operations in mesh.toml, `contract = \"contracts/{service}.{}\"`, or say that it has none on purpose: `contract = \"none\"`; then apply",
+            if spec.protocol == Protocol::Grpc { "binpb" } else { "yaml" },
+        );
+        check("contract", found, spec.contract.is_some() || spec.without_contract, help)
+    });
+    let checked = vec![
         check("identity", format!("{good} certificates"), good > 0, start()),
         check("mutual TLS", format!("{} sidecars listen", instances.len()), !instances.is_empty(), start()),
         check(
@@ -69,7 +85,8 @@ pub async fn checklist(plane: &Plane, service: &ServiceName) -> Result<Vec<Check
                 "write one that names it, in policies/: `resource in Service::\"{service}\"` or `principal == Workload::\"{service}\"`"
             ),
         ),
-    ])
+    ];
+    Ok(checked.into_iter().chain(contract).collect())
 }
 
 /// Says what is missing of the services that a change-set would let in.

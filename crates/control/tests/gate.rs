@@ -25,6 +25,7 @@ use countersign_core::{
     identity::{FactorId, OperatorName},
     operator::EnrolledFactor,
     policy::Factor,
+    service::{Protocol, ServiceSpec},
 };
 use countersign_testkit::authenticator::App;
 use support::{Plane, config, declare, name, trust_domain};
@@ -650,14 +651,18 @@ async fn a_new_service_is_found_by_nobody_until_it_is_approved_with_all_of_its_c
         let checklist: Vec<Checked> = mesh.plane.get("/v1/services/shop/checklist").await;
         checklist.into_iter().filter(|one| one.help.is_some()).map(|one| one.what).collect::<Vec<_>>()
     };
-    assert_eq!(missing().await, ["identity", "enforcement", "telemetry", "policy"]);
+    assert_eq!(missing().await, ["identity", "enforcement", "telemetry", "policy", "contract"]);
     let shown = mesh.shown(&alice);
     let refused = mesh.apply(vec![approve()], &shown).await.unwrap_err();
     assert_eq!((refused.status, &*refused.title), (422, "service `shop` cannot be approved yet"));
-    assert_eq!(refused.detail.unwrap().lines().count(), 4);
+    assert_eq!(refused.detail.unwrap().lines().count(), 5);
     let (policy, bodies) = support::permit("web-reads-shop", "web", "shop");
     mesh.apply_with(vec![policy], bodies, &shown).await.expect("the code was not used up");
     agent.issue("shop/1").await.unwrap();
+    assert_eq!(missing().await, ["enforcement", "telemetry", "contract"]);
+    let waived = ServiceSpec { without_contract: true, ..ServiceSpec::new(Protocol::Http) };
+    let waive = Change::DeclareService { name: shop(), spec: waived };
+    mesh.apply(vec![waive], &mesh.shown(&alice)).await.expect("told to do without, in the ledger");
     assert_eq!(missing().await, ["enforcement", "telemetry"]);
     let nonce = agent.begin_probe("shop/1").await.unwrap();
     let (record, probed) = support::Stream::probed("shop/1", &nonce);

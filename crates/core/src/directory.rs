@@ -525,6 +525,7 @@ payments = { port = 1, contract = \"contracts/payments.yaml\" }
 refunds = { port = 2, contract = \"contracts/payments.yaml\" }
 orders = { port = 3, protocol = \"grpc\", contract = \"orders.binpb\" }
 web = { port = 4 }
+page = { port = 5, contract = \"none\" }
 ";
         assert_eq!(contract_files(toml).into_iter().collect::<Vec<_>>(), ["contracts/payments.yaml", "orders.binpb"]);
         // file { package: "shop" service { name: "Orders" method { name: "Place" } } }
@@ -536,6 +537,8 @@ web = { port = 4 }
         assert_eq!(of("payments").spec.contract, of("refunds").spec.contract);
         assert_eq!(&*of("orders").contract.as_ref().unwrap().operations()[0].name, "shop.Orders/Place");
         assert_eq!((of("web").spec.contract, &of("web").contract), (None, &None));
+        assert_eq!((of("page").spec.contract, &of("page").contract), (None, &None));
+        assert_eq!(["web", "page", "orders"].map(|name| of(name).spec.without_contract), [false, true, false]);
 
         let plan = plan(&directory, &MeshState::default(), Revision(0)).unwrap();
         let state = MeshState::default().apply_all(&plan.change_set).unwrap();

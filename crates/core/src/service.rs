@@ -59,6 +59,9 @@ pub struct ServiceSpec {
     /// the digests of older histories stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contract: Option<Digest>,
+    /// It has none on purpose (`contract = "none"`): a new service of a protected mesh is let in without one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub without_contract: bool,
 }
 
 /// How old a view may be when nothing else is said, in seconds.
@@ -79,7 +82,15 @@ impl ServiceSpec {
             sensitivity: None,
             exchanges_max: EXCHANGES_MAX_DEFAULT,
             contract: None,
+            without_contract: false,
         }
+    }
+}
+
+impl Protocol {
+    /// Whether what speaks it has operations, and so can have a contract.
+    pub fn has_operations(self) -> bool {
+        self != Self::Tcp
     }
 }
 

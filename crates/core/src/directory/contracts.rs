@@ -18,6 +18,8 @@ use crate::{
     service::Protocol,
 };
 
+/// In place of a path: the service has no contract, on purpose.
+const NONE: &str = "none";
 /// Longest path of a contract, in bytes.
 const PATH_BYTES_MAX: usize = 255;
 
@@ -59,6 +61,9 @@ impl<'f> Contracts<'f> {
     /// The contract of the service that `table` describes. What is wrong with it is told of the file that it stands in.
     pub(super) fn of(&self, table: &Table<'_>, protocol: Protocol) -> Option<Contract> {
         let At { at, value: path } = table.string("contract")?;
+        if path == NONE && protocol.has_operations() {
+            return None;
+        }
         let refuse = |what: String, help: &str| {
             table.mistake(at.clone(), what, help);
             None
@@ -88,6 +93,11 @@ impl<'f> Contracts<'f> {
         let mut read = self.read.borrow_mut();
         let (_, contract) = read.entry(path.to_owned()).or_insert_with(|| read_file(path, text));
         contract.clone()
+    }
+
+    /// Whether the service that `table` describes says that it has none.
+    pub(super) fn is_waived(table: &Table<'_>) -> bool {
+        table.get("contract").is_some_and(|given| given.get_ref().as_str() == Some(NONE))
     }
 
     /// The files that were read, with their mistakes.

@@ -271,6 +271,7 @@ fn read_service<'t>(
         sensitivity: group(table, "sensitivity"),
         exchanges_max: table.whole("exchanges_max", EXCHANGES).map_or(defaults.exchanges_max, |found| found as u32),
         contract: contract.as_ref().map(Contract::digest),
+        without_contract: protocol.has_operations() && Contracts::is_waived(table),
     };
     LocalService { run, port, env, instances, spec, contract }
 }

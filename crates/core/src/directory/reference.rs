@@ -223,10 +223,11 @@ pub(super) const SERVICE: &[Key] = &[
     ),
     key(
         "contract",
-        "path",
-        "none",
+        "path, `\"none\"`",
+        "not said",
         "The file below the mesh directory that says which operations it has: an OpenAPI document (`.yaml`, `.yml`, `.json`), for `grpc` \
-         a descriptor set (`.binpb`, `.pb`, `.desc`). A request that is none of them is denied: [contracts.md](contracts.md).",
+         a descriptor set (`.binpb`, `.pb`, `.desc`). A request that is none of them is denied: [contracts.md](contracts.md). \
+         `\"none\"`: it has none on purpose; a new http or grpc service of a protected mesh says one or the other before it is let in.",
     ),
     key("namespace", "name", "none", "Groups services for policies: `resource in Namespace::\"…\"`."),
     key(
