@@ -11,7 +11,7 @@ use countersign_api::mesh::{
     self, FollowEvent, FollowHello, FollowRequest, ReadHeadRequest, follow_event::Event, follow_request::Message,
     mesh_client::MeshClient,
 };
-use countersign_core::change::Revision;
+use countersign_core::{canonical::Digest, change::Revision};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming, transport::Channel};
@@ -291,7 +291,10 @@ async fn keep_in_step(host: &Host, channel: Channel) -> std::convert::Infallible
     loop {
         tick.tick().await;
         let asked_at = Instant::now();
-        match client.read_head(ReadHeadRequest {}).await {
+        let bundle = host.tls.bundle();
+        let roots = bundle.authorities().iter().map(|root| Digest::of(root).0.to_vec().into());
+        let ask = ReadHeadRequest { x509_authorities_sha256: roots.collect() };
+        match client.read_head(ask).await {
             Ok(head) => {
                 let head = head.into_inner();
                 while !holds(host, &head) {

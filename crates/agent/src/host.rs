@@ -8,7 +8,10 @@ use countersign_api::{
     signals::SignalsRefused,
     svid::{Bundle, SvidError, TlsIdentity},
 };
-use countersign_core::identity::{ServiceName, TrustDomain};
+use countersign_core::{
+    canonical::Digest,
+    identity::{ServiceName, TrustDomain},
+};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, watch};
 use tonic::transport::Channel;
@@ -39,6 +42,7 @@ pub(crate) struct Host {
     pub(crate) address: IpAddr,
     pub(crate) tls: Arc<TlsIdentity>,
     key_pkcs8_der: Mutex<Zeroizing<Vec<u8>>>, // of `tls`'s SVID
+    pinned: Option<Digest>,
     pub(crate) bundle: watch::Sender<mesh::Bundle>,
     /// The open channel to control, for questions beside the stream.
     pub(crate) channel: watch::Sender<Option<Channel>>,
@@ -89,7 +93,7 @@ pub(crate) struct Parts {
 
 impl Host {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Issued { svid, key_pkcs8_der, bundle } = parts.identity;
+        let Issued { svid, key_pkcs8_der, bundle, pinned } = parts.identity;
         let trust_domain = bundle.trust_domain().clone();
         let (tls, signals) = (TlsIdentity::new(svid, bundle.clone()), Heard::load(&parts.dir));
         tls.heed(signals.now());
@@ -100,6 +104,7 @@ impl Host {
             tls,
             signals,
             key_pkcs8_der: Mutex::new(key_pkcs8_der),
+            pinned,
             trust_domain,
             name: parts.name,
             data_dir: parts.data_dir,
@@ -155,7 +160,7 @@ impl Host {
 
     /// Takes a new identity of the agent into use; connections made from now on show it.
     pub(crate) fn renew(&self, issued: Issued) {
-        let Issued { svid, key_pkcs8_der, bundle } = issued;
+        let Issued { svid, key_pkcs8_der, bundle, pinned: _ } = issued;
         *self.key_pkcs8_der.lock() = key_pkcs8_der;
         self.tls.renew(svid);
         // Verified when it was accepted; of the own trust domain, because the SVID is.
@@ -167,7 +172,8 @@ impl Host {
     /// Writes the identity down. A host that cannot goes on, and has to be invited again after a restart.
     pub(crate) fn keep_identity(&self) {
         let key = self.key_pkcs8_der.lock();
-        if let Err(error) = crate::join::keep_identity(&self.dir, &self.tls.svid(), &key, &self.tls.bundle()) {
+        let (svid, bundle) = (self.tls.svid(), self.tls.bundle());
+        if let Err(error) = crate::join::keep_identity(&self.dir, &svid, &key, &bundle, self.pinned) {
             tracing::warn!(%error, dir = %self.dir.display(), "could not keep the agent's identity");
         }
     }

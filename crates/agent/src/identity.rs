@@ -15,7 +15,7 @@ use countersign_core::{
     identity::InstanceId,
     signal::{Serial, Signals},
 };
-use rustls_pki_types::UnixTime;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
@@ -75,7 +75,7 @@ pub(crate) async fn keep_fresh(
         match issue(&host, &instance, artifact()).await {
             Ok(issued) => {
                 backoff.reset();
-                let (renew_in, serial) = (renew_in(&issued), issued.svid.serial());
+                let (renew_in, serial, shown) = (renew_in(&issued), issued.svid.serial(), issued.svid.chain().to_vec());
                 tracing::debug!(%instance, svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), ?renew_in, "an identity was issued");
                 // Control's bundle beside an identity is as good as one on the stream.
                 let _ = host.trust(&issued.bundle.to_message());
@@ -84,6 +84,7 @@ pub(crate) async fn keep_fresh(
                     () = tokio::time::sleep(renew_in) => {}
                     // What was issued is worth nothing; whether there is to be another is control's to say.
                     () = revoked(&host, serial) => tracing::warn!(%instance, "an identity was revoked; another is asked for"),
+                    () = tainted(&host, &shown) => tracing::info!(%instance, "an identity rests on a root that is tainted; another is asked for"),
                 }
             }
             Err(error) => {
@@ -104,6 +105,16 @@ async fn revoked(host: &Host, serial: Option<Serial>) {
     let _ = signals.wait_for(is_revoked).await;
 }
 
+/// Returns once nothing but a tainted root verifies `chain`: what is issued now rests on another.
+async fn tainted(host: &Host, chain: &[CertificateDer<'_>]) {
+    let mut bundles = host.bundle.subscribe();
+    tokio::time::sleep(RENEW_APART).await;
+    while !host.tls.bundle().rests_on_tainted(chain, now()) {
+        // It cannot fail: the sender lies in `host`.
+        let _ = bundles.changed().await;
+    }
+}
+
 /// Keeps the agent's own identity fresh until dropped.
 pub(crate) async fn keep_agent_fresh(host: Arc<Host>) {
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
@@ -111,14 +122,21 @@ pub(crate) async fn keep_agent_fresh(host: Arc<Host>) {
         let svid = host.tls.svid();
         renew_after(svid.not_before(), svid.not_after())
     };
-    tokio::time::sleep(until_renewal(&host)).await;
+    let is_due = async |host: &Host| {
+        let shown = host.tls.svid().chain().to_vec();
+        tokio::select! {
+            () = tokio::time::sleep(until_renewal(host)) => {}
+            () = tainted(host, &shown) => tracing::info!("the agent's identity rests on a root that is tainted"),
+        }
+    };
+    is_due(&host).await;
     loop {
         match renew(&host).await {
             Ok(issued) => {
                 backoff.reset();
                 tracing::info!(svid.id = %issued.svid.id(), svid.not_after = issued.svid.not_after(), "the agent renewed its identity");
                 host.renew(issued);
-                tokio::time::sleep(until_renewal(&host)).await;
+                is_due(&host).await;
             }
             Err(error) => {
                 let retry_in = backoff.next_delay();

@@ -174,7 +174,7 @@ impl SigningRequest {
             return Err(IssuedError::SomeoneElse { wanted, got: peer.id().clone() });
         }
         let svid = X509Svid::parse(chain, self.key_pkcs8_der.to_vec())?;
-        Ok(Issued { svid, key_pkcs8_der: self.key_pkcs8_der, bundle })
+        Ok(Issued { svid, key_pkcs8_der: self.key_pkcs8_der, bundle, pinned: None })
     }
 }
 
@@ -183,6 +183,8 @@ pub(crate) struct Issued {
     pub(crate) svid: X509Svid,
     pub(crate) key_pkcs8_der: Zeroizing<Vec<u8>>,
     pub(crate) bundle: Bundle,
+    /// The root that the join token named by which this host came into its mesh: it may be revoked since.
+    pub(crate) pinned: Option<Digest>,
 }
 
 /// Trades `token` for the identity of `host`.
@@ -216,7 +218,7 @@ pub(crate) async fn join(
     if !identity.bundle.authorities().iter().any(|root| Digest::of(root) == token.root_sha256) {
         return Err(issued(IssuedError::OtherRoot));
     }
-    Ok(identity)
+    Ok(Issued { pinned: Some(token.root_sha256), ..identity })
 }
 
 /// The agent's identity as it lies in its directory, in a file only its own uid can open.
@@ -230,6 +232,10 @@ struct Kept {
     bundle: Vec<String>, // DER, base64url
     #[serde(default)]
     jwt_authorities: Vec<KeptJwtAuthority>,
+    #[serde(default)]
+    tainted: Vec<Digest>,
+    #[serde(default)]
+    pinned: Option<Digest>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -256,7 +262,13 @@ pub enum KeptError {
 }
 
 /// Writes an agent's identity below `dir`, whole or not at all.
-pub(crate) fn keep_identity(dir: &Path, svid: &X509Svid, key_pkcs8_der: &[u8], bundle: &Bundle) -> std::io::Result<()> {
+pub(crate) fn keep_identity(
+    dir: &Path,
+    svid: &X509Svid,
+    key_pkcs8_der: &[u8],
+    bundle: &Bundle,
+    pinned: Option<Digest>,
+) -> std::io::Result<()> {
     let text = |der: &CertificateDer<'_>| URL_SAFE_NO_PAD.encode(der);
     let kept = Kept {
         format: 1,
@@ -270,6 +282,8 @@ pub(crate) fn keep_identity(dir: &Path, svid: &X509Svid, key_pkcs8_der: &[u8], b
             .iter()
             .map(|key| KeptJwtAuthority { key_id: key.key_id.clone(), point: URL_SAFE_NO_PAD.encode(&key.point) })
             .collect(),
+        tainted: bundle.tainted().to_vec(),
+        pinned,
     };
     keep::write(&dir.join(FILE), &Zeroizing::new(serde_json::to_vec(&kept)?))
 }
@@ -295,13 +309,17 @@ impl Issued {
             let point = URL_SAFE_NO_PAD.decode(&key.point).map_err(|e| damaged(&e))?;
             Ok::<_, KeptError>(JwtAuthority { key_id: key.key_id.clone(), point })
         });
-        let bundle = bundle.with_jwt_authorities(jwt.collect::<Result<_, _>>()?);
-        Ok(Some(Self { svid, key_pkcs8_der, bundle }))
+        let bundle = bundle.with_jwt_authorities(jwt.collect::<Result<_, _>>()?).with_tainted(kept.tainted.clone());
+        Ok(Some(Self { svid, key_pkcs8_der, bundle, pinned: kept.pinned }))
     }
 
-    /// Whether it can still be used as `host`, by a mesh whose root `token` names, at `now`.
+    /// Whether it can still be used as `host`, by the mesh of which `token` names a root, at `now`: one by which it verifies, or the one
+    /// by which it joined.
     pub(crate) fn serves(&self, host: &ServiceName, token: Option<&JoinToken>, now: UnixTime) -> bool {
-        let pinned = |token: &JoinToken| self.bundle.authorities().iter().any(|r| Digest::of(r) == token.root_sha256);
+        let pinned = |token: &JoinToken| {
+            let is_held = self.bundle.authorities().iter().any(|root| Digest::of(root) == token.root_sha256);
+            is_held || self.pinned == Some(token.root_sha256)
+        };
         *self.svid.id() == self.bundle.trust_domain().agent(host)
             && token.is_none_or(pinned)
             && verify_peer(self.svid.chain(), &self.bundle, now, PeerSide::Client).is_ok()

@@ -15,6 +15,7 @@
 //! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
 //! | `GET /v1/services/{service}/checklist` | | `[`[`Checked`]`]`: what has to be there before it is let in |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
+//! | `POST /v1/authority/steps` | [`StepAs`] | [`Stepped`] |
 //! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
 //! | `GET /v1/signals/{number}/wait?timeout_ms=N` | | [`SignalWaited`] |
@@ -207,7 +208,7 @@ impl fmt::Display for KeyPlace {
 /// Asks for another key-encryption key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Rotate {
+pub struct Reseal {
     /// Where the next one comes from; a file that is not there is made.
     pub next: KeyPlace,
     /// Who asks, and what they show for it.
@@ -216,7 +217,7 @@ pub struct Rotate {
 
 /// Every key is sealed with another key-encryption key now.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rotated {
+pub struct SealedAnew {
     /// What tells it from others.
     pub fingerprint: Digest,
     /// Where it comes from, and how the next start is told.
@@ -816,18 +817,99 @@ pub struct AuthorityView {
     pub trust_domain: TrustDomain,
     /// Rises when the bundle changes.
     pub bundle_sequence: u64,
-    /// Root certificates, PEM.
+    /// Root certificates, PEM; that of the root that signs is first.
     pub bundle_pem: String,
-    /// The intermediate that signs now.
-    pub issuing: CertificateView,
-    /// The roots.
-    pub roots: Vec<CertificateView>,
+    /// The roots, in the order in which they were prepared.
+    pub roots: Vec<RootView>,
     /// How SVIDs are issued.
     pub svid_lifetime_seconds: u64,
     /// Where the key that seals the keys comes from.
     pub sealed_by: String,
     /// What verifies the ledger's checkpoints: a C2SP vkey. Its name is the ledger's origin.
     pub log_key: String,
+}
+
+/// A root of the trust domain and what signs below it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootView {
+    /// What commands call it. Rises, and is never given again.
+    pub number: u32,
+    /// How far it is on its way.
+    pub state: AuthorityState,
+    /// Since when, in milliseconds since 1970.
+    pub since_ms: u64,
+    /// Its certificate.
+    pub root: CertificateView,
+    /// Its intermediate.
+    pub issuing: CertificateView,
+}
+
+/// What a root of the trust domain does. One that is revoked is not there any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuthorityState {
+    /// It verifies, so that everybody knows it before it signs; it signs nothing.
+    Prepared,
+    /// It signs.
+    Active,
+    /// It signed before, and verifies what it signed.
+    Old,
+    /// The same, and whoever has an identity that rests on it asks for another at once.
+    Tainted,
+}
+
+impl fmt::Display for AuthorityState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Prepared => "prepared",
+            Self::Active => "active",
+            Self::Old => "old",
+            Self::Tainted => "tainted",
+        })
+    }
+}
+
+/// One step of the rotation of roots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum AuthorityStep {
+    /// Whichever comes next: prepare, or activate what is prepared.
+    Next,
+    /// Make another root, which verifies and signs nothing.
+    Prepare,
+    /// Let the prepared root of this number sign.
+    Activate(u32),
+    /// Let nothing new rest on the old root of this number.
+    Taint(u32),
+    /// Take the root of this number out of the bundle.
+    Revoke(u32),
+}
+
+/// A step that somebody asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepAs {
+    /// Which.
+    pub step: AuthorityStep,
+    /// Whether a root is revoked on which identities still rest.
+    #[serde(default)]
+    pub force: bool,
+    /// Who asks, and what the gate is shown for it.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// A step that was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stepped {
+    /// Which; never [`AuthorityStep::Next`].
+    pub step: AuthorityStep,
+    /// The root that it was about.
+    pub number: u32,
+    /// Identities that rested on it and are cut.
+    pub cut: usize,
+    /// The roots after it.
+    pub roots: Vec<RootView>,
 }
 
 /// One certificate, for people.
@@ -861,6 +943,9 @@ pub struct IdentityFilter {
     /// Those of this key: the SHA-256 of its SubjectPublicKeyInfo.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<Digest>,
+    /// Those that rest on this root, by its number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub authority: Option<u32>,
 }
 
 impl IdentityFilter {
@@ -887,6 +972,8 @@ pub struct IdentityView {
     pub issued_at_ms: u64,
     /// When it expires, in milliseconds since 1970.
     pub expires_at_ms: u64,
+    /// The number of the root that it rests on.
+    pub authority: u32,
     /// When, by whom and why it was revoked, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked: Option<RevokedBy>,

@@ -87,6 +87,7 @@ pub struct Bundle {
     sequence: u64,
     authorities: Vec<CertificateDer<'static>>,
     jwt_authorities: Vec<JwtAuthority>,
+    tainted: Vec<Digest>, // of authorities
 }
 
 /// A key that verifies JWT-SVIDs: ECDSA P-256.
@@ -229,7 +230,14 @@ impl Bundle {
         for authority in &authorities {
             webpki::anchor_from_trusted_cert(authority).map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
         }
-        Ok(Self { trust_domain, sequence, authorities, jwt_authorities: Vec::new() })
+        Ok(Self { trust_domain, sequence, authorities, jwt_authorities: Vec::new(), tainted: Vec::new() })
+    }
+
+    /// The same, with those among the authorities that nothing new is to rest on, by their SHA-256.
+    pub fn with_tainted(mut self, tainted: Vec<Digest>) -> Self {
+        let is_ours = |digest: &Digest| self.authorities.iter().any(|authority| Digest::of(authority) == *digest);
+        self.tainted = tainted.into_iter().filter(is_ours).collect();
+        self
     }
 
     /// The same, with keys that verify JWT-SVIDs. What is no point of P-256 verifies nothing and is left out.
@@ -243,8 +251,9 @@ impl Bundle {
         let authorities = message.x509_authorities_der.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
         let jwt = message.jwt_authorities.iter();
         let jwt = jwt.map(|key| JwtAuthority { key_id: key.key_id.clone(), point: key.point.to_vec() }).collect();
+        let tainted = message.tainted_sha256.iter().filter_map(|sha256| sha256[..].try_into().ok().map(Digest));
         let bundle = Self::new(TrustDomain::parse(&message.trust_domain)?, message.sequence, authorities)?;
-        Ok(bundle.with_jwt_authorities(jwt))
+        Ok(bundle.with_jwt_authorities(jwt).with_tainted(tainted.collect()))
     }
 
     /// The message that carries it.
@@ -258,6 +267,7 @@ impl Bundle {
                 .iter()
                 .map(|key| mesh::JwtAuthority { key_id: key.key_id.clone(), point: key.point.clone().into() })
                 .collect(),
+            tainted_sha256: self.tainted.iter().map(|digest| digest.0.to_vec().into()).collect(),
         }
     }
 
@@ -274,6 +284,22 @@ impl Bundle {
     /// The root certificates.
     pub fn authorities(&self) -> &[CertificateDer<'static>] {
         &self.authorities
+    }
+
+    /// Those among them that nothing new is to rest on, by their SHA-256.
+    pub fn tainted(&self) -> &[Digest] {
+        &self.tainted
+    }
+
+    /// Whether `chain` (leaf first) verifies by tainted authorities alone: then it is to be replaced, and is good until it is.
+    pub fn rests_on_tainted(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> bool {
+        if self.tainted.is_empty() {
+            return false;
+        }
+        let is_sound = |authority: &&CertificateDer<'static>| !self.tainted.contains(&Digest::of(authority));
+        let sound = Self { authorities: self.authorities.iter().filter(is_sound).cloned().collect(), ..self.clone() };
+        verify_peer(chain, self, now, PeerSide::Server).is_ok()
+            && verify_peer(chain, &sound, now, PeerSide::Server).is_err()
     }
 
     /// The keys that verify JWT-SVIDs.

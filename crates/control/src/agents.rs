@@ -14,6 +14,7 @@ use std::{
 use bytes::{Buf, BufMut, Bytes};
 use futures_util::{StreamExt, stream};
 use prost::Message;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -31,7 +32,7 @@ use tonic::{
 use countersign_api::{
     mesh::{self, follow_event::Event, follow_request::Message as Said},
     signals,
-    svid::{ClientCertificate, TlsIdentity, VerifiedPeer},
+    svid::{Bundle, ClientCertificate, PeerSide, TlsIdentity, VerifiedPeer, verify_peer},
 };
 use countersign_core::{
     change::Revision,
@@ -111,6 +112,8 @@ async fn accept(listener: TcpListener, identity: Arc<TlsIdentity>, accepted: mps
             }
         };
         let (acceptor, accepted, strangers) = (acceptor.clone(), accepted.clone(), strangers.clone());
+        // From before the handshake: it is looked at again if this one is not in force any more.
+        let bundle = identity.bundle();
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             let handshake = tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await;
@@ -120,7 +123,10 @@ async fn accept(listener: TcpListener, identity: Arc<TlsIdentity>, accepted: mps
                 Ok(Err(error)) => return tracing::info!(%origin, %error, "a handshake was refused"),
                 Err(_) => return tracing::info!(%origin, "a handshake took too long"),
             };
-            let peer = VerifiedPeer::of_connection(stream.get_ref().1);
+            let peer = VerifiedPeer::of_connection(stream.get_ref().1).map(|verified| {
+                let chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+                Arc::new(Proven { verified, chain, bundle })
+            });
             let leaves = match &peer {
                 Some(_) => None,
                 None => match strangers.try_acquire_owned() {
@@ -129,7 +135,7 @@ async fn accept(listener: TcpListener, identity: Arc<TlsIdentity>, accepted: mps
                 },
             };
             // The server is gone when nobody takes it.
-            let _ = accepted.send(Connection { stream, peer: peer.map(Arc::new), leaves }).await;
+            let _ = accepted.send(Connection { stream, peer, leaves }).await;
         });
     }
 }
@@ -137,13 +143,40 @@ async fn accept(listener: TcpListener, identity: Arc<TlsIdentity>, accepted: mps
 /// One TLS connection with who is at its other end.
 struct Connection {
     stream: TlsStream<TcpStream>,
-    peer: Option<Arc<VerifiedPeer>>,
+    peer: Option<Arc<Proven>>,
     leaves: Option<(Pin<Box<tokio::time::Sleep>>, tokio::sync::OwnedSemaphorePermit)>,
 }
 
 /// Who is at the other end of the connection that a request came on.
 #[derive(Clone)]
-struct Peer(Option<Arc<VerifiedPeer>>);
+struct Peer(Option<Arc<Proven>>);
+
+/// By what the other end proved who it is.
+struct Proven {
+    verified: VerifiedPeer,
+    chain: Vec<CertificateDer<'static>>,
+    /// What verified it.
+    bundle: Arc<Bundle>,
+}
+
+impl Proven {
+    /// Whether it is proven by what is trusted now.
+    fn holds(&self, plane: &Plane) -> bool {
+        let Some(identity) = plane.identity.borrow().clone() else { return false };
+        let trusted = identity.bundle();
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(plane.clock.now_ms()));
+        Arc::ptr_eq(&trusted, &self.bundle) || verify_peer(&self.chain, &trusted, now, PeerSide::Client).is_ok()
+    }
+
+    /// Returns once it is not.
+    async fn lost(&self, plane: &Plane) {
+        let mut trusted = plane.trusted.subscribe();
+        while self.holds(plane) {
+            // It cannot fail: the sender lies in `plane`.
+            let _ = trusted.changed().await;
+        }
+    }
+}
 
 impl Connected for Connection {
     type ConnectInfo = Peer;
@@ -189,13 +222,19 @@ impl Agents {
             self.0.metrics.refused("peer");
             Status::unauthenticated(what)
         };
-        let peer = peer.ok_or_else(|| refuse("show the agent's SVID; without one a host can only join"))?;
+        let proven = peer.ok_or_else(|| refuse("show the agent's SVID; without one a host can only join"))?;
+        let peer = &proven.verified;
         // A connection outlives the handshake that verified it: the SVID must not have expired since.
         if u64::try_from(peer.not_after()).unwrap_or(0) * 1000 < self.0.clock.now_ms() {
             return Err(refuse("the SVID of this connection has expired; connect again with a new one"));
         }
         if peer.serial().is_some_and(|serial| self.0.publisher.is_revoked(&serial)) {
             return Err(refuse("the SVID of this connection is revoked; the host has to be invited again"));
+        }
+        if !proven.holds(&self.0) {
+            return Err(refuse(
+                "the SVID of this connection rests on a root that is revoked; connect again with a new one",
+            ));
         }
         peer.id().agent_host().ok_or_else(|| {
             self.0.metrics.refused("peer");
@@ -238,6 +277,8 @@ impl Agents {
 
     async fn follow(&self, request: Request<Streaming<mesh::FollowRequest>>) -> Result<Response<EventStream>, Status> {
         let host = self.host_of(&request)?;
+        let proven = request.extensions().get::<Peer>().and_then(|peer| peer.0.clone());
+        let proven = proven.ok_or_else(|| Status::unauthenticated("show the agent's SVID"))?;
         let (expires_at_ms, serial) = (expiry_of(&request), serial_of(&request));
         let mut said = request.into_inner();
         let first = tokio::time::timeout(HELLO_WITHIN, said.message())
@@ -282,6 +323,8 @@ impl Agents {
             tokio::select! {
                 () = hear(said, &leaving) => {}
                 () = cut.cancelled() => {}
+                // Its root is revoked.
+                () = proven.lost(&leaving.plane) => {}
                 // What the handshake proved holds no longer than the SVID; by then the agent has a new one.
                 () = tokio::time::sleep(expires_in) => {}
             }
@@ -313,11 +356,11 @@ impl Drop for Leaving {
 /// When the SVID of the connection expires, in milliseconds since 1970.
 fn expiry_of<T>(request: &Request<T>) -> u64 {
     let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.clone());
-    peer.map_or(0, |peer| u64::try_from(peer.not_after()).unwrap_or(0) * 1000)
+    peer.map_or(0, |peer| u64::try_from(peer.verified.not_after()).unwrap_or(0) * 1000)
 }
 
 fn serial_of<T>(request: &Request<T>) -> Option<Serial> {
-    request.extensions().get::<Peer>()?.0.as_ref()?.serial()
+    request.extensions().get::<Peer>()?.0.as_ref()?.verified.serial()
 }
 
 /// Whether what the agent holds is a beginning of our ledger.
@@ -450,7 +493,9 @@ impl mesh::mesh_server::Mesh for Agents {
     }
 
     async fn read_head(&self, request: Request<mesh::ReadHeadRequest>) -> Result<Response<mesh::Head>, Status> {
-        self.host_of(&request)?;
+        let host = self.host_of(&request)?;
+        let roots = request.into_inner().x509_authorities_sha256;
+        self.0.publisher.registry(|registry| registry.holds(&host, &roots));
         Ok(Response::new(self.0.publisher.head()))
     }
 

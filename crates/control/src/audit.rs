@@ -102,6 +102,8 @@ pub enum Event {
     },
     /// Nothing was verified for long of what the sidecar of an instance should tell.
     TelemetrySilent { instance: String, host: String, since_ms: u64 },
+    /// A root of the trust domain was prepared, or moved on; by an operator or by the schedule.
+    AuthorityStepped { by: String, step: &'static str, number: u32, sha256: Digest, cut: usize },
     /// A join token was shown a second time.
     JoinTokenReused { host: String },
 }
@@ -389,6 +391,13 @@ mod tests {
                 names: vec!["web/1".into()],
             },
             Event::TelemetrySilent { instance: "web/1".into(), host: "h".into(), since_ms: 9 },
+            Event::AuthorityStepped {
+                by: "schedule".into(),
+                step: "prepare",
+                number: 2,
+                sha256: Digest::of(b"root"),
+                cut: 0,
+            },
             Event::JoinTokenReused { host: "h".into() },
         ];
         let dir = tempfile::tempdir().unwrap();

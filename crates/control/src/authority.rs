@@ -1,6 +1,7 @@
 //! The only room that signs. Two levels of ECDSA P-256: a root for ten years, which signs nothing but intermediates, and
 //! an intermediate for ninety days, which signs SVIDs. Their private keys lie sealed in the store; the root's is opened
-//! only to sign an intermediate and erased again. Beside them an Ed25519 key that signs the checkpoints of the ledger.
+//! only to sign an intermediate and erased again. A root is followed by the next one while the mesh runs ([`generations`]). Beside
+//! them an Ed25519 key that signs the checkpoints of the ledger.
 //!
 //! Who may have which SVID is decided by whoever calls; here a name becomes a certificate that keeps to X509-SVID: one
 //! URI SAN, `cA` false, digitalSignature only, both usages (sections 2, 4.1, 4.3, 4.4); signing certificates name the
@@ -17,11 +18,12 @@ use rcgen::{
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use time::OffsetDateTime;
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use countersign_api::{
-    local::{AuthorityView, CertificateView},
+    local::{AuthorityStep, AuthorityView, CertificateView, RootView},
     mesh,
     svid::{Bundle, SvidError, TlsIdentity, X509Svid, pem},
 };
@@ -36,11 +38,14 @@ use crate::{
     store::{IssuedSerial, Storage, Store, StoreError},
 };
 
+mod generations;
 pub mod jwt_key;
 pub mod log_key;
 pub mod note_key;
 pub mod seal;
 
+pub use generations::StepRefused;
+use generations::{Der, GENERATIONS, Generation, Generations, Made, Secret, root_key};
 use jwt_key::{JWT_KEYS, JwtKeys, SignedJwtSvid};
 use log_key::{LOG_KEY, LOG_SIGNED, LogKey};
 use seal::{Sealer, Unopened};
@@ -56,16 +61,17 @@ const CLOCK_SKEW: Duration = Duration::from_secs(60);
 /// Longest signing request we read, in bytes.
 const CSR_BYTES_MAX: usize = 8 * 1024;
 
+/// Before there were several roots.
 const ROOT_CERTIFICATE: &str = "authority/root/certificate";
-const ROOT_KEY: &str = "authority/root/key";
 const ISSUING_CERTIFICATE: &str = "authority/issuing/certificate";
 const ISSUING_KEY: &str = "authority/issuing/key";
 
 /// The authority of one trust domain.
 pub struct Authority {
     trust_domain: TrustDomain,
-    root: CertificateDer<'static>,
-    issuing: RwLock<Arc<Issuing>>,
+    held: RwLock<Arc<Held>>,
+    /// The number of the last step that is known here.
+    news: watch::Sender<u64>,
     jwt: JwtKeys,
     log: LogKey,
     sealer: Arc<Sealer>,
@@ -73,9 +79,16 @@ pub struct Authority {
     clock: Clock,
 }
 
+/// The roots as they are known here, and what signs now.
+struct Held {
+    /// As the store has it.
+    sealed: Vec<u8>,
+    generations: Generations,
+    issuing: Issuing,
+}
+
 /// The intermediate that signs now.
 struct Issuing {
-    certificate: CertificateDer<'static>,
     not_after_ms: u64,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -112,6 +125,9 @@ pub enum AuthorityError {
         /// Whose were asked for.
         wanted: TrustDomain,
     },
+    /// The step would leave the mesh without what it rests on.
+    #[error(transparent)]
+    Step(#[from] StepRefused),
     /// The signing request is none.
     #[error("the signing request is refused: {0}")]
     Request(&'static str),
@@ -143,22 +159,27 @@ impl SigningRequest {
 impl Authority {
     /// Opens the stored authority, if there is one.
     pub async fn open(storage: Storage, sealer: Arc<Sealer>, clock: Clock) -> Result<Option<Self>, AuthorityError> {
-        let read = |store: &mut dyn Store| store.keys(&[ROOT_CERTIFICATE, ISSUING_CERTIFICATE, ISSUING_KEY]);
+        let root_key = root_key(1);
+        let names = [GENERATIONS, ROOT_CERTIFICATE, ISSUING_CERTIFICATE, ISSUING_KEY, LOG_KEY, &root_key];
+        let names = names.map(str::to_owned);
+        let read = move |store: &mut dyn Store| store.keys(&names.each_ref().map(String::as_str));
         let stored = storage.run("authority_keys", read).await?;
-        let [root, issuing, key] = match <[_; 3]>::try_from(stored) {
-            Ok([None, None, None]) => return Ok(None),
-            Ok([Some(root), Some(issuing), Some(key)]) => [root, issuing, key],
-            _ => return Err(AuthorityError::Damaged("one of them is missing".into())),
+        let sealed = match <[_; 6]>::try_from(stored) {
+            Ok([Some(sealed), ..]) => sealed,
+            Ok([None, None, None, None, None, None]) => return Ok(None),
+            Ok([None, Some(root), Some(issuing), Some(key), _, Some(_)]) => {
+                begin_record(&storage, &sealer, [root, issuing, key], clock.now_ms()).await?
+            }
+            _ => return Err(AuthorityError::Damaged("the record of the roots is missing".into())),
         };
-        let root = CertificateDer::from(root);
-        let trust_domain = trust_domain_of(&root)?;
-        let issuing = Arc::new(Issuing::open(&sealer, CertificateDer::from(issuing), &key)?);
+        let held = Held::open(&sealer, sealed)?;
+        let trust_domain = held.generations.trust_domain.clone();
         let log = match LogKey::open(&trust_domain, storage.clone(), sealer.clone()).await? {
             Some(log) => log,
             None => LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?,
         };
         let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
-        let authority = Self { trust_domain, root, issuing: RwLock::new(issuing), jwt, log, sealer, storage, clock };
+        let authority = Self::of(held, jwt, log, sealer, storage, clock);
         authority.rotate().await?;
         Ok(Some(authority))
     }
@@ -174,35 +195,43 @@ impl Authority {
         clock: Clock,
     ) -> Result<Option<Self>, AuthorityError> {
         let now_ms = clock.now_ms();
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let params = signing_params(&trust_domain, "root", BasicConstraints::Constrained(1), now_ms, ROOT_LIFETIME);
-        let root = params.self_signed(&key)?.der().clone();
-        let root_key = serialized(&key);
-        let root_issuer = Issuer::from_ca_cert_der(&root, key)?;
-        let (issuing, issuing_key) = Issuing::create(&trust_domain, &root_issuer, now_ms)?;
-        let seals = sealer.clone();
-        let (root_der, issuing_der) = (root.to_vec(), issuing.certificate.to_vec());
+        let (made, root_secret) = make_root(&trust_domain, now_ms)?;
+        let generations = Generations::first(trust_domain.clone(), made, now_ms);
         let (log, log_secret) = LogKey::make(&trust_domain, storage.clone(), sealer.clone());
+        let seals = sealer.clone();
         let made = storage
             .run("authority_keys", move |store| {
                 let [log_key, nothing_signed] = log_secret.seal(&seals)?;
-                store.create_keys(&[
+                let (sealed, root) = (generations.seal(&seals)?, root_key(1));
+                let kept = store.create_keys(&[
                     (LOG_KEY, &log_key),
                     (LOG_SIGNED, &nothing_signed),
-                    (ROOT_CERTIFICATE, &root_der),
-                    (ROOT_KEY, &seals.seal(ROOT_KEY, &root_key)?),
-                    (ISSUING_CERTIFICATE, &issuing_der),
-                    (ISSUING_KEY, &seals.seal(ISSUING_KEY, &issuing_key)?),
+                    (&root, &seals.seal(&root, &root_secret.0)?),
+                    (GENERATIONS, &sealed),
                     (JWT_KEYS, &jwt_key::first(&seals, now_ms)?),
-                ])
+                ])?;
+                Ok(kept.then_some(sealed))
             })
             .await?;
-        if !made {
-            return Ok(None);
-        }
-        let issuing = RwLock::new(Arc::new(issuing));
+        let Some(sealed) = made else { return Ok(None) };
+        let held = Held::open(&sealer, sealed)?;
         let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
-        Ok(Some(Self { trust_domain, root, issuing, jwt, log, sealer, storage, clock }))
+        Ok(Some(Self::of(held, jwt, log, sealer, storage, clock)))
+    }
+
+    fn of(held: Held, jwt: JwtKeys, log: LogKey, sealer: Arc<Sealer>, storage: Storage, clock: Clock) -> Self {
+        let news = watch::Sender::new(held.generations.version);
+        let trust_domain = held.generations.trust_domain.clone();
+        Self { trust_domain, held: RwLock::new(Arc::new(held)), news, jwt, log, sealer, storage, clock }
+    }
+
+    fn held(&self) -> Arc<Held> {
+        self.held.read().clone()
+    }
+
+    /// Changes whenever another step becomes known here, whoever took it.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
     }
 
     /// The trust domain it speaks for.
@@ -215,71 +244,230 @@ impl Authority {
         &self.log
     }
 
-    /// SHA-256 of the root certificate: what a join token lets an agent recognise us by.
+    /// SHA-256 of the root that signs now: what a new join token lets an agent recognise us by.
     pub fn root_sha256(&self) -> Digest {
-        Digest::of(&self.root)
+        self.held().generations.active().sha256()
+    }
+
+    /// SHA-256 of each root by which an agent may recognise us: those that sign or signed, while they are in the bundle.
+    pub fn known_by(&self) -> Vec<Digest> {
+        let held = self.held();
+        let generations = &held.generations;
+        [Some(generations.active()), generations.old()].into_iter().flatten().map(Generation::sha256).collect()
+    }
+
+    /// SHA-256 of the root that is prepared.
+    pub fn prepared_sha256(&self) -> Option<Digest> {
+        self.held().generations.prepared().map(Generation::sha256)
     }
 
     /// The keys that verify this trust domain's SVIDs.
     pub fn bundle(&self) -> Bundle {
-        Bundle::new(self.trust_domain.clone(), self.jwt.sequence(), vec![self.root.clone()])
-            .expect("INVARIANT: the root was read as a signing certificate when the authority opened")
+        let held = self.held();
+        let generations = &held.generations;
+        // Both only rise, and one of them does with each change.
+        let sequence = self.jwt.sequence() + generations.version;
+        Bundle::new(generations.trust_domain.clone(), sequence, generations.roots())
+            .expect("INVARIANT: each root was read as a signing certificate when the record was opened")
             .with_jwt_authorities(self.jwt.authorities())
+            .with_tainted(generations.tainted())
     }
 
     /// Replaces what nears its end: the intermediate, and the key that signs JWT-SVIDs. What the old ones signed stays valid until it
-    /// expires. Whether anything was replaced.
+    /// expires. Takes up what other control planes did. Whether anything was replaced.
     pub async fn rotate(&self) -> Result<bool, AuthorityError> {
-        let (issuing, jwt) = (self.rotate_issuing().await?, self.jwt.rotate().await?);
-        Ok(issuing || jwt)
+        let (taken_up, issuing, jwt) = (self.catch_up().await?, self.rotate_issuing().await?, self.jwt.rotate().await?);
+        Ok(taken_up || issuing || jwt)
     }
 
     async fn rotate_issuing(&self) -> Result<bool, AuthorityError> {
-        let now_ms = self.clock.now_ms();
-        if self.issuing.read().not_after_ms > now_ms + ISSUING_OVERLAP.as_millis() as u64 {
-            return Ok(false);
+        let mut replaced = false;
+        loop {
+            let (held, now_ms) = (self.held(), self.clock.now_ms());
+            if held.issuing.not_after_ms > now_ms + ISSUING_OVERLAP.as_millis() as u64 {
+                return Ok(replaced);
+            }
+            let generations = &held.generations;
+            let Some(root) = self.root_issuer(generations.active()).await? else { return Ok(replaced) };
+            let (issuing, key) = make_issuing(&generations.trust_domain, &root, now_ms)?;
+            let cross = match generations.old() {
+                Some(old) => self.cross(generations, old, &key, &issuing).await?,
+                None => None,
+            };
+            let after = generations.renewed(Der(issuing), Secret::of(&key), cross);
+            replaced = true;
+            if self.swap(&held, after, None).await? {
+                return Ok(replaced);
+            }
         }
-        let seen = self.issuing.read().certificate.to_vec();
-        if self.reload(&seen).await? {
-            return Ok(true);
-        }
-        let sealed = self.storage.run("authority_keys", |store| store.key(ROOT_KEY)).await?;
-        let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the root's key is missing".into()))?;
-        let root_issuer = Issuer::from_ca_cert_der(&self.root, open_key(&self.sealer, ROOT_KEY, &sealed)?)?;
-        let (issuing, issuing_key) = Issuing::create(&self.trust_domain, &root_issuer, now_ms)?;
-        let (certificate, seals, before) = (issuing.certificate.to_vec(), self.sealer.clone(), seen.clone());
-        let swapped = self
-            .storage
-            .run("authority_keys", move |store| {
-                let sealed = seals.seal(ISSUING_KEY, &issuing_key)?;
-                let keys = [(ISSUING_CERTIFICATE, &certificate[..]), (ISSUING_KEY, &sealed)];
-                store.swap_key(ISSUING_CERTIFICATE, &before, &keys)
-            })
-            .await?;
-        if swapped {
-            *self.issuing.write() = Arc::new(issuing);
-            return Ok(true);
-        }
-        self.reload(&seen).await
     }
 
-    /// Takes the intermediate that another control plane put in the place of `seen`; false when none did.
-    async fn reload(&self, seen: &[u8]) -> Result<bool, AuthorityError> {
-        let read = |store: &mut dyn Store| store.keys(&[ISSUING_CERTIFICATE, ISSUING_KEY]);
-        let stored = self.storage.run("authority_keys", read).await?;
-        let Ok([Some(certificate), Some(key)]) = <[_; 2]>::try_from(stored) else {
-            return Err(AuthorityError::Damaged("the intermediate is missing".into()));
-        };
-        if certificate == seen {
+    /// Takes up what another control plane did; false when none did anything.
+    pub async fn catch_up(&self) -> Result<bool, AuthorityError> {
+        let sealed = self.storage.run("authority_keys", |store| store.key(GENERATIONS)).await?;
+        let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the record of the roots is missing".into()))?;
+        if sealed == self.held().sealed {
             return Ok(false);
         }
-        *self.issuing.write() = Arc::new(Issuing::open(&self.sealer, CertificateDer::from(certificate), &key)?);
+        self.take_up(Held::open(&self.sealer, sealed)?);
         Ok(true)
+    }
+
+    /// What is known here never goes back: of two who read, the later may have read the earlier record.
+    fn take_up(&self, next: Held) {
+        let mut held = self.held.write();
+        if next.generations.version >= held.generations.version {
+            let version = next.generations.version;
+            *held = Arc::new(next);
+            drop(held);
+            self.news.send_replace(version);
+        }
+    }
+
+    /// Puts `after` in the place of the record that `held` is of, whole or not at all, and keeps a secret beside it. False when another
+    /// control plane took a step first: then what it did is taken up, and whoever asked looks again.
+    ///
+    /// INVARIANT (one-step-at-a-time): a step begins at the record that it was judged by.
+    async fn swap(
+        &self,
+        held: &Held,
+        after: Generations,
+        beside: Option<(String, Secret)>,
+    ) -> Result<bool, AuthorityError> {
+        let (seals, seen) = (self.sealer.clone(), held.sealed.clone());
+        let swap = move |store: &mut dyn Store| {
+            let sealed = after.seal(&seals)?;
+            let beside = match &beside {
+                Some((name, secret)) => Some((name.as_str(), seals.seal(name, &secret.0)?)),
+                None => None,
+            };
+            let mut keys = vec![(GENERATIONS, &sealed[..])];
+            keys.extend(beside.as_ref().map(|(name, sealed)| (*name, &sealed[..])));
+            Ok(store.swap_key(GENERATIONS, &seen, &keys)?.then_some(sealed))
+        };
+        match self.storage.run("authority_keys", swap).await? {
+            Some(sealed) => {
+                self.take_up(Held::open(&self.sealer, sealed)?);
+                Ok(true)
+            }
+            None => {
+                self.catch_up().await?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Makes another root, which verifies and signs nothing. Returns its number.
+    pub async fn prepare(&self) -> Result<u32, AuthorityError> {
+        loop {
+            let (held, now_ms) = (self.held(), self.clock.now_ms());
+            held.generations.may_prepare()?;
+            let (made, root_secret) = make_root(&held.generations.trust_domain, now_ms)?;
+            let number = held.generations.next();
+            let after = held.generations.prepare(made, now_ms)?;
+            if self.swap(&held, after, Some((root_key(number), root_secret))).await? {
+                return Ok(number);
+            }
+        }
+    }
+
+    /// The prepared root `number` signs from now on.
+    pub async fn activate(&self, number: u32) -> Result<(), AuthorityError> {
+        loop {
+            let held = self.held();
+            let generations = &held.generations;
+            let next = generations.may_activate(number)?;
+            let key = read_key(&next.issuing_key.0)?;
+            let cross = self.cross(generations, generations.active(), &key, &next.issuing.0).await?;
+            let after = generations.activate(number, cross, self.clock.now_ms())?;
+            if self.swap(&held, after, None).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Nothing new rests on the old root `number`.
+    pub async fn taint(&self, number: u32) -> Result<(), AuthorityError> {
+        loop {
+            let held = self.held();
+            let after = held.generations.taint(number, self.clock.now_ms())?;
+            if self.swap(&held, after, None).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Nobody verifies by root `number` any more, and its key is gone.
+    pub async fn revoke(&self, number: u32) -> Result<(), AuthorityError> {
+        loop {
+            let held = self.held();
+            let after = held.generations.revoke(number)?;
+            let gone = (root_key(number), Secret(Zeroizing::new(Vec::new())));
+            if self.swap(&held, after, Some(gone)).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether a step can be taken from where the record is now.
+    pub fn may(&self, step: AuthorityStep) -> Result<(), StepRefused> {
+        let held = self.held();
+        let record = &held.generations;
+        match step {
+            AuthorityStep::Next => record.prepared().map_or(Ok(()), |one| record.may_activate(one.number).map(drop)),
+            AuthorityStep::Prepare => record.may_prepare(),
+            AuthorityStep::Activate(number) => record.may_activate(number).map(drop),
+            AuthorityStep::Taint(number) => record.taint(number, 0).map(drop),
+            AuthorityStep::Revoke(number) => record.revoke(number).map(drop),
+        }
+    }
+
+    /// What signs as the root of `generation`; `None` when the store has its key no more.
+    async fn root_issuer(&self, generation: &Generation) -> Result<Option<Issuer<'static, KeyPair>>, AuthorityError> {
+        let name = generation.root_key();
+        let of = name.clone();
+        let sealed = self.storage.run("authority_keys", move |store| store.key(&of)).await?;
+        let Some(sealed) = sealed else {
+            tracing::error!(root = generation.number, "the key of a root is missing");
+            return Ok(None);
+        };
+        let key = read_key(&self.sealer.unseal(&name, &sealed)?)?;
+        Ok(Some(Issuer::from_ca_cert_der(&generation.root.0, key)?))
+    }
+
+    /// That what signs ends soon and is not replaced by itself.
+    pub fn ends_soon(&self) -> Option<String> {
+        let held = self.held();
+        let left_ms = held.issuing.not_after_ms.saturating_sub(self.clock.now_ms());
+        let (root, days) = (held.generations.active().number, left_ms / (24 * 60 * 60 * 1000));
+        (left_ms <= ISSUING_OVERLAP.as_millis() as u64).then(|| {
+            format!("the intermediate of root {root} ends in {days} days and cannot be replaced: `countersign authority prepare` another root")
+        })
+    }
+
+    /// The intermediate `issuing` as the root of `before` certifies it: whoever holds only that one verifies by it what the intermediate
+    /// signs. Its own key is certified and not the next root's, because a root allows one level below it.
+    async fn cross(
+        &self,
+        generations: &Generations,
+        before: &Generation,
+        key: &KeyPair,
+        issuing: &CertificateDer<'_>,
+    ) -> Result<Option<Der>, AuthorityError> {
+        let Some(root) = self.root_issuer(before).await? else { return Ok(None) };
+        let until_ms = certificate_view(issuing)?.not_after_ms.min(certificate_view(&before.root.0)?.not_after_ms);
+        let now_ms = self.clock.now_ms();
+        let lifetime = Duration::from_millis(until_ms.saturating_sub(now_ms));
+        let trust_domain = &generations.trust_domain;
+        let mut params = signing_params(trust_domain, "", BasicConstraints::Constrained(0), now_ms, lifetime);
+        params.distinguished_name = subject_of(issuing)?;
+        params.use_authority_key_identifier_extension = true;
+        Ok(Some(Der(params.signed_by(key, &root)?.der().clone())))
     }
 
     /// Signs an agent's SVID.
     pub async fn issue_agent(&self, host: &ServiceName, request: &SigningRequest) -> Result<Issued, AuthorityError> {
-        self.issue(&self.trust_domain.agent(host), (Some(host), None), &request.0).await
+        self.issue(&self.trust_domain().agent(host), (Some(host), None), &request.0).await
     }
 
     /// Signs the SVID of one instance of a service, which runs on `host`.
@@ -289,20 +477,22 @@ impl Authority {
         instance: &InstanceId,
         request: &SigningRequest,
     ) -> Result<Issued, AuthorityError> {
-        self.issue(&self.trust_domain.workload(&instance.service()), (Some(host), Some(instance)), &request.0).await
+        self.issue(&self.trust_domain().workload(&instance.service()), (Some(host), Some(instance)), &request.0).await
     }
 
     /// Signs a JWT-SVID of one instance of a service.
     pub fn issue_jwt(&self, instance: &InstanceId, audience: &[String]) -> SignedJwtSvid {
-        self.jwt.sign(&self.trust_domain.workload(&instance.service()), audience)
+        self.jwt.sign(&self.trust_domain().workload(&instance.service()), audience)
     }
 
     /// Makes a new key and SVID for the control plane itself.
     pub async fn issue_control(&self) -> Result<X509Svid, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut chain = self.issue(&self.trust_domain.control(), (None, None), &key).await?.chain;
-        // A newcomer holds nothing but the root's hash, from its join token, and has to see the root to know us by it.
-        chain.push(self.root.clone());
+        let mut chain = self.issue(&self.trust_domain().control(), (None, None), &key).await?.chain;
+        // A newcomer holds nothing but a root's hash, from its join token, and has to see the root to know us by it.
+        let held = self.held();
+        let known_by = [Some(held.generations.active()), held.generations.old()].into_iter().flatten();
+        chain.extend(known_by.map(|one| one.root.0.clone()));
         Ok(X509Svid::parse(chain, key.serialize_der())?)
     }
 
@@ -321,77 +511,137 @@ impl Authority {
 
     /// The authority, for people.
     pub fn view(&self) -> Result<AuthorityView, AuthorityError> {
+        let held = self.held();
+        let view = |one: &Generation| -> Result<RootView, AuthorityError> {
+            Ok(RootView {
+                number: one.number,
+                state: one.state,
+                since_ms: one.since_ms,
+                root: certificate_view(&one.root.0)?,
+                issuing: certificate_view(&one.issuing.0)?,
+            })
+        };
         Ok(AuthorityView {
-            trust_domain: self.trust_domain.clone(),
+            trust_domain: held.generations.trust_domain.clone(),
             bundle_sequence: self.bundle().sequence(),
-            bundle_pem: pem("CERTIFICATE", &self.root),
-            issuing: certificate_view(&self.issuing.read().certificate)?,
-            roots: vec![certificate_view(&self.root)?],
+            bundle_pem: held.generations.roots().iter().map(|root| pem("CERTIFICATE", root)).collect(),
+            roots: held.generations.all().iter().map(view).collect::<Result<_, _>>()?,
             svid_lifetime_seconds: SVID_LIFETIME.as_secs(),
             sealed_by: format!("{} (key {})", self.sealer.place(), self.sealer.key().name()),
             log_key: self.log.verifier().to_string(),
         })
     }
 
+    /// INVARIANT (only-the-active-signs): an SVID is handed out only when the record in the store is still the one that says which root
+    /// signs; so once a step is taken, no control plane issues anything by what was before it.
     async fn issue(
         &self,
         id: &SpiffeId,
         (host, instance): (Option<&ServiceName>, Option<&InstanceId>),
         key: &impl PublicKeyData,
     ) -> Result<Issued, AuthorityError> {
-        let issuing = self.issuing.read().clone();
-        let now_ms = self.clock.now_ms();
-        let expires_at_ms = (now_ms + SVID_LIFETIME.as_millis() as u64).min(issuing.not_after_ms);
-        let serial = new_serial();
-        let mut params = CertificateParams::default();
-        params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
-        params.not_before = at(now_ms.saturating_sub(CLOCK_SKEW.as_millis() as u64));
-        params.not_after = at(expires_at_ms);
-        params.distinguished_name = name(&serial.to_string());
-        params.subject_alt_names = vec![uri(id)];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.use_authority_key_identifier_extension = true;
-        let leaf = params.signed_by(key, &issuing.issuer)?.der().clone();
-        let noted = IssuedSerial {
-            serial,
-            id: id.clone(),
-            instance: instance.cloned(),
-            host: host.cloned(),
-            key: Some(Digest::of(&key.subject_public_key_info())),
-            issued_at_ms: now_ms,
-            expires_at_ms,
-        };
-        // Noted before it is handed out: no SVID exists that the store does not know.
-        self.storage.run("put_serial", move |store| store.put_serial(&noted)).await?;
-        Ok(Issued { chain: vec![leaf, issuing.certificate.clone()], expires_at_ms })
+        loop {
+            let held = self.held();
+            let now_ms = self.clock.now_ms();
+            let expires_at_ms = (now_ms + SVID_LIFETIME.as_millis() as u64).min(held.issuing.not_after_ms);
+            let serial = new_serial();
+            let mut params = CertificateParams::default();
+            params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
+            params.not_before = at(now_ms.saturating_sub(CLOCK_SKEW.as_millis() as u64));
+            params.not_after = at(expires_at_ms);
+            params.distinguished_name = name(&serial.to_string());
+            params.subject_alt_names = vec![uri(id)];
+            params.is_ca = IsCa::ExplicitNoCa;
+            params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            params.use_authority_key_identifier_extension = true;
+            let leaf = params.signed_by(key, &held.issuing.issuer)?.der().clone();
+            let active = held.generations.active();
+            let noted = IssuedSerial {
+                serial,
+                id: id.clone(),
+                instance: instance.cloned(),
+                host: host.cloned(),
+                key: Some(Digest::of(&key.subject_public_key_info())),
+                issued_at_ms: now_ms,
+                expires_at_ms,
+                authority: active.number,
+            };
+            let judged_by = held.sealed.clone();
+            let put = move |store: &mut dyn Store| {
+                let holds = store.key(GENERATIONS)?.as_deref() == Some(&judged_by[..]);
+                if holds {
+                    // Noted before it is handed out: no SVID exists that the store does not know.
+                    store.put_serial(&noted)?;
+                }
+                Ok(holds)
+            };
+            if self.storage.run("put_serial", put).await? {
+                let chain = std::iter::once(leaf).chain(active.intermediates()).collect();
+                return Ok(Issued { chain, expires_at_ms });
+            }
+            self.catch_up().await?;
+        }
     }
 }
 
-impl Issuing {
-    fn create(
-        trust_domain: &TrustDomain,
-        root: &Issuer<'_, KeyPair>,
-        now_ms: u64,
-    ) -> Result<(Self, Zeroizing<Vec<u8>>), AuthorityError> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let limits = BasicConstraints::Constrained(0);
-        let mut params = signing_params(trust_domain, "intermediate", limits, now_ms, ISSUING_LIFETIME);
-        params.use_authority_key_identifier_extension = true;
-        let certificate = params.signed_by(&key, root)?.der().clone();
-        let secret = serialized(&key);
-        Ok((Self::new(certificate, key)?, secret))
+impl Held {
+    fn open(sealer: &Sealer, sealed: Vec<u8>) -> Result<Self, AuthorityError> {
+        let generations = Generations::open(sealer, &sealed)?;
+        Bundle::new(generations.trust_domain.clone(), 0, generations.roots())
+            .map_err(|error| AuthorityError::Damaged(format!("a root is no signing certificate: {error}")))?;
+        let active = generations.active();
+        let key = read_key(&active.issuing_key.0)?;
+        let issuing = Issuing {
+            not_after_ms: certificate_view(&active.issuing.0)?.not_after_ms,
+            issuer: Issuer::from_ca_cert_der(&active.issuing.0, key)?,
+        };
+        Ok(Self { sealed, generations, issuing })
     }
+}
 
-    fn open(sealer: &Sealer, certificate: CertificateDer<'static>, sealed: &[u8]) -> Result<Self, AuthorityError> {
-        Self::new(certificate, open_key(sealer, ISSUING_KEY, sealed)?)
-    }
+/// The record of a mesh that had one root so far. What it was made of is emptied, so that of two control planes one makes it.
+async fn begin_record(
+    storage: &Storage,
+    sealer: &Arc<Sealer>,
+    [root, issuing, key]: [Vec<u8>; 3],
+    now_ms: u64,
+) -> Result<Vec<u8>, AuthorityError> {
+    let root = CertificateDer::from(root);
+    let issuing_key = Secret(sealer.unseal(ISSUING_KEY, &key)?);
+    let made = Made { root: Der(root.clone()), issuing: Der(issuing.clone().into()), issuing_key };
+    let generations = Generations::first(trust_domain_of(&root)?, made, now_ms);
+    let seals = sealer.clone();
+    let begin = move |store: &mut dyn Store| {
+        let (sealed, nothing) = (generations.seal(&seals)?, seals.seal(ISSUING_KEY, &[])?);
+        let keys = [(GENERATIONS, &sealed[..]), (ISSUING_CERTIFICATE, &[]), (ISSUING_KEY, &nothing)];
+        store.swap_key(ISSUING_CERTIFICATE, &issuing, &keys)?;
+        store.key(GENERATIONS)
+    };
+    let sealed = storage.run("authority_keys", begin).await?;
+    sealed.ok_or_else(|| AuthorityError::Damaged("the record of the roots is missing".into()))
+}
 
-    fn new(certificate: CertificateDer<'static>, key: KeyPair) -> Result<Self, AuthorityError> {
-        let not_after_ms = certificate_view(&certificate)?.not_after_ms;
-        Ok(Self { not_after_ms, issuer: Issuer::from_ca_cert_der(&certificate, key)?, certificate })
-    }
+/// A root for as long as roots live, the intermediate below it, and the root's key.
+fn make_root(trust_domain: &TrustDomain, now_ms: u64) -> Result<(Made, Secret), AuthorityError> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let params = signing_params(trust_domain, "root", BasicConstraints::Constrained(1), now_ms, ROOT_LIFETIME);
+    let root = params.self_signed(&key)?.der().clone();
+    let secret = Secret::of(&key);
+    let (issuing, issuing_key) = make_issuing(trust_domain, &Issuer::from_ca_cert_der(&root, key)?, now_ms)?;
+    Ok((Made { root: Der(root), issuing: Der(issuing), issuing_key: Secret::of(&issuing_key) }, secret))
+}
+
+fn make_issuing(
+    trust_domain: &TrustDomain,
+    root: &Issuer<'_, KeyPair>,
+    now_ms: u64,
+) -> Result<(CertificateDer<'static>, KeyPair), AuthorityError> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let limits = BasicConstraints::Constrained(0);
+    let mut params = signing_params(trust_domain, "intermediate", limits, now_ms, ISSUING_LIFETIME);
+    params.use_authority_key_identifier_extension = true;
+    Ok((params.signed_by(&key, root)?.der().clone(), key))
 }
 
 fn signing_params(
@@ -437,13 +687,15 @@ fn new_serial() -> Serial {
     Serial::from_der(&bytes).expect("INVARIANT: a serial number has 16 bytes")
 }
 
-fn serialized(key: &KeyPair) -> Zeroizing<Vec<u8>> {
-    Zeroizing::new(key.serialize_der())
+fn read_key(pkcs8: &[u8]) -> Result<KeyPair, AuthorityError> {
+    Ok(KeyPair::try_from(pkcs8)?)
 }
 
-fn open_key(sealer: &Sealer, purpose: &str, sealed: &[u8]) -> Result<KeyPair, AuthorityError> {
-    let der = sealer.unseal(purpose, sealed)?;
-    Ok(KeyPair::try_from(der.as_slice())?)
+/// The subject of one of our signing certificates.
+fn subject_of(der: &CertificateDer<'_>) -> Result<DistinguishedName, AuthorityError> {
+    let certificate = read(der)?;
+    let common = certificate.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
+    Ok(name(common.ok_or_else(|| AuthorityError::Damaged("an intermediate has no name".into()))?))
 }
 
 fn read<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, AuthorityError> {
@@ -471,4 +723,39 @@ fn certificate_view(der: &CertificateDer<'_>) -> Result<CertificateView, Authori
         not_after_ms: ms(certificate.validity().not_after.timestamp()),
         sha256: Digest::of(der),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{metrics::StoreLatency, store::sqlite::SqliteStore};
+
+    #[tokio::test]
+    async fn a_mesh_of_before_there_were_several_roots_goes_on_with_the_one_that_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let sealer = Arc::new(Sealer::open(&dir.path().join("kek"), true).unwrap());
+        let store = SqliteStore::open(&dir.path().join("control.db")).unwrap();
+        let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
+        let trust_domain = TrustDomain::parse("shop.example").unwrap();
+        let (made, root_secret) = make_root(&trust_domain, Clock::system().now_ms()).unwrap();
+        let root = Digest::of(&made.root.0);
+        let seals = sealer.clone();
+        let as_before = storage.run("authority_keys", move |store| {
+            store.put_keys(&[
+                (ROOT_CERTIFICATE, &made.root.0),
+                ("authority/root/key", &seals.seal("authority/root/key", &root_secret.0)?),
+                (ISSUING_CERTIFICATE, &made.issuing.0),
+                (ISSUING_KEY, &seals.seal(ISSUING_KEY, &made.issuing_key.0)?),
+            ])
+        });
+        as_before.await.unwrap();
+        let open = async || Authority::open(storage.clone(), sealer.clone(), Clock::system()).await.unwrap().unwrap();
+        let authority = open().await;
+        assert_eq!((authority.root_sha256(), authority.trust_domain()), (root, &trust_domain));
+        assert_eq!(authority.prepare().await.unwrap(), 2);
+        authority.activate(2).await.expect("the key of the first root certifies the second's intermediate");
+        let again = open().await;
+        assert_eq!(again.known_by(), [authority.root_sha256(), root]);
+        assert_eq!(again.bundle(), authority.bundle());
+    }
 }

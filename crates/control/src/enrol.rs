@@ -80,8 +80,8 @@ pub async fn invite(plane: &Plane, asked: Invite) -> Result<Invitation, Problem>
     Ok(Invitation { token, expires_at_ms, control: plane.advertised.url.clone(), note: plane.advertised.note.clone() })
 }
 
-/// The hash of the secret of a well-formed token for our root, and for our anchor, seal and recovery if it names them.
-fn hash_of(token: &str, root: Digest, pins: Pins) -> Option<Digest> {
+/// The hash of the secret of a well-formed token for one of our roots, and for our anchor, seal and recovery if it names them.
+fn hash_of(token: &str, roots: &[Digest], pins: Pins) -> Option<Digest> {
     if token.len() > TOKEN_BYTES_MAX {
         return None;
     }
@@ -96,7 +96,8 @@ fn hash_of(token: &str, root: Digest, pins: Pins) -> Option<Digest> {
     }
     let secret = zeroize::Zeroizing::new(URL_SAFE_NO_PAD.decode(secret).ok()?);
     let claimed_root = URL_SAFE_NO_PAD.decode(claimed_root).ok()?;
-    (secret.len() == SECRET_BYTES && claimed_root == root.0).then(|| Digest::of(&secret))
+    let is_ours = roots.iter().any(|root| claimed_root == root.0);
+    (secret.len() == SECRET_BYTES && is_ours).then(|| Digest::of(&secret))
 }
 
 /// The service that answers a newcomer.
@@ -125,8 +126,7 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
     let request = SigningRequest::parse(&asked.csr_der).map_err(|e| tonic::Status::invalid_argument(e.to_string()))?;
     let unknown = || tonic::Status::unauthenticated("the join token is not one of this mesh");
     // The secret has 256 random bits and is looked up by its hash: how long the lookup takes tells nothing of it.
-    let hash =
-        hash_of(&asked.token, authority.root_sha256(), plane.ledger.head().keyring.pins()).ok_or_else(unknown)?;
+    let hash = hash_of(&asked.token, &authority.known_by(), plane.ledger.head().keyring.pins()).ok_or_else(unknown)?;
     let now_ms = plane.clock.now_ms();
     let for_host = host.clone();
     let spent = plane
@@ -168,7 +168,8 @@ mod tests {
     #[test]
     fn a_token_is_read_with_as_many_pins_as_there_were_when_it_was_made_if_they_are_ours() {
         let part = |of: &[u8]| URL_SAFE_NO_PAD.encode(Digest::of(of).0);
-        let (root, anchor, seal) = (Digest::of(b"root"), Digest::of(b"anchor"), Digest::of(b"seal"));
+        let (anchor, seal) = (Digest::of(b"anchor"), Digest::of(b"seal"));
+        let roots = [Digest::of(b"root"), Digest::of(b"old root")];
         let secret = URL_SAFE_NO_PAD.encode([7; SECRET_BYTES]);
         let pins = |anchor, seal| Pins { anchor, seal, recovery: None };
         let recovered = Pins { recovery: Some(Digest::of(b"recovery")), ..pins(Some(anchor), Some(seal)) };
@@ -191,10 +192,11 @@ mod tests {
             ("recovered", vec![part(b"root"), part(b"anchor"), part(b"seal"), part(b"recovery")], recovered, true),
             ("made before the recovery", vec![part(b"root"), part(b"anchor"), part(b"seal")], recovered, true),
             ("another recovery", vec![part(b"root"), part(b"anchor"), part(b"seal"), part(b"x")], recovered, false),
+            ("made before another root signed", vec![part(b"old root"), part(b"anchor")], sealed, true),
             ("another root", vec![part(b"x"), part(b"anchor"), part(b"seal")], sealed, false),
         ] {
             let token = format!("csj1.{secret}.{}", parts.join("."));
-            assert_eq!(hash_of(&token, root, own).is_some(), good, "{case}");
+            assert_eq!(hash_of(&token, &roots, own).is_some(), good, "{case}");
         }
     }
 }

@@ -123,6 +123,7 @@ fn views(
         key: one.key,
         issued_at_ms: one.issued_at_ms,
         expires_at_ms: one.expires_at_ms,
+        authority: one.authority,
         revoked: revoked.get(&one.serial).cloned(),
     };
     Ok(issued.into_iter().map(view).collect())

@@ -88,6 +88,7 @@ pub mod publish;
 pub mod recover;
 pub mod registry;
 mod replicas;
+mod rotation;
 pub mod sealing;
 pub mod site;
 pub mod store;
@@ -367,6 +368,8 @@ pub struct Plane {
     sealer: Arc<Sealer>,
     authority: RwLock<Option<Arc<Authority>>>,
     identity: watch::Sender<Option<Arc<TlsIdentity>>>,
+    /// Counts what agents are verified by, as it changes.
+    trusted: watch::Sender<u64>,
     /// Its own SVID is to be renewed before its time.
     renew_now: Notify,
     warnings: RwLock<std::collections::BTreeMap<&'static str, String>>,
@@ -500,6 +503,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         sealer,
         authority: RwLock::new(None),
         identity: watch::Sender::new(None),
+        trusted: watch::Sender::new(0),
         renew_now: Notify::new(),
         warnings: RwLock::default(),
     });
@@ -764,6 +768,19 @@ impl Plane {
         Ok(())
     }
 
+    /// Tells agents what they verify by now, and shows them an SVID of the root that signs now.
+    async fn show_authority(&self, authority: &Authority) -> Result<(), AuthorityError> {
+        self.publisher.trust(authority.bundle().to_message());
+        let svid = authority.issue_control().await?;
+        if let Some(identity) = &*self.identity.borrow() {
+            identity.trust(authority.bundle());
+            identity.renew(svid);
+        }
+        self.trusted.send_modify(|count| *count += 1);
+        self.metrics.issued("control");
+        Ok(())
+    }
+
     /// What the control plane shows to agents, as soon as there is an authority.
     async fn identity(&self) -> Arc<TlsIdentity> {
         let mut shown = self.identity.subscribe();
@@ -860,41 +877,38 @@ async fn beat(plane: Arc<Plane>) {
     }
 }
 
-/// Renews the control plane's own SVID at half its life, and the intermediate in time.
+/// Renews the control plane's own SVID at half its life, and the intermediate in time; takes the steps of the roots that are due, and
+/// shows what became of them, whoever took them.
 async fn renew(plane: Arc<Plane>) {
     let half_life_ms = SVID_LIFETIME.as_millis() as u64 / 2;
     let identity = plane.identity().await;
+    let Some(authority) = plane.authority() else { return };
+    let mut news = authority.news();
     loop {
+        let tended = rotation::tend(&plane, &authority).await;
+        plane.note("roots", tended.err().map(|error| format!("a root could not be followed: {}", error_chain(&error))));
+        plane.note("intermediate", authority.ends_soon());
         let is_urgent = tokio::select! {
             () = tokio::time::sleep(Duration::from_secs(10)) => false,
             () = plane.renew_now.notified() => true,
+            changed = news.changed() => changed.is_ok(),
         };
-        let Some(authority) = plane.authority() else { continue };
         let expires_at_ms = u64::try_from(identity.svid().not_after()).unwrap_or(0) * 1000;
         // Looked at often rather than slept towards: a machine that was asleep renews at once.
         if !is_urgent && plane.clock.now_ms() + half_life_ms < expires_at_ms {
             continue;
         }
         let renewed = match authority.rotate().await {
-            Ok(rotated) => {
-                if rotated {
-                    plane.publisher.trust(authority.bundle().to_message());
-                }
-                authority.issue_control().await
-            }
+            Ok(_) => plane.show_authority(&authority).await,
             Err(error) => Err(error),
         };
-        match renewed {
-            Ok(svid) => {
-                identity.renew(svid);
-                plane.metrics.issued("control");
-                plane.note("svid", None);
-            }
-            Err(error) => {
-                tracing::error!(error = %error_chain(&error), "the control plane's own SVID could not be renewed");
-                plane.note("svid", Some(format!("its own SVID could not be renewed: {}", error_chain(&error))));
-            }
+        if let Err(error) = &renewed {
+            tracing::error!(error = %error_chain(error), "the control plane's own SVID could not be renewed");
         }
+        plane.note(
+            "svid",
+            renewed.err().map(|error| format!("its own SVID could not be renewed: {}", error_chain(&error))),
+        );
     }
 }
 

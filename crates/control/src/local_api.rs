@@ -23,8 +23,8 @@ use countersign_api::local::{
     CheckpointView, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink,
     GateOutcome, GateRefusal, IdentityFilter, IdentityView, InstanceView, Invitation, InviteAs, LedgerLine, Mesh,
     OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
-    RecordFilter, RevokeAs, Revoked, Rotate, Rotated, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited,
-    Status, TailEvent, Waited,
+    RecordFilter, Reseal, RevokeAs, Revoked, SealedAnew, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited,
+    Status, StepAs, Stepped, TailEvent, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -46,7 +46,7 @@ use crate::{
     mfa::{self, CodeRefused, EnrolsFrom},
     onboarding,
     proposals::{self, Answering},
-    recover, sealing,
+    recover, rotation, sealing,
     site::{
         self,
         session::{self, Session, Who},
@@ -130,7 +130,8 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/services/{service}/callers", get(callers))
         .route("/v1/services/{service}/checklist", get(checklist))
         .route("/v1/authority", get(authority))
-        .route("/v1/authority/rotate", post(rotate))
+        .route("/v1/authority/steps", post(step_authority))
+        .route("/v1/authority/reseal", post(reseal))
         .route("/v1/identities", get(list_identities))
         .route("/v1/identities/revoke", post(revoke_identities))
         .route("/v1/signals/{number}/wait", get(wait_for_signal))
@@ -551,8 +552,17 @@ async fn authority(State(plane): State<Arc<Plane>>) -> Answered<AuthorityView> {
     Ok(Json(view))
 }
 
-async fn rotate(State(plane): State<Arc<Plane>>, Json(asked): Json<Rotate>) -> Answered<Rotated> {
-    Ok(Json(sealing::rotate(&plane, asked).await?))
+async fn step_authority(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<StepAs>,
+) -> Answered<Stepped> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(rotation::step(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn reseal(State(plane): State<Arc<Plane>>, Json(asked): Json<Reseal>) -> Answered<SealedAnew> {
+    Ok(Json(sealing::reseal(&plane, asked).await?))
 }
 
 async fn ledger(State(plane): State<Arc<Plane>>) -> Response {

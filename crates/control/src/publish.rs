@@ -178,11 +178,14 @@ impl Publisher {
         inner.head = head;
     }
 
-    /// The keys that agents verify with.
+    /// The keys that agents verify with; those from before others that are told already are not told any more.
     pub fn trust(&self, bundle: mesh::Bundle) {
         let mut inner = self.inner.lock();
-        inner.bundle = Some(bundle.clone());
-        inner.tell(Event::Bundle(bundle));
+        // Two who tell at the same time may come in another order than what they tell was made.
+        if inner.bundle.as_ref().is_none_or(|told| told.sequence < bundle.sequence) {
+            inner.bundle = Some(bundle.clone());
+            inner.tell(Event::Bundle(bundle));
+        }
     }
 
     /// Takes in signals that follow those that are known, and tells every agent. An agent whose own SVID is revoked is told

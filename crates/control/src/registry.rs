@@ -33,6 +33,8 @@ pub const RESTART_GRACE_MS: u64 = 20_000;
 pub const INSTANCES_PER_HOST_MAX: usize = 10_000;
 /// Longest text that an agent may have kept here: a version, an address, a reason; in bytes.
 const TEXT_BYTES_MAX: usize = 512;
+/// Roots that an agent may say it verifies by.
+const ROOTS_MAX: usize = 8;
 /// Hosts whose refusal is remembered at most.
 const REFUSED_MAX: usize = 1_000;
 
@@ -59,6 +61,8 @@ pub struct Registry {
 struct Host {
     stored: StoredHost,
     connected: bool,
+    /// SHA-256 of the root certificates that its agent verifies by, as it said on this stream.
+    roots: Vec<Digest>,
 }
 
 #[derive(Debug)]
@@ -132,7 +136,7 @@ impl Registry {
     pub fn restore(hosts: Vec<StoredHost>, instances: Vec<StoredInstance>, now_ms: u64) -> Self {
         let mut registry = Self::default();
         for stored in hosts {
-            registry.hosts.insert(stored.host.clone(), Host { stored, connected: false });
+            registry.hosts.insert(stored.host.clone(), Host { stored, connected: false, roots: Vec::new() });
         }
         for stored in instances {
             let Ok(address) = stored.address.parse() else { continue };
@@ -195,7 +199,7 @@ impl Registry {
             isolation: short(&hello.isolation),
             isolation_note: short(&hello.isolation_note),
         };
-        self.hosts.insert(host.clone(), Host { stored: stored.clone(), connected: true });
+        self.hosts.insert(host.clone(), Host { stored: stored.clone(), connected: true, roots: Vec::new() });
         self.hear_refusal(hello, host);
         self.expect_again(host, now_ms);
         stored
@@ -208,6 +212,20 @@ impl Registry {
             known.stored.heard_at_ms = now_ms;
         }
         self.expect_again(host, now_ms);
+    }
+
+    /// It said which root certificates it verifies by.
+    pub fn holds(&mut self, host: &ServiceName, roots: &[impl AsRef<[u8]>]) {
+        if let Some(known) = self.hosts.get_mut(host) {
+            let digests = roots.iter().take(ROOTS_MAX).filter_map(|root| root.as_ref().try_into().ok().map(Digest));
+            known.roots = digests.collect();
+        }
+    }
+
+    /// The connected hosts whose agents did not say that they verify by `root`.
+    pub fn lacking(&self, root: &Digest) -> BTreeSet<ServiceName> {
+        let lacks = |known: &Host| known.connected && !known.roots.contains(root);
+        self.hosts.iter().filter(|(_, known)| lacks(known)).map(|(host, _)| host.clone()).collect()
     }
 
     /// It said something.
@@ -399,7 +417,9 @@ impl Registry {
             match self.hosts.get_mut(&stored.host) {
                 Some(known) if known.connected => {}
                 Some(known) => known.stored = stored,
-                None => drop(self.hosts.insert(stored.host.clone(), Host { stored, connected: false })),
+                None => {
+                    drop(self.hosts.insert(stored.host.clone(), Host { stored, connected: false, roots: Vec::new() }))
+                }
             }
         }
         let entitlements: BTreeMap<_, _> = entitlements.into_iter().collect();

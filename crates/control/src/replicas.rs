@@ -12,6 +12,7 @@ use crate::{
     Plane, error_chain, identities,
     ledger::AppendError,
     publish::Elsewhere,
+    rotation,
     store::{
         Store, StoreError,
         postgres::{PostgresUrl, Wakes, listen},
@@ -77,6 +78,11 @@ pub(crate) async fn follow(plane: Arc<Plane>, url: PostgresUrl) {
         {
             plane.note("authority", Some(format!("the authority could not be opened: {}", error_chain(&error))));
         }
+        if let Some(authority) = plane.authority()
+            && let Err(error) = authority.catch_up().await
+        {
+            tracing::warn!(error = %error_chain(&error), "the roots of the trust domain could not be read");
+        }
         if Instant::now() >= shared_at {
             shared_at = Instant::now() + SYNC_APART;
             if let Err(error) = share(&plane).await {
@@ -123,5 +129,6 @@ pub(crate) async fn share(plane: &Plane) -> Result<(), StoreError> {
     });
     let others = others.await?;
     plane.publisher.elsewhere(&plane.replica, others, plane.clock.now_ms());
+    rotation::say_who_lacks(plane).await?;
     plane.write_instances().await
 }

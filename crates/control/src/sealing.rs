@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use countersign_api::local::{Apply, ApplyAs, KeyPlace, Problem, Rotate, Rotated};
+use countersign_api::local::{Apply, ApplyAs, KeyPlace, Problem, Reseal, SealedAnew};
 use countersign_core::{
     canonical::Digest,
     change::{Bodies, Change, ChangeSet},
@@ -50,7 +50,7 @@ impl OtherKey {
             Some(place) => format!("start with `{}`, which seals them since the last rotation", place.flag()),
             None => "start with the key that sealed them".to_owned(),
         };
-        format!("{start}; another key is put in its place by `countersign authority rotate` while the mesh runs")
+        format!("{start}; another key is put in its place by `countersign authority reseal` while the mesh runs")
     }
 }
 
@@ -77,7 +77,7 @@ pub(crate) fn waiting(plane: &Plane) -> Option<String> {
     let key = plane.sealer.key();
     (chosen != key.fingerprint()).then(|| {
         format!(
-            "sealing key {} was chosen, and key {} seals: run `countersign authority rotate` again with the one that was chosen",
+            "sealing key {} was chosen, and key {} seals: run `countersign authority reseal` again with the one that was chosen",
             KeyName::of(&chosen),
             key.name()
         )
@@ -88,13 +88,13 @@ pub(crate) fn waiting(plane: &Plane) -> Option<String> {
 ///
 /// INVARIANT (rotation-gated): the store is sealed with another key only after a change that names its fingerprint stands in the
 /// ledger.
-pub async fn rotate(plane: &Arc<Plane>, asked: Rotate) -> Result<Rotated, Problem> {
-    let Rotate { next: place, shown } = asked;
+pub async fn reseal(plane: &Arc<Plane>, asked: Reseal) -> Result<SealedAnew, Problem> {
+    let Reseal { next: place, shown } = asked;
     let replica = plane.replica.clone();
     let beat = move |store: &mut dyn crate::store::Store| store.beat(&replica, crate::replicas::ALIVE_MS);
     let others = plane.storage.run("replicas", beat).await.map_err(|error| local_api::store_problem(&error))?;
     if !others.is_empty() {
-        let help = "stop them, rotate, and start them with the new key";
+        let help = "stop them, reseal, and start them with the new key";
         let title =
             format!("{} other control planes run on this store, and would go on with the old key", others.len());
         return Err(problem(409, title, None, Some(help)));
@@ -113,12 +113,13 @@ pub async fn rotate(plane: &Arc<Plane>, asked: Rotate) -> Result<Rotated, Proble
     let revision =
         if chosen(plane) == Some(fingerprint) { None } else { Some(choose(plane, fingerprint, shown).await?) };
     let place = next.place().clone();
-    let resealed =
-        reseal(&plane.storage, plane.sealer.clone(), next).await.map_err(|error| local_api::store_problem(&error))?;
+    let resealed = seal_anew(&plane.storage, plane.sealer.clone(), next)
+        .await
+        .map_err(|error| local_api::store_problem(&error))?;
     plane.high_water.move_beside(&mark_beside(&plane.data_dir, &place));
     plane.mark().await;
     tracing::warn!(key = %KeyName::of(&fingerprint), %place, resealed, "everything is sealed with another key");
-    Ok(Rotated { fingerprint, place, revision, resealed })
+    Ok(SealedAnew { fingerprint, place, revision, resealed })
 }
 
 fn chosen(plane: &Plane) -> Option<Digest> {
@@ -145,7 +146,7 @@ async fn choose(
 }
 
 /// On the thread of the store, in one transaction: what is written before it is sealed by the old key, and after it by the new.
-async fn reseal(storage: &Storage, sealer: Arc<Sealer>, next: SealingKey) -> Result<usize, StoreError> {
+async fn seal_anew(storage: &Storage, sealer: Arc<Sealer>, next: SealingKey) -> Result<usize, StoreError> {
     let reseal = storage.run("reseal", move |store| {
         let key = sealer.key();
         let place = serde_json::to_vec(next.place()).expect("INVARIANT: a place is JSON");
@@ -247,14 +248,14 @@ mod tests {
     async fn everything_opens_with_the_one_key_or_with_the_other_whatever_a_crash_leaves() {
         let room = Room::new();
         room.faults.lose_next_reseal();
-        let lost = reseal(&room.storage, room.sealer.clone(), room.key("new")).await;
+        let lost = seal_anew(&room.storage, room.sealer.clone(), room.key("new")).await;
         assert!(lost.is_err(), "{lost:?}");
         assert_eq!(room.opens_with("old").await, Ok(()));
         assert_eq!(room.sealer.key().name(), room.key("old").name(), "what seals is what the store holds");
         assert!(room.opens_with("new").await.is_err());
 
         room.faults.keep_next_reseal_but_report_it_lost();
-        assert_eq!(reseal(&room.storage, room.sealer.clone(), room.key("new")).await, Ok(2));
+        assert_eq!(seal_anew(&room.storage, room.sealer.clone(), room.key("new")).await, Ok(2));
         assert_eq!(room.sealer.key().name(), room.key("new").name());
         assert_eq!(room.opens_with("new").await, Ok(()));
         let old = room.opens_with("old").await.unwrap_err();
@@ -263,7 +264,7 @@ mod tests {
         assert!(old.help().contains("--key-file"), "{}", old.help());
 
         // Asked again, after an answer that never came: there is nothing left to do.
-        assert_eq!(reseal(&room.storage, room.sealer.clone(), room.key("new")).await, Ok(2));
+        assert_eq!(seal_anew(&room.storage, room.sealer.clone(), room.key("new")).await, Ok(2));
         assert_eq!(room.opens_with("new").await, Ok(()));
     }
 

@@ -168,6 +168,8 @@ pub struct IssuedSerial {
     pub issued_at_ms: u64,
     /// When it expires, in milliseconds since 1970.
     pub expires_at_ms: u64,
+    /// The number of the root that it rests on.
+    pub authority: u32,
 }
 
 /// A signal as it is kept: a certificate that was revoked.

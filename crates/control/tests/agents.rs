@@ -477,7 +477,7 @@ async fn what_control_holds_is_told_to_agents_that_ask() {
     let mut stream = agent.follow(0, Digest::default()).await.unwrap();
     let welcomed = stream.welcome().await.head.unwrap();
     let mut ask = agent.client.clone();
-    let mut head = async || ask.read_head(mesh::ReadHeadRequest {}).await.unwrap().into_inner();
+    let mut head = async || ask.read_head(mesh::ReadHeadRequest::default()).await.unwrap().into_inner();
     assert_eq!(head().await, welcomed);
     plane.apply(1, vec![declare("catalog")]).await.unwrap();
     stream.up("web/1", "127.0.0.1:9001").await;
@@ -485,7 +485,7 @@ async fn what_control_holds_is_told_to_agents_that_ask() {
     let discovery_sequence = welcomed.discovery_sequence + 1;
     assert_eq!(head().await, mesh::Head { size: 2, discovery_sequence, signal_sequence: 0 });
     let mut stranger = mesh::mesh_client::MeshClient::new(plane.stranger().await);
-    let refused = stranger.read_head(mesh::ReadHeadRequest {}).await.unwrap_err();
+    let refused = stranger.read_head(mesh::ReadHeadRequest::default()).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
 }
 

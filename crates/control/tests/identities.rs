@@ -110,7 +110,7 @@ async fn a_host_whose_identities_are_revoked_is_cut_off_and_gets_no_more_until_i
         Err(_) => true,
         Ok(channel) => {
             let mut client = mesh::mesh_client::MeshClient::new(channel);
-            client.read_head(mesh::ReadHeadRequest {}).await.is_err()
+            client.read_head(mesh::ReadHeadRequest::default()).await.is_err()
         }
     };
     assert!(refused, "on another one");
@@ -130,7 +130,7 @@ async fn what_was_revoked_is_known_after_a_restart_before_anybody_is_let_in() {
     let config = stolen.identity.client_config(trust_domain().control(), &[b"h2"]);
     if let Ok(channel) = plane.channel(config).await {
         let mut client = mesh::mesh_client::MeshClient::new(channel);
-        assert!(client.read_head(mesh::ReadHeadRequest {}).await.is_err());
+        assert!(client.read_head(mesh::ReadHeadRequest::default()).await.is_err());
     }
     let mut next = plane.agent("h2").await;
     let welcome = next.follow(0, Digest::default()).await.unwrap().welcome().await;
@@ -163,7 +163,7 @@ async fn the_control_planes_own_identity_is_replaced_when_it_is_revoked() {
     agent.identity.heed(heeds);
     let config = agent.identity.client_config(trust_domain().control(), &[b"h2"]);
     let mut client = mesh::mesh_client::MeshClient::new(plane.channel(config).await.expect("whoever knows trusts it"));
-    client.read_head(mesh::ReadHeadRequest {}).await.unwrap();
+    client.read_head(mesh::ReadHeadRequest::default()).await.unwrap();
 }
 
 #[tokio::test]

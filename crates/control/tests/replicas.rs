@@ -6,10 +6,11 @@ use std::{path::PathBuf, time::Duration};
 
 use countersign_api::{
     local::{
-        Applied, Apply, ApplyAs, CheckpointView, Code, Confirm, Enrol, Enrolled, Enrolment, IdentityFilter, Proposal,
-        ProposalState, RevokeAs, Revoked, Shown, Waited,
+        Applied, Apply, ApplyAs, AuthorityStep, AuthorityView, CheckpointView, Code, Confirm, Enrol, Enrolled,
+        Enrolment, IdentityFilter, IdentityView, Proposal, ProposalState, RevokeAs, Revoked, Shown, StepAs, Stepped,
+        Waited,
     },
-    mesh::follow_event::Event,
+    mesh::{ReadHeadRequest, follow_event::Event},
 };
 use countersign_control::{
     ControlConfig, start,
@@ -192,6 +193,52 @@ async fn what_one_control_plane_revokes_the_others_agents_hear_and_none_lets_in(
     let (one, two) = both.await;
     let (one, two) = (one.unwrap().signal.0, two.unwrap().signal.0);
     assert_eq!((one.min(two), one.max(two)), (2, 3));
+}
+
+/// PROVES (one-step-at-a-time)
+/// PROVES (only-the-active-signs)
+#[tokio::test(flavor = "multi_thread")]
+async fn control_planes_take_one_step_of_the_roots_together_and_none_signs_by_an_older_one() {
+    let shared = Shared::start().await;
+    let planes = [shared.replica().await, shared.replica().await];
+    planes[0].create(&["web"]).await;
+    at_revision(&planes[1], 1).await;
+    let mut there = planes[1].agent("h1").await;
+    let mut stream = there.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let step = async |plane: &Plane, step| {
+        plane.post::<Stepped>("/v1/authority/steps", &StepAs { step, force: true, shown: Shown::default() }).await
+    };
+    let (one, two) = tokio::join!(step(&planes[0], AuthorityStep::Prepare), step(&planes[1], AuthorityStep::Prepare));
+    let stepped: Vec<_> = [one, two].into_iter().filter_map(Result::ok).collect();
+    assert_eq!(stepped.iter().map(|done| done.number).collect::<Vec<_>>(), [2], "one of them, once");
+    let bundle = loop {
+        if let Event::Bundle(bundle) = stream.news().await {
+            break bundle;
+        }
+    };
+    assert_eq!(bundle.x509_authorities_der.len(), 2, "agents of both are told");
+
+    let early = step(&planes[0], AuthorityStep::Activate(2)).await.unwrap_err();
+    assert_eq!(early.status, 409, "an agent that follows the other one lacks it: {early:?}");
+    let x509_authorities_sha256 = bundle.x509_authorities_der.iter().map(|der| Digest::of(der).0.to_vec().into());
+    let says = ReadHeadRequest { x509_authorities_sha256: x509_authorities_sha256.collect() };
+    there.client.read_head(says).await.unwrap();
+    let activated = async {
+        while let Err(refused) = step(&planes[0], AuthorityStep::Activate(2)).await {
+            assert!(refused.title.contains("do not hold root 2 yet"), "{refused:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), activated).await.expect("the other one says so within seconds");
+    // Whatever the other one knows by now: what it signs rests on the root that signs.
+    there.issue("web/1").await.unwrap();
+    let web = IdentityFilter { id: Some(trust_domain().workload(&name("web"))), ..IdentityFilter::default() };
+    let id = web.id.unwrap().to_string().replace(':', "%3A").replace('/', "%2F");
+    let issued: Vec<IdentityView> = planes[0].get(&format!("/v1/identities?id={id}")).await;
+    assert_eq!(issued.iter().map(|one| one.authority).collect::<Vec<_>>(), [2]);
+    let views: [AuthorityView; 2] = [planes[0].get("/v1/authority").await, planes[1].get("/v1/authority").await];
+    assert_eq!(views[0].roots, views[1].roots);
 }
 
 /// How often a control plane has looked at what the others wrote of their instances.

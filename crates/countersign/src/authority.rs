@@ -1,31 +1,106 @@
 //! `authority show`: the roots that verify every identity of the mesh, what signs them now, and the key of its ledger.
-//! `authority rotate`: another key that seals them.
+//! `authority rotate` and its steps: another root. `authority reseal`: another key that seals them.
 
-use countersign_api::local::{AuthorityView, CertificateView, KeyPlace, Rotate, Rotated};
+use clap::Subcommand;
+
+use countersign_api::local::{
+    AuthorityState, AuthorityStep, AuthorityView, CertificateView, KeyPlace, Reseal, RootView, SealedAnew, StepAs,
+    Stepped,
+};
 
 use crate::{
     client::Client,
     error::Done,
     mesh_finder::Place,
-    operator::Who,
-    render::{self, Output, cell},
+    operator::{Asker, Who},
+    render::{self, Output, Paint, cell},
+    sealing_key::NextSealingKeyArguments,
 };
 
-/// Shows the trust bundle.
-pub async fn show(place: &Place, output: Output) -> Done {
+/// What can be asked about the authority.
+#[derive(Debug, Subcommand)]
+pub enum AuthorityVerb {
+    /// Show the roots that verify the mesh's identities, and what signs them now
+    Show,
+    /// Let another root sign, one step at a time: prepares it, or activates what is prepared
+    ///
+    /// Each step says what comes next. Nothing is cut by it: what was signed before is good until it expires.
+    Rotate {
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Make another root: everybody learns to verify by it, and it signs nothing
+    Prepare {
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Let the prepared root sign from now on
+    ///
+    /// Refused while a connected host does not hold it yet.
+    Activate {
+        /// Its number, as `authority show` says it
+        root: u32,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Let nothing new rest on an old root: whoever has an identity of it gets another at once
+    Taint {
+        /// Its number, as `authority show` says it
+        root: u32,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Take a root out: nobody verifies by it any more, and what still rests on it is cut
+    ///
+    /// Refused while identities rest on it that have not expired. A prepared root can be taken back at any time.
+    Revoke {
+        /// Its number, as `authority show` says it
+        root: u32,
+        /// Cut what still rests on it
+        #[arg(long)]
+        force: bool,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Seal every key with another key-encryption key from now on; the old one opens nothing any more
+    ///
+    /// It is a change: the gate judges it, and the ledger names the new key by a fingerprint. Where a factor or somebody's
+    /// countersignature is asked for first, run it again with the same key when the change is in the ledger.
+    Reseal {
+        /// Where the next key comes from; the control plane reads it.
+        #[command(flatten)]
+        next: NextSealingKeyArguments,
+        /// Who asks.
+        #[command(flatten)]
+        who: Who,
+    },
+}
+
+/// Does what is asked for.
+pub async fn authority(place: &Place, verb: AuthorityVerb, output: Output) -> Done {
+    match verb {
+        AuthorityVerb::Show => show(place, output).await,
+        AuthorityVerb::Rotate { asker } => step(place, AuthorityStep::Next, false, &asker, output).await,
+        AuthorityVerb::Prepare { asker } => step(place, AuthorityStep::Prepare, false, &asker, output).await,
+        AuthorityVerb::Activate { root, asker } => {
+            step(place, AuthorityStep::Activate(root), false, &asker, output).await
+        }
+        AuthorityVerb::Taint { root, asker } => step(place, AuthorityStep::Taint(root), false, &asker, output).await,
+        AuthorityVerb::Revoke { root, force, asker } => {
+            step(place, AuthorityStep::Revoke(root), force, &asker, output).await
+        }
+        AuthorityVerb::Reseal { next, who } => reseal(place, next.place()?, &who, output).await,
+    }
+}
+
+async fn show(place: &Place, output: Output) -> Done {
     let authority: AuthorityView = Client::control(place).get("/v1/authority").await?;
-    let now_ms = render::now_ms();
     render::answer(output, &authority, |authority, paint| {
-        let row = |role: &str, certificate: &CertificateView| {
-            vec![
-                cell(role),
-                cell(&certificate.subject),
-                cell(render::distance(certificate.not_after_ms, now_ms)),
-                cell(certificate.sha256),
-            ]
-        };
-        let mut rows: Vec<_> = authority.roots.iter().map(|root| row("root", root)).collect();
-        rows.push(row("issuing", &authority.issuing));
         format!(
             "{} {}\n{} {}s\n{} {}\n{} {}\n{} {}\n\n{}\n{}",
             paint.dim("trust domain   "),
@@ -38,25 +113,79 @@ pub async fn show(place: &Place, output: Output) -> Done {
             authority.bundle_sequence,
             paint.dim("log key        "),
             authority.log_key,
-            render::table(&["ROLE", "SUBJECT", "EXPIRES", "SHA-256"], rows, paint),
+            table(&authority.roots, paint),
             authority.bundle_pem,
         )
     })
 }
 
-/// Seals every key with the one at `next`.
-pub async fn rotate(place: &Place, next: KeyPlace, who: &Who, output: Output) -> Done {
-    let asked = Rotate { next, shown: who.shown() };
-    let rotated: Rotated = Client::control(place).post("/v1/authority/rotate", &asked).await?;
-    render::answer(output, &rotated, |rotated, paint| {
-        let by = rotated.revision.map_or_else(String::new, |revision| format!(", chosen by revision {revision}"));
+fn table(roots: &[RootView], paint: Paint) -> String {
+    let now_ms = render::now_ms();
+    let row = |number: String, state: String, certificate: &CertificateView| {
+        vec![
+            cell(number),
+            cell(state),
+            cell(&certificate.subject),
+            cell(render::distance(certificate.not_after_ms, now_ms)),
+            cell(certificate.sha256),
+        ]
+    };
+    let rows = roots.iter().flat_map(|one| {
+        let state = format!("{} {}", one.state, render::distance(one.since_ms, now_ms));
+        [row(one.number.to_string(), state, &one.root), row(String::new(), String::new(), &one.issuing)]
+    });
+    render::table(&["ROOT", "STATE", "SUBJECT", "EXPIRES", "SHA-256"], rows, paint)
+}
+
+async fn step(place: &Place, step: AuthorityStep, force: bool, asker: &Asker, output: Output) -> Done {
+    let asked = StepAs { step, force, shown: asker.shown() };
+    let stepped: Stepped = Client::control(place).post("/v1/authority/steps", &asked).await?;
+    render::answer(output, &stepped, |stepped, paint| {
+        let Stepped { step, number, cut, roots } = stepped;
+        let old = roots.iter().find(|one| matches!(one.state, AuthorityState::Old | AuthorityState::Tainted));
+        let (done, next) = match step {
+            AuthorityStep::Next | AuthorityStep::Prepare => (
+                "prepared:",
+                match old {
+                    Some(old) => format!("taint and revoke root {} first, then `countersign authority activate {number}`", old.number),
+                    None => format!("once every host holds it, in a moment: `countersign authority activate {number}`"),
+                },
+            ),
+            AuthorityStep::Activate(_) => (
+                "active:",
+                old.map_or_else(String::new, |old| {
+                    format!("`countersign authority taint {}`, at once where its key is not safe; else it goes by itself in a day", old.number)
+                }),
+            ),
+            AuthorityStep::Taint(_) => (
+                "tainted:",
+                format!("`countersign authority revoke {number}`, once what rests on it has expired; else it goes by itself"),
+            ),
+            AuthorityStep::Revoke(_) => ("revoked:", String::new()),
+        };
+        let mut text = format!("{} root {number}\n", paint.good(done));
+        if *cut > 0 {
+            text.push_str(&format!("{} {cut} identities that rested on it\n", paint.warn("cut:")));
+        }
+        if !next.is_empty() {
+            text.push_str(&format!("{} {next}\n", paint.note("next:")));
+        }
+        format!("{text}\n{}", table(roots, paint))
+    })
+}
+
+async fn reseal(place: &Place, next: KeyPlace, who: &Who, output: Output) -> Done {
+    let asked = Reseal { next, shown: who.shown() };
+    let sealed: SealedAnew = Client::control(place).post("/v1/authority/reseal", &asked).await?;
+    render::answer(output, &sealed, |sealed, paint| {
+        let by = sealed.revision.map_or_else(String::new, |revision| format!(", chosen by revision {revision}"));
         format!(
             "{} {} secrets with key {}{by}\n{} {}\n{} the old key opens nothing that is kept now; copies made before it still open with it\n",
             paint.good("sealed anew:"),
-            rotated.resealed,
-            rotated.fingerprint.short(),
+            sealed.resealed,
+            sealed.fingerprint.short(),
             paint.note("from now on start with:"),
-            rotated.place.flag(),
+            sealed.place.flag(),
             paint.warn("note:"),
         )
     })

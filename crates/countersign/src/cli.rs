@@ -15,7 +15,9 @@ use countersign_core::{
 };
 
 use crate::{
-    agent, apply, authority, change, control, decision, declare, deploy, doctor,
+    agent, apply,
+    authority::{self, AuthorityVerb},
+    change, control, decision, declare, deploy, doctor,
     error::{Done, Failure},
     exec, host,
     identity::{self, IdentityVerb},
@@ -24,9 +26,7 @@ use crate::{
     mesh_finder::{self, Place},
     operator, policy, propose, recover, render,
     render::{Output, Paint},
-    run,
-    sealing_key::NextSealingKeyArguments,
-    service, session, status, store,
+    run, service, session, status, store,
     telemetry::{self, Telemetry},
     up,
 };
@@ -332,25 +332,6 @@ pub struct Filter {
     pub limit: Option<u32>,
 }
 
-/// What can be asked about the authority.
-#[derive(Debug, Subcommand)]
-pub enum AuthorityVerb {
-    /// Show the roots that verify the mesh's identities, and what signs them now
-    Show,
-    /// Seal every key with another key-encryption key from now on; the old one opens nothing any more
-    ///
-    /// It is a change: the gate judges it, and the ledger names the new key by a fingerprint. Where a factor or somebody's
-    /// countersignature is asked for first, run it again with the same key when the change is in the ledger.
-    Rotate {
-        /// Where the next key comes from; the control plane reads it.
-        #[command(flatten)]
-        next: NextSealingKeyArguments,
-        /// Who asks.
-        #[command(flatten)]
-        who: operator::Who,
-    },
-}
-
 /// What can be done with the ledger.
 #[derive(Debug, Subcommand)]
 pub enum LedgerVerb {
@@ -469,10 +450,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Decision(DecisionVerb::Show { id, asker }) => {
             ask(decision::show(&place(&global)?, &id, &asker, output))
         }
-        Command::Authority(AuthorityVerb::Show) => ask(authority::show(&place(&global)?, output)),
-        Command::Authority(AuthorityVerb::Rotate { next, who }) => {
-            ask(authority::rotate(&place(&global)?, next.place()?, &who, output))
-        }
+        Command::Authority(verb) => ask(authority::authority(&place(&global)?, verb, output)),
         Command::Ledger(LedgerVerb::Verify(arguments)) => ledger::verify(&arguments, || place(&global), output),
         Command::Ledger(LedgerVerb::Checkpoint) => ask(ledger::checkpoint(&place(&global)?, output)),
         Command::Ledger(LedgerVerb::Prove(arguments)) => ask(ledger::prove(&place(&global)?, arguments, output)),

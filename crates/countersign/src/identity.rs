@@ -71,6 +71,9 @@ pub struct Which {
     /// Those of this key: SHA-256 of its SubjectPublicKeyInfo
     #[arg(long, value_name = "SHA-256", value_parser = digest)]
     key: Option<Digest>,
+    /// Those that rest on this root: its number, as `authority show` says it
+    #[arg(long, value_name = "ROOT")]
+    authority: Option<u32>,
 }
 
 fn digest(given: &str) -> Result<Digest, String> {
@@ -79,8 +82,8 @@ fn digest(given: &str) -> Result<Digest, String> {
 
 impl Which {
     fn filter(self) -> IdentityFilter {
-        let Self { serial, id, host, key } = self;
-        IdentityFilter { serial, id, host, key }
+        let Self { serial, id, host, key, authority } = self;
+        IdentityFilter { serial, id, host, key, authority }
     }
 }
 
@@ -112,6 +115,7 @@ pub async fn show(place: &Place, serial: Serial, output: Output) -> Done {
             ("key", one.key.as_ref().map_or_else(absent, Digest::to_string)),
             ("issued", render::distance(one.issued_at_ms, now_ms)),
             ("expires", render::distance(one.expires_at_ms, now_ms)),
+            ("root", one.authority.to_string()),
         ];
         if let Some(by) = &one.revoked {
             let reason = render::tame(&by.reason);
@@ -164,6 +168,7 @@ async fn ask(control: &Client, filter: &IdentityFilter) -> Result<Vec<IdentityVi
         ("id", filter.id.as_ref().map(SpiffeId::to_string)),
         ("host", filter.host.as_ref().map(ServiceName::to_string)),
         ("key", filter.key.map(|key| key.to_string())),
+        ("authority", filter.authority.map(|root| root.to_string())),
     ]);
     control.get(&format!("/v1/identities{asked}")).await
 }

@@ -2,7 +2,13 @@
 
 mod support;
 
-use std::{fs, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+};
 
 use serde_json::Value;
 
@@ -40,6 +46,60 @@ fn a_revoked_identity_is_replaced_by_another_and_the_mesh_goes_on() {
     }
     mesh.signal("-INT");
     mesh.gone();
+}
+
+/// Every request of a workload that asks without pause is answered while the root of the trust domain is replaced, and nothing rests on
+/// the first one afterwards.
+#[test]
+fn a_mesh_whose_root_is_replaced_answers_every_request() {
+    let mut mesh = Mesh::started();
+    let first = mesh.json(&["authority", "show"])["roots"][0]["root"]["sha256"].clone();
+    let (stop, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let dir = mesh.dir.clone();
+    let ask = || {
+        while !stop.load(Ordering::Relaxed) {
+            let url = "http://greeter.mesh/hello";
+            let mut curl = binary();
+            curl.arg("-C").arg(&dir).args(["exec", "web", "--", "curl", "-s", "-m", "20", "-o", "/dev/null"]);
+            let answer = curl.args(["-w", "%{http_code}", url]).output().unwrap();
+            assert_eq!(said(&answer), "200", "after {} answers", asked.load(Ordering::Relaxed));
+            asked.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    thread::scope(|scope| {
+        let asking = scope.spawn(ask);
+        let some_more = |mesh: &mut Mesh| {
+            let enough = asked.load(Ordering::Relaxed) + 5;
+            mesh.until("some more are answered", |_| asking.is_finished() || asked.load(Ordering::Relaxed) >= enough);
+        };
+        for (step, expected) in [
+            (&["rotate"][..], "prepared: root 2"),
+            (&["rotate"], "active: root 2"),
+            (&["taint", "1"], "tainted: root 1"),
+        ] {
+            mesh.until(expected, |mesh| said(&mesh.run(&[&["authority"], step].concat())).contains(expected));
+            some_more(&mut mesh);
+        }
+        mesh.until("everybody has an identity of the second root", |mesh| {
+            let good = mesh.json(&["identity", "list", "--authority", "2"]);
+            let ids: BTreeSet<_> = good.as_array().unwrap().iter().map(|one| one["id"].to_string()).collect();
+            ids.len() == 4
+        });
+        some_more(&mut mesh);
+        let refused = said(&mesh.run(&["authority", "revoke", "1"]));
+        assert!(refused.contains("that rest on root 1 have not expired") && refused.contains("--force"), "{refused}");
+        let revoked = said(&mesh.run(&["authority", "revoke", "1", "--force"]));
+        assert!(revoked.contains("revoked: root 1") && revoked.contains("cut:"), "{revoked}");
+        some_more(&mut mesh);
+        stop.store(true, Ordering::Relaxed);
+        asking.join().unwrap();
+    });
+    let roots = mesh.json(&["authority", "show"])["roots"].clone();
+    assert!(roots.as_array().unwrap().len() == 1 && roots[0]["root"]["sha256"] != first, "{roots}");
+    mesh.signal("-INT");
+    mesh.gone();
+    mesh.start();
+    assert_eq!(mesh.ask("/hello").0, "200");
 }
 
 #[test]

@@ -183,7 +183,7 @@ fn a_key_in_a_security_module_seals_and_each_way_in_which_it_is_missing_is_said(
     room.start(&["--key-pkcs11", &good]);
     let shown = room.json(&["authority", "show"]);
     assert!(shown["sealed_by"].as_str().unwrap().starts_with("pkcs11:token=mesh"), "{shown}");
-    let first = shown["roots"][0]["sha256"].clone();
+    let first = shown["roots"][0]["root"]["sha256"].clone();
     room.kill();
     let other = said(&room.fails(&[]));
     assert!(other.contains("key file") && other.contains("is missing"), "the data directory has no key: {other}");
@@ -195,7 +195,7 @@ fn a_key_in_a_security_module_seals_and_each_way_in_which_it_is_missing_is_said(
         "{other}"
     );
     room.start(&["--key-pkcs11", &good]);
-    assert_eq!(room.json(&["authority", "show"])["roots"][0]["sha256"], first, "the same keys opened again");
+    assert_eq!(room.json(&["authority", "show"])["roots"][0]["root"]["sha256"], first, "the same keys opened again");
     room.kill();
 
     let kept = contents(&room.path("data"));
@@ -239,9 +239,9 @@ fn another_key_seals_everything_after_a_change_that_the_gate_let_through_and_the
     let before = room.json(&["status"])["revision"].as_u64().unwrap();
 
     let good = room.uri("mesh", "kek", "pin");
-    let refused = room.run(&["-o", "json", "authority", "rotate", "--new-key-pkcs11", &good]);
+    let refused = room.run(&["-o", "json", "authority", "reseal", "--new-key-pkcs11", &good]);
     assert_eq!((refused.status.code(), &json_of(&refused)["outcome"]), (Some(3), &"step_up".into()));
-    let missing = room.run(&["authority", "rotate", "--new-key-pkcs11", &room.uri("vault", "kek", "pin")]);
+    let missing = room.run(&["authority", "reseal", "--new-key-pkcs11", &room.uri("vault", "kek", "pin")]);
     assert!(said(&missing).contains("could not use the key"), "{}", said(&missing));
     let by = room.json(&["authority", "show"])["sealed_by"].clone();
     assert!(by.as_str().unwrap().starts_with("file "), "nothing was sealed anew: {by}");
@@ -251,14 +251,14 @@ fn another_key_seals_everything_after_a_change_that_the_gate_let_through_and_the
     let code = next_code(&app, &mut used);
     assert_eq!(room.json(&["apply", "--change", &waiting, "--otp", &code])["outcome"], "applied");
     let status = said(&room.run(&["status"]));
-    assert!(status.contains("was chosen, and key") && status.contains("authority rotate"), "{status}");
+    assert!(status.contains("was chosen, and key") && status.contains("authority reseal"), "{status}");
     room.kill();
     room.start(&[]);
     assert!(said(&room.run(&["status"])).contains("was chosen, and key"), "a restart forgets nothing of it");
-    let rotated = room.json(&["authority", "rotate", "--new-key-pkcs11", &good]);
+    let rotated = room.json(&["authority", "reseal", "--new-key-pkcs11", &good]);
     assert!(rotated["revision"].is_null() && rotated["resealed"].as_u64().unwrap() >= 6, "{rotated}");
     assert!(!said(&room.run(&["status"])).contains("was chosen"));
-    let again = room.run(&["authority", "rotate", "--new-key-pkcs11", &good]);
+    let again = room.run(&["authority", "reseal", "--new-key-pkcs11", &good]);
     assert!(said(&again).contains("seals everything already"), "{}", said(&again));
     room.kill();
 
@@ -272,7 +272,7 @@ fn another_key_seals_everything_after_a_change_that_the_gate_let_through_and_the
     // What verifies her codes was sealed anew like everything else.
     let file = room.path("next").display().to_string();
     let code = next_code(&app, &mut used);
-    let rotated = room.json(&["authority", "rotate", "--new-key-file", &file, "--otp", &code]);
+    let rotated = room.json(&["authority", "reseal", "--new-key-file", &file, "--otp", &code]);
     assert_eq!(rotated["revision"], before + 2);
     assert!(room.json(&["ledger", "checkpoint"])["size"].as_u64().unwrap() > before);
     room.kill();

@@ -338,7 +338,7 @@ mod tests {
         let issued = authority.issue(&own());
         let bundle = Bundle::from_message(&authority.bundle()).unwrap();
         let svid = X509Svid::parse(issued.chain, issued.key.clone()).unwrap();
-        let svid = Issued { svid, key_pkcs8_der: issued.key.into(), bundle: bundle.clone() };
+        let svid = Issued { svid, key_pkcs8_der: issued.key.into(), bundle: bundle.clone(), pinned: None };
         Facts { svid: Some(Arc::new(svid)), bundle: Arc::new(bundle) }
     }
 

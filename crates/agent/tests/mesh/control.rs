@@ -55,6 +55,8 @@ use tonic::{Request, Response, Status, Streaming};
 const JWT_KEY_ID: &str = "jwt-1";
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
+/// A root and what signs below it.
+type Root = (Authority, Authority);
 /// What one agent is told.
 type Told = mpsc::Sender<Result<FollowEvent, Status>>;
 
@@ -63,6 +65,10 @@ pub struct Control {
     pub trust_domain: TrustDomain,
     root: Authority,
     issuing: Authority,
+    /// The root that signs in its place, and what signs below it; and whether the first is tainted.
+    next: Mutex<Option<(Arc<Root>, bool)>>,
+    /// What it shows, and verifies agents by.
+    tls: Mutex<Option<Arc<TlsIdentity>>>,
     jwt: EcdsaKeyPair,
     ledger: Mutex<Ledger>,
     /// What some hosts are shown in place of the ledger.
@@ -168,6 +174,8 @@ impl Control {
             trust_domain: trust_domain.clone(),
             root,
             issuing,
+            next: Mutex::default(),
+            tls: Mutex::default(),
             jwt: EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap(),
             ledger: Mutex::default(),
             shown_to: Mutex::default(),
@@ -205,8 +213,33 @@ impl Control {
 
     fn bundle(&self) -> Bundle {
         let jwt = JwtAuthority { key_id: JWT_KEY_ID.into(), point: self.jwt.public_key().as_ref().to_vec() };
-        let roots = vec![self.root.der().clone()];
-        Bundle::new(self.trust_domain.clone(), 1, roots).unwrap().with_jwt_authorities(vec![jwt])
+        let (mut roots, mut tainted, mut sequence) = (vec![self.root.der().clone()], Vec::new(), 1);
+        if let Some((next, is_tainted)) = &*self.next.lock() {
+            roots.push(next.0.der().clone());
+            tainted.extend(is_tainted.then(|| Digest::of(&roots[0])));
+            sequence += 1 + u64::from(*is_tainted);
+        }
+        let bundle = Bundle::new(self.trust_domain.clone(), sequence, roots).unwrap();
+        bundle.with_jwt_authorities(vec![jwt]).with_tainted(tainted)
+    }
+
+    /// Another root signs from now on; the first one is tainted, or not yet.
+    pub fn rotate(&self, taint: bool) {
+        let made = || {
+            let own = &self.trust_domain;
+            let root = CertifiedIssuer::self_signed(signing("root", own), KeyPair::generate().unwrap()).unwrap();
+            let key = KeyPair::generate().unwrap();
+            let issuing = CertifiedIssuer::signed_by(signing("issuing", own), key, &root).unwrap();
+            Arc::new((root, issuing))
+        };
+        let mut next = self.next.lock();
+        let signs = next.take().map_or_else(made, |(signs, _)| signs);
+        *next = Some((signs, taint));
+        drop(next);
+        if let Some(tls) = &*self.tls.lock() {
+            tls.trust(self.bundle());
+        }
+        self.tell(Event::Bundle(self.bundle().to_message()));
     }
 
     /// Appends an entry and tells every agent. Returns the revision.
@@ -338,6 +371,7 @@ impl Control {
         let own = leaf(&self.trust_domain.control(), 3600).signed_by(&key, &self.issuing).unwrap();
         let chain = vec![own.der().clone(), self.issuing.der().clone(), self.root.der().clone()];
         let identity = TlsIdentity::new(X509Svid::parse(chain, key.serialize_der()).unwrap(), self.bundle());
+        *self.tls.lock() = Some(identity.clone());
         let tls = tokio_rustls::TlsAcceptor::from(identity.server_config(ClientCertificate::Optional, &[b"h2"]));
         let routes = tonic::service::Routes::new(EnrolmentServer::new(Service(self.clone())))
             .add_service(MeshServer::new(Service(self.clone())));
@@ -376,8 +410,10 @@ impl Control {
     fn sign(&self, csr_der: &Bytes, id: &SpiffeId, seconds: i64) -> IssueX509SvidResponse {
         let mut request = CertificateSigningRequestParams::from_der(&csr_der.to_vec().into()).unwrap();
         request.params = leaf(id, seconds);
-        let signed = request.signed_by(&self.issuing).unwrap();
-        let chain: [&CertificateDer<'_>; 2] = [signed.der(), self.issuing.der()];
+        let next = self.next.lock().as_ref().map(|(signs, _)| signs.clone());
+        let issuing = next.as_ref().map_or(&self.issuing, |signs| &signs.1);
+        let signed = request.signed_by(issuing).unwrap();
+        let chain: [&CertificateDer<'_>; 2] = [signed.der(), issuing.der()];
         IssueX509SvidResponse {
             chain_der: chain.iter().map(|der| Bytes::copy_from_slice(der)).collect(),
             bundle: Some(self.bundle().to_message()),
@@ -567,7 +603,12 @@ impl Mesh for Service {
         Ok(Response::new(ProbeTelemetryResponse { nonce: Bytes::copy_from_slice(&nonce) }))
     }
 
-    async fn renew_agent(&self, _: Request<RenewAgentRequest>) -> Result<Response<IssueX509SvidResponse>, Status> {
-        Err(Status::unavailable("not in these tests"))
+    async fn renew_agent(
+        &self,
+        request: Request<RenewAgentRequest>,
+    ) -> Result<Response<IssueX509SvidResponse>, Status> {
+        self.0.issued.lock().push("agent".into());
+        let id = self.0.trust_domain.agent(&name("h1"));
+        Ok(Response::new(self.0.sign(&request.into_inner().csr_der, &id, 3600)))
     }
 }

@@ -85,6 +85,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_view_that_a_proxy_refuses_is_reported
         a_revision_that_changes_nothing_for_a_proxy_is_only_a_number
         an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart
+        what_rests_on_a_tainted_root_is_replaced_at_once_and_the_token_of_a_root_that_is_gone_is_still_known
         what_is_revoked_is_told_before_any_identity_replaced_at_once_and_remembered
         a_host_whose_own_identity_is_revoked_says_so_and_what_to_do
         a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar
@@ -488,6 +489,38 @@ async fn an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart(
     let identities = ground.words_of("web", "identity");
     assert_ne!(identities[0], identities[1]);
     assert_eq!(ground.words_of("web", "pid").len(), 1);
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn what_rests_on_a_tainted_root_is_replaced_at_once_and_the_token_of_a_root_that_is_gone_is_still_known() {
+    let ground = ground().await;
+    let revision = ground.control.append(vec![declare("web")], &[]);
+    let token = ground.control.token();
+    let agent = start(ground.config(Some(token.clone()), vec![idle("web")])).await.unwrap();
+    ground.enforced("web", revision).await;
+    ground.control.rotate(false);
+    until("the proxy verifies by both roots", || ground.words_of("web", "bundle").len() >= 2).await;
+    assert_eq!(ground.control.issued.lock().len(), 1, "what an old root signed is good");
+    ground.control.rotate(true);
+    until("each has another identity", || ground.control.issued.lock().len() >= 3).await;
+    until("its own proxy shows it", || ground.words_of("web", "identity").len() == 2).await;
+    let issued = ground.control.issued.lock().clone();
+    let of_agent = issued.iter().filter(|one| *one == "agent").count();
+    assert_eq!((of_agent, issued.len()), (1, 3), "once each: {issued:?}");
+    until("it is kept", || {
+        let kept = fs::read_to_string(ground.data_dir().join("agent/identity.json")).unwrap();
+        kept.contains("\"tainted\":[\"")
+    })
+    .await;
+    agent.stop(Duration::ZERO).await;
+    // As it is once the root is revoked: nothing but the way by which this host joined names it.
+    let path = ground.data_dir().join("agent/identity.json");
+    let mut kept: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    kept["bundle"].as_array_mut().unwrap().remove(0);
+    fs::write(&path, kept.to_string()).unwrap();
+    let agent = start(ground.config(Some(token), Vec::new())).await.unwrap();
+    until("it follows", || ground.control.stream_count() == 1).await;
+    assert_eq!(ground.control.shown.lock().len(), 1, "it joined once");
     agent.stop(Duration::ZERO).await;
 }
 

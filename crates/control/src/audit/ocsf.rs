@@ -221,6 +221,19 @@ fn told(event: &Event) -> Told {
                 json!({ "entity": { "name": names.first(), "type": "identity" }, "actor": { "user": user(by) } }),
             )
         },
+        Event::AuthorityStepped { by, step, number, sha256, cut } => Told {
+            severity: Severity::High,
+            unmapped: json!({ "step": step, "root": number, "cut": cut }),
+            ..plain(
+                ENTITY_MANAGEMENT,
+                (3, "Update"),
+                "a root of the trust domain moved on",
+                json!({
+                    "entity": { "name": sha256.to_string(), "type": "root certificate" },
+                    "actor": { "user": user(by) },
+                }),
+            )
+        },
         Event::JoinTokenReused { host } => Told {
             severity: Severity::High,
             failed: Some("it was used before: whoever used it first may not be who was invited".to_owned()),
@@ -271,6 +284,7 @@ fn activity_of(act: Act) -> (u32, &'static str) {
         Act::ReadLedger | Act::ReadDecisions | Act::ExportLedger => (2, "Read"),
         Act::InviteHost => (1, "Create"),
         Act::RevokeIdentity => (4, "Delete"),
+        Act::RotateAuthority => (3, "Update"),
     }
 }
 

@@ -393,6 +393,7 @@ const CASES: [Case; 29] = [
                 key: None,
                 issued_at_ms: NOW,
                 expires_at_ms: LATER,
+                authority: 1,
             }))
         },
         look: |_, _| String::new(),

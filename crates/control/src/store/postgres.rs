@@ -189,6 +189,10 @@ const SCHEMA: &[&str] = &[
         reason        TEXT NOT NULL
     );
 ",
+    "
+    -- Which root of the trust domain a certificate rests on; of those from before there were several: the first.
+    ALTER TABLE serials ADD COLUMN authority BIGINT NOT NULL DEFAULT 1;
+",
 ];
 
 /// How long a connection may take to be made.
@@ -1157,23 +1161,27 @@ impl Store for PostgresStore {
             let (issued, expires) = (signed(serial.issued_at_ms), signed(serial.expires_at_ms));
             let host = serial.host.as_ref().map(ServiceName::as_str);
             let (number, key) = (serial.serial.to_string(), serial.key.map(|key| key.to_string()));
-            let sql = "INSERT INTO serials (serial, id, instance, issued_at_ms, expires_at_ms, host, key)
-                       VALUES ($1, $2, $3, $4, $5, $6, $7)";
-            s.execute(sql, &[&number, &serial.id.as_str(), &instance, &issued, &expires, &host, &key]).map(drop)
+            let sql = "INSERT INTO serials (serial, id, instance, issued_at_ms, expires_at_ms, host, key, authority)
+                       VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+            let authority = i64::from(serial.authority);
+            s.execute(sql, &[&number, &serial.id.as_str(), &instance, &issued, &expires, &host, &key, &authority])
+                .map(drop)
         })
     }
 
     fn serials(&mut self, filter: &IdentityFilter, now_ms: u64, limit: u32) -> Result<Vec<IssuedSerial>, StoreError> {
-        let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms FROM serials
+        let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms, authority FROM serials
                    WHERE expires_at_ms >= $1 AND ($2::TEXT IS NULL OR serial = $2) AND ($3::TEXT IS NULL OR id = $3)
                    AND ($4::TEXT IS NULL OR host = $4) AND ($5::TEXT IS NULL OR key = $5)
-                   ORDER BY issued_at_ms DESC, serial LIMIT $6";
+                   AND ($6::BIGINT IS NULL OR authority = $6)
+                   ORDER BY issued_at_ms DESC, serial LIMIT $7";
         let serial = filter.serial.map(|serial| serial.to_string());
         let id = filter.id.as_ref().map(SpiffeId::as_str);
         let host = filter.host.as_ref().map(ServiceName::as_str);
         let key = filter.key.map(|key| key.to_string());
+        let authority = filter.authority.map(i64::from);
         self.read(|s| {
-            s.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &i64::from(limit)])?
+            s.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &authority, &i64::from(limit)])?
                 .iter()
                 .map(|row| {
                     Ok(IssuedSerial {
@@ -1184,6 +1192,7 @@ impl Store for PostgresStore {
                         key: optional(row, 4, str::parse)?,
                         issued_at_ms: unsigned(row, 5)?,
                         expires_at_ms: unsigned(row, 6)?,
+                        authority: unsigned(row, 7)? as u32,
                     })
                 })
                 .collect()

@@ -188,6 +188,10 @@ pub(super) const SCHEMA: &[&str] = &[
         reason        TEXT NOT NULL
     ) STRICT;
 ",
+    "
+    -- Which root of the trust domain a certificate rests on; of those from before there were several: the first.
+    ALTER TABLE serials ADD COLUMN authority INTEGER NOT NULL DEFAULT 1;
+",
 ];
 
 /// One SQLite file.
@@ -803,8 +807,8 @@ impl Store for SqliteStore {
             let day_ago = serial.issued_at_ms.saturating_sub(DAY_MS);
             t.execute("DELETE FROM serials WHERE expires_at_ms < ?1", [signed(day_ago)])?;
             t.execute(
-                "INSERT INTO serials (serial, id, instance, issued_at_ms, expires_at_ms, host, key)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                "INSERT INTO serials (serial, id, instance, issued_at_ms, expires_at_ms, host, key, authority)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
                 params![
                     serial.serial.to_string(),
                     serial.id.as_str(),
@@ -812,7 +816,8 @@ impl Store for SqliteStore {
                     signed(serial.issued_at_ms),
                     signed(serial.expires_at_ms),
                     serial.host.as_ref().map(ServiceName::as_str),
-                    serial.key.map(|key| key.to_string())
+                    serial.key.map(|key| key.to_string()),
+                    serial.authority
                 ],
             )
             .map(drop)
@@ -820,15 +825,15 @@ impl Store for SqliteStore {
     }
 
     fn serials(&mut self, filter: &IdentityFilter, now_ms: u64, limit: u32) -> Result<Vec<IssuedSerial>, StoreError> {
-        let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms FROM serials
+        let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms, authority FROM serials
                    WHERE expires_at_ms >= ?1 AND (?2 IS NULL OR serial = ?2) AND (?3 IS NULL OR id = ?3)
-                   AND (?4 IS NULL OR host = ?4) AND (?5 IS NULL OR key = ?5)
-                   ORDER BY issued_at_ms DESC, serial LIMIT ?6";
+                   AND (?4 IS NULL OR host = ?4) AND (?5 IS NULL OR key = ?5) AND (?6 IS NULL OR authority = ?6)
+                   ORDER BY issued_at_ms DESC, serial LIMIT ?7";
         let serial = filter.serial.map(|serial| serial.to_string());
         let id = filter.id.as_ref().map(SpiffeId::as_str);
         let host = filter.host.as_ref().map(ServiceName::as_str);
         let key = filter.key.map(|key| key.to_string());
-        self.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &limit], |row| {
+        self.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &filter.authority, &limit], |row| {
             Ok(IssuedSerial {
                 serial: parsed(row, 0)?,
                 id: parsed(row, 1)?,
@@ -837,6 +842,7 @@ impl Store for SqliteStore {
                 key: optional(row, 4, str::parse)?,
                 issued_at_ms: unsigned(row, 5)?,
                 expires_at_ms: unsigned(row, 6)?,
+                authority: row.get(7)?,
             })
         })
     }

@@ -222,6 +222,7 @@ fn certificates_are_found_by_what_they_are_for_until_they_expire() {
             key: on.map(|on| Digest::of(on.as_bytes())),
             issued_at_ms: u64::from(n),
             expires_at_ms,
+            authority: u32::from(n),
         };
         let all = [issued(1, "web", Some("h1"), 50), issued(2, "web", Some("h2"), 100), issued(3, "db", None, 100)];
         all.iter().for_each(|one| store.put_serial(one).unwrap());
@@ -232,6 +233,7 @@ fn certificates_are_found_by_what_they_are_for_until_they_expire() {
         let h2 = IdentityFilter { host: Some(host("h2")), ..everything.clone() };
         let key = IdentityFilter { key: all[0].key, ..everything.clone() };
         let both = IdentityFilter { host: Some(host("h2")), ..key.clone() };
+        let root = IdentityFilter { authority: Some(3), ..everything.clone() };
         for (filter, now_ms, limit, expected) in [
             (&everything, 50, 10, &[3, 2, 1][..]),
             (&everything, 51, 10, &[3, 2]),
@@ -241,6 +243,7 @@ fn certificates_are_found_by_what_they_are_for_until_they_expire() {
             (&h2, 0, 10, &[2]),
             (&key, 0, 10, &[1]),
             (&both, 0, 10, &[]),
+            (&root, 0, 10, &[3]),
         ] {
             let found = store.serials(filter, now_ms, limit).unwrap();
             let expected: Vec<_> = expected.iter().map(|n| all[*n - 1].clone()).collect();

@@ -187,6 +187,19 @@ impl Plane {
         Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity })
     }
 
+    /// The same for a newcomer that knows the control plane by the first root of `seen` alone.
+    pub async fn join_seeing(&self, token: &str, host: &str, seen: &Bundle) -> Result<Agent, tonic::Status> {
+        let (key, csr_der) = csr();
+        let config = newcomer_config(Digest::of(&seen.authorities()[0]), &[b"h2"]);
+        let channel = self.channel(config).await.map_err(|error| tonic::Status::unavailable(format!("{error:?}")))?;
+        let request = mesh::JoinRequest { token: token.into(), host: host.into(), csr_der };
+        let answer = EnrolmentClient::new(channel).join(request).await?.into_inner();
+        let identity = identity(answer.svid.unwrap(), &key);
+        let channel = self.channel(identity.client_config(trust_domain().control(), &[b"h2"])).await;
+        let channel = channel.map_err(|error| tonic::Status::unavailable(format!("{error:?}")))?;
+        Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity })
+    }
+
     /// An agent on `host`.
     pub async fn agent(&self, host: &str) -> Agent {
         let token = self.invite(None).await.token;

@@ -1,5 +1,5 @@
 //! What an operator does that changes nothing in the ledger, and is judged by the change gate all the same: reading what the mesh
-//! recorded, taking the ledger along, letting a host in, revoking identities.
+//! recorded, taking the ledger along, letting a host in, revoking identities, letting another root sign.
 //!
 //! Nothing is countersigned here: there is no change-set that somebody could stand behind. What was shown is
 //! shown for one act; being signed in says who asks, and meets no obligation.
@@ -30,6 +30,8 @@ pub enum Act {
     InviteHost,
     /// Certificates that are good for nothing from now on.
     RevokeIdentity,
+    /// Another root of the trust domain, or one fewer.
+    RotateAuthority,
 }
 
 /// Why what a factor opens is closed to whom a provider vouched for.
@@ -57,8 +59,14 @@ pub struct AskedTo<'a> {
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::ReadLedger, Self::ReadDecisions, Self::ExportLedger, Self::InviteHost, Self::RevokeIdentity];
+    pub const ALL: [Self; 6] = [
+        Self::ReadLedger,
+        Self::ReadDecisions,
+        Self::ExportLedger,
+        Self::InviteHost,
+        Self::RevokeIdentity,
+        Self::RotateAuthority,
+    ];
 
     /// The act as the gate spells it.
     pub fn as_str(self) -> &'static str {
@@ -68,6 +76,7 @@ impl Act {
             Self::ExportLedger => "export_ledger",
             Self::InviteHost => "invite_host",
             Self::RevokeIdentity => "revoke_identity",
+            Self::RotateAuthority => "rotate_authority",
         }
     }
 
@@ -85,6 +94,7 @@ impl fmt::Display for Act {
             Self::ExportLedger => "exporting the ledger",
             Self::InviteHost => "inviting a host",
             Self::RevokeIdentity => "revoking an identity",
+            Self::RotateAuthority => "rotating the authority",
         })
     }
 }
