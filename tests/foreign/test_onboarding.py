@@ -86,6 +86,9 @@ def test_a_new_service_is_found_by_nobody_and_reaches_nobody_until_it_is_approve
     approved = countersign(directory, "service", "approve", "shop", "--otp", next(codes))
     assert approved.returncode == 0, approved
     until("it is found", lambda: status_of(directory, "web", "http://shop.mesh/hello") == ["200"])
+    listed = countersign(directory, "decision", "list", "--service", "shop", "--first-contact", "--otp", next(codes))
+    (first,) = json.loads(listed.stdout)
+    assert (first["inputs"]["path"], first["inputs"]["principal"].rsplit("/")[-1]) == ("/hello", "web")
     until("it finds others", lambda: status_of(directory, "shop", "http://greeter.mesh/hello") == ["200"])
     assert json.loads(countersign(directory, "service", "list", "--pending").stdout) == []
     assert countersign(directory, "ledger", "verify").returncode == 0

@@ -769,6 +769,8 @@ pub struct RecordFilter {
     pub since_ms: Option<u64>,
     /// Those of exchanges that sidecars make with themselves as well.
     pub probes: bool,
+    /// Those only of the first exchange of a caller in one way.
+    pub first_contact: bool,
     /// At most so many, the newest; 100 unless given.
     pub limit: Option<u32>,
 }

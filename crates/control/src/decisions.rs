@@ -1,4 +1,4 @@
-//! Decision records as they reach the control plane: denials and step-ups in full, permits counted by edge. What is kept
+//! Decision records as they reach the control plane: denials, step-ups and first contacts in full, permits counted by edge. What is kept
 //! is bounded; for the rest the hosts are asked. Reporting never slows an agent: what finds no room is counted.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -10,7 +10,7 @@ use countersign_api::{
     local::{Problem, RecordFilter, TailEvent},
     mesh,
 };
-use countersign_core::record::{DecisionRecord, EdgeCount, Judged};
+use countersign_core::record::{DecisionRecord, EdgeCount, Judged, Outcome};
 
 use crate::{
     clock::Clock,
@@ -55,7 +55,8 @@ impl Decisions {
         let edges: Vec<EdgeCount> = report.edges_json.iter().filter_map(parse).collect();
         let unread = report.records_json.len() - records.len();
         let probes = records.extract_if(.., |record| record.judged == Judged::AsProbe).collect();
-        self.metrics.denials.inc_by(records.len() as u64);
+        let denials = records.iter().filter(|record| record.outcome != Outcome::Permit).count();
+        self.metrics.denials.inc_by(denials as u64);
         let mut shed = report.shed + unread as u64;
         // Nobody listening is no error.
         let tell = |event| drop(self.tail.send(event));
@@ -122,12 +123,13 @@ pub fn limit_of(filter: &RecordFilter) -> usize {
 
 /// Whether every given member of `filter` holds of `record`.
 pub fn matches(filter: &RecordFilter, record: &DecisionRecord) -> bool {
-    let RecordFilter { id, service, principal, outcome, since_ms, probes, limit: _ } = filter;
+    let RecordFilter { id, service, principal, outcome, since_ms, probes, first_contact, limit: _ } = filter;
     let principal_is = |wanted: &str| {
         let given = &record.inputs.principal;
         given.as_str() == wanted || given.service().is_some_and(|service| service.as_str() == wanted)
     };
     (record.judged != Judged::AsProbe || *probes || id.is_some())
+        && (record.inputs.first_contact || !first_contact)
         && id.as_deref().is_none_or(|id| record.id.starts_with(id))
         && service.as_ref().is_none_or(|service| record.inputs.service == *service)
         && principal.as_deref().is_none_or(principal_is)
@@ -145,7 +147,7 @@ pub fn shows(filter: &RecordFilter, event: &TailEvent) -> bool {
             let principal = filter.principal.as_deref().is_none_or(|wanted| {
                 edge.principal.as_str() == wanted || edge.principal.service().is_some_and(|s| s.as_str() == wanted)
             });
-            permits && service && principal && filter.id.is_none()
+            permits && service && principal && filter.id.is_none() && !filter.first_contact
         }
         TailEvent::Shed(_) => true,
     }

@@ -83,6 +83,32 @@ pub enum PathRefused {
     EncodedTwice,
 }
 
+/// Segments of a path that its class tells apart.
+const CLASS_SEGMENTS_MAX: usize = 8;
+/// Bytes of a segment that is one of few.
+const WORD_BYTES_MAX: usize = 32;
+
+/// Appends the class of a normal path: what is one of many in it, a number, a UUID, a long token, becomes `*`, and what is deep `**`.
+/// So `/items/4/parts` and `/items/5/parts` are one.
+pub fn push_class(to: &mut String, path: &str) {
+    for (place, segment) in path.split('/').skip(1).enumerate() {
+        if place == CLASS_SEGMENTS_MAX {
+            to.push_str("/**");
+            return;
+        }
+        to.push('/');
+        to.push_str(if is_one_of_many(segment) { "*" } else { segment });
+    }
+}
+
+fn is_one_of_many(segment: &str) -> bool {
+    let digits = segment.bytes().filter(u8::is_ascii_digit).count();
+    let is_hexadecimal = segment.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    segment.len() > WORD_BYTES_MAX
+        || digits > 0 && digits == segment.len()
+        || digits > 0 && segment.len() >= 8 && is_hexadecimal
+}
+
 impl<'a> NormalPath<'a> {
     /// Brings the path of `raw`, a path with an optional query in origin form, to its normal form.
     pub fn parse(raw: &'a str) -> Result<Self, PathRefused> {

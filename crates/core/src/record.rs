@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     change::{PolicyId, Revision},
     identity::{InstanceId, ServiceName, SpiffeId},
+    path,
     service::Protocol,
 };
 
@@ -162,6 +163,27 @@ pub struct EdgeCount {
     pub revision: Revision,
 }
 
+impl DecisionRecord {
+    /// In which way the caller came: what is told apart as an edge.
+    pub fn way(&self) -> String {
+        let mut way = String::new();
+        push_way(&mut way, self.inputs.operation.as_deref(), &self.inputs.method, &self.inputs.path);
+        way
+    }
+}
+
+/// Appends the way of an exchange: its operation, or without a contract its method and the class of its path.
+pub fn push_way(to: &mut String, operation: Option<&str>, method: &str, path: &str) {
+    match operation {
+        Some(operation) => to.push_str(operation),
+        None => {
+            to.push_str(method);
+            to.push(' ');
+            path::push_class(to, path);
+        }
+    }
+}
+
 impl Reason {
     /// What it means, for people.
     pub fn in_words(self) -> &'static str {
@@ -241,6 +263,27 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_way_is_an_operation_or_a_method_with_the_class_of_its_path() {
+        let long = format!("/files/{}", "x".repeat(33));
+        for (operation, path, expected) in [
+            (Some("createCharge"), "/charges/4", "createCharge"),
+            (None, "/", "GET /"),
+            (None, "/items/4/parts", "GET /items/*/parts"),
+            (None, "/items/5/parts/", "GET /items/*/parts/"),
+            (None, "/v1/items", "GET /v1/items"),
+            (None, "/items/0197f0c2-8d5e-7a10-9c1b-1f2e3d4c5b6a", "GET /items/*"),
+            (None, "/commits/deadbeef1", "GET /commits/*"),
+            (None, "/facade", "GET /facade"),
+            (None, &long, "GET /files/*"),
+            (None, "/a/b/c/d/e/f/g/h/i/j", "GET /a/b/c/d/e/f/g/h/**"),
+        ] {
+            let mut way = String::new();
+            push_way(&mut way, operation, "GET", path);
+            assert_eq!(way, expected);
+        }
+    }
 
     #[test]
     fn every_reason_stands_at_its_place() {

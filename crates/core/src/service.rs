@@ -31,6 +31,17 @@ pub enum Recorded {
     Always,
 }
 
+/// What the first exchange of an edge (a caller, in one way) has to be beyond permitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum FirstContact {
+    /// Nothing: its record is marked and reported.
+    #[default]
+    Mark,
+    /// Small and plain: few headers, a short body that says its length and its type.
+    Inspect,
+}
+
 /// The declared part of a service, as the ledger holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -62,6 +73,13 @@ pub struct ServiceSpec {
     /// It has none on purpose (`contract = "none"`): a new service of a protected mesh is let in without one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_contract: bool,
+    /// What the first exchange of an edge has to be.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub first_contact: FirstContact,
+}
+
+fn is_default(given: &FirstContact) -> bool {
+    *given == FirstContact::default()
 }
 
 /// How old a view may be when nothing else is said, in seconds.
@@ -83,6 +101,7 @@ impl ServiceSpec {
             exchanges_max: EXCHANGES_MAX_DEFAULT,
             contract: None,
             without_contract: false,
+            first_contact: FirstContact::default(),
         }
     }
 }

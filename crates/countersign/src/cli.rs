@@ -327,6 +327,9 @@ pub struct Filter {
     /// Those of exchanges that sidecars make with themselves as well
     #[arg(long)]
     pub probes: bool,
+    /// Those only of the first exchange of a caller by an operation, or by a method and class of path
+    #[arg(long)]
+    pub first_contact: bool,
     /// At most so many
     #[arg(long, value_name = "N")]
     pub limit: Option<u32>,

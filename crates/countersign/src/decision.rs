@@ -243,6 +243,7 @@ pub fn line(event: &TailEvent, own: Option<&TrustDomain>, paint: Paint) -> Strin
             let why =
                 if record.policies.is_empty() { String::new() } else { format!(" by {}", record.policies.join(", ")) };
             let open = if record.judged == Judged::WhileOpen { " while open" } else { "" };
+            let first = if inputs.first_contact { ", first contact" } else { "" };
             format!(
                 "{} {} {} {} {}{} {}\n",
                 paint.dim(&render::moment(record.at_ms)),
@@ -252,7 +253,7 @@ pub fn line(event: &TailEvent, own: Option<&TrustDomain>, paint: Paint) -> Strin
                 inputs.service,
                 render::tame(&inputs.path),
                 paint.dim(&format!(
-                    "{}{why}{open}, revision {}, {}",
+                    "{}{why}{open}{first}, revision {}, {}",
                     record.reason.as_str(),
                     record.revision,
                     record.id
@@ -310,6 +311,7 @@ fn filtered(filter: &Filter) -> String {
         ("outcome", filter.outcome.map(|outcome| outcome.as_str().to_owned())),
         ("since_ms", since_ms.map(|ms| ms.to_string())),
         ("probes", filter.probes.then(|| "true".to_owned())),
+        ("first_contact", filter.first_contact.then(|| "true".to_owned())),
         ("limit", filter.limit.map(|limit| limit.to_string())),
     ])
 }

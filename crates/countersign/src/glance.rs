@@ -43,6 +43,8 @@ impl Glance {
     pub fn see(&mut self, event: &TailEvent) -> Option<String> {
         let first = match event {
             TailEvent::Edge(edge) => self.first_permit(edge),
+            // The count of its edge says so, and how often.
+            TailEvent::Record(record) if record.outcome == Outcome::Permit => false,
             TailEvent::Record(record) => self.first_denial(record),
             TailEvent::Shed(_) => true,
         };

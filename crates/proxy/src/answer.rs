@@ -49,10 +49,11 @@ pub(crate) enum Refusal {
     TimedOut,
     Unproven,
     CertificateRefused,
+    FirstContact(&'static str),
 }
 
 /// One of each kind, in the order in which they are counted.
-pub(crate) const ALL: [Refusal; 23] = [
+pub(crate) const ALL: [Refusal; 24] = [
     Refusal::Denied(DecisionId(0)),
     Refusal::Malformed("framing"),
     Refusal::HeadTooLarge,
@@ -76,6 +77,7 @@ pub(crate) const ALL: [Refusal; 23] = [
     Refusal::Unproven,
     Refusal::CertificateRefused,
     Refusal::NotInContract(DecisionId(0)),
+    Refusal::FirstContact("headers"),
 ];
 
 /// How long a worker says nothing more of a refusal that it has just logged: an outage is not as loud as its traffic.
@@ -119,6 +121,14 @@ impl Refusal {
                 "the service has a contract without such an operation: correct the request or the contract",
             ),
             Malformed(_) => (400, 13, "malformed", Info, false, "the body names the defect; send it otherwise"),
+            FirstContact(_) => (
+                400,
+                13,
+                "first-contact",
+                Info,
+                false,
+                "the first exchange of a caller is held to 64 headers of 16 KiB and a body of 1 MiB that says length and type; the body names what is not so",
+            ),
             HeadTooLarge => (431, 8, "head-too-large", Info, false, "send fewer or shorter headers"),
             UnknownService => (404, 12, "unknown-service", Info, false, "no such service is declared in mesh.toml"),
             WrongAuthority => (
@@ -233,7 +243,9 @@ impl Refusal {
             Self::Denied(id) | Self::NotInContract(id) => {
                 format!(r#"{{"error":"{}","decision":"{id}"}}"#, self.row().reason)
             }
-            Self::Malformed(defect) => format!(r#"{{"error":"malformed","defect":"{defect}"}}"#),
+            Self::Malformed(defect) | Self::FirstContact(defect) => {
+                format!(r#"{{"error":"{}","defect":"{defect}"}}"#, self.row().reason)
+            }
             other => format!(r#"{{"error":"{}"}}"#, other.row().reason),
         }
     }
@@ -255,7 +267,7 @@ fn response(refusal: Refusal, kind: Kind) -> Response<Watched> {
     let built = if kind == Kind::Grpc {
         let message = match refusal {
             Refusal::Denied(id) | Refusal::NotInContract(id) => format!("{}; decision {id}", row.reason),
-            Refusal::Malformed(defect) => format!("malformed: {defect}"),
+            Refusal::Malformed(defect) | Refusal::FirstContact(defect) => format!("{}: {defect}", row.reason),
             _ => row.reason.to_owned(),
         };
         response

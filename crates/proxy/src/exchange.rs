@@ -12,7 +12,7 @@ use std::{rc::Rc, sync::Arc, time::Instant};
 use countersign_core::{
     identity::ServiceName,
     path::{Authority, NormalPath},
-    service::Protocol,
+    service::{FirstContact, Protocol},
 };
 use h2::ext::Protocol as ConnectProtocol;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, uri::PathAndQuery};
@@ -21,6 +21,7 @@ use crate::{
     answer::{Refusal, answer, says},
     authenticate::authenticate,
     authorize::authorize,
+    contact,
     counts::{Counts, Direction},
     decided::TraceId,
     flow::{Account, Flow, Watched},
@@ -243,8 +244,19 @@ fn route_inbound(
         Protocol::Tcp => Kind::Tcp,
     };
     let operation = view.law.operation(method.as_str(), &path);
-    let way = || operation.map_or(method.as_str(), |name| name);
-    let first_contact = !is_probe && worker.is_first_contact(peer.id(), way());
+    let unknown = match is_probe {
+        false => worker.unknown_edge(peer.id(), operation.map(|name| &**name), method.as_str(), &path),
+        true => None,
+    };
+    let inspects = view.view.spec.as_ref().is_some_and(|spec| spec.first_contact == FirstContact::Inspect);
+    // What is refused here leaves the edge unknown: the next exchange is the first again.
+    if inspects
+        && unknown.is_some_and(|edge| worker.shared.edges.is_new(edge))
+        && let Some(defect) = contact::defect(kind, &headers, size, !body.is_end_stream())
+    {
+        return Err(Refusal::FirstContact(defect));
+    }
+    let first_contact = unknown.is_some_and(|edge| worker.note_edge(edge));
     let asked = Asked { kind, method: method.clone(), path, host: own_host, size, first_contact, trace, is_probe };
     let routed = Routed { intent, protocol, method, path_and_query, headers, body };
     Ok((view, routed, asked))

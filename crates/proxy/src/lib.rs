@@ -18,6 +18,7 @@
 //! | `forward` | the request goes on, to the workload or to another sidecar |
 //! | `balance`, `pool` | which instance, and the connection to it |
 //! | `flow`, `tunnel`, `websocket` | bodies frame by frame; byte streams joined; where a WebSocket frame ends |
+//! | `contact` | which edges are known, and what the first exchange of one has to be |
 //! | `hygiene` | what may cross from one connection to the next |
 //! | `trace` | the W3C trace goes on; the spans of those that are kept |
 //! | `live` | the live table: judged before it begins, judged again while it lives |
@@ -37,6 +38,7 @@ pub mod arbitrary_bytes;
 mod authenticate;
 mod authorize;
 mod balance;
+mod contact;
 pub mod counts;
 pub mod decided;
 pub mod dns;

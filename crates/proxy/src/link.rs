@@ -192,6 +192,9 @@ impl Sidecar {
             worker_count: configuration.worker_count,
             tracing: Some(tracing),
         }));
+        if let Err(error) = shared.know_edges(&configuration.records_dir) {
+            warn!(%error, "could not read which callers are known: they look new");
+        }
         let (report, reports) = mpsc::channel(REPORTS_MAX);
         let config = SinkConfig {
             instance: configuration.instance,

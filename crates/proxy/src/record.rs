@@ -33,7 +33,10 @@ use countersign_core::{
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::decided::{Decided, DecisionId, Recorder, Shed};
+use crate::{
+    contact::Keeper,
+    decided::{Decided, DecisionId, Recorder, Shed},
+};
 
 mod entry;
 mod segment;
@@ -145,7 +148,8 @@ impl Sink {
             went_round: Condvar::new(),
         });
         let segments = segment::Segments::new(config.dir.clone(), config.bytes_max, &config.instance);
-        let mut writer = writer::Writer::new(shared.clone(), segments, config.instance.clone(), reports);
+        let edges = Keeper::open(&config.dir);
+        let mut writer = writer::Writer::new(shared.clone(), segments, edges, config.instance.clone(), reports);
         writer.prepare(); // whoever must not go on unrecorded knows from the first exchange
         let writer = thread::Builder::new().name("record".into()).spawn(move || writer.run())?;
         let _ = shared.writer.set(writer.thread().clone());
@@ -286,13 +290,17 @@ mod tests {
     };
 
     use super::*;
-    use crate::decided::TraceId;
+    use crate::{
+        contact::{Edge, Edges},
+        decided::TraceId,
+    };
 
     /// What a query borrows.
     pub(super) struct Asked {
         principal: SpiffeId,
         service: ServiceName,
         path: String,
+        first_contact: bool,
     }
 
     impl Asked {
@@ -305,6 +313,7 @@ mod tests {
                 principal: SpiffeId::parse(&format!("spiffe://shop.example/{caller}")).unwrap(),
                 service: ServiceName::parse("catalog").unwrap(),
                 path: path.into(),
+                first_contact: false,
             }
         }
 
@@ -316,7 +325,7 @@ mod tests {
                 size: Some(at_ms % 1000),
                 origin: "192.0.2.7".parse().unwrap(),
                 now: (at_ms / 1000) as i64,
-                first_contact: true,
+                first_contact: self.first_contact,
             };
             let (principal, service) = (&self.principal, &self.service);
             Decided {
@@ -558,6 +567,31 @@ mod tests {
         edges.sort_by(|a, b| a.principal.cmp(&b.principal));
         let counted: Vec<_> = edges.iter().map(|edge| (edge.principal.path(), &*edge.action, edge.permits)).collect();
         assert_eq!(counted, [("/orders", "http:GET", 250), ("/web", "http:GET", 750)]);
+    }
+
+    #[test]
+    fn a_first_contact_is_reported_in_full_though_permitted_listed_and_known_after_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = start(dir.path(), 0);
+        let permit = permitted(&[]);
+        let first = Asked { first_contact: true, ..Asked::new("/items/4") };
+        running.worker.record(&first.decided(&permit, 1)).unwrap();
+        running.worker.record(&Asked::new("/items/5").decided(&permit, 2)).unwrap();
+        let report = running.reported(|report| !report.edges_json.is_empty());
+        let told: DecisionRecord = serde_json::from_slice(&report.records_json[0]).unwrap();
+        assert_eq!((report.records_json.len(), &*told.inputs.path, told.inputs.first_contact), (1, "/items/4", true));
+        let count: EdgeCount = serde_json::from_slice(&report.edges_json[0]).unwrap();
+        assert_eq!(count.permits, 2, "and counted with the others");
+        assert_eq!(running.paths(RecordFilter { first_contact: true, ..all() }), ["/items/4"]);
+        drop(running);
+        let known = Edges::default();
+        Keeper::load(dir.path(), &known).unwrap();
+        for (caller, way, is_new) in
+            [("web", "GET /items/*", false), ("web", "POST /items/*", true), ("x", "GET /items/*", true)]
+        {
+            let caller = format!("spiffe://shop.example/{caller}");
+            assert_eq!(known.is_new(Edge::new(&caller, way)), is_new, "{caller} {way}");
+        }
     }
 
     #[test]

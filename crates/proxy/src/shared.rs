@@ -8,6 +8,7 @@ use std::{
     collections::BTreeMap,
     io,
     net::{SocketAddr, TcpListener},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -25,10 +26,16 @@ use countersign_core::{
     view::View,
 };
 use parking_lot::Mutex;
-use rustc_hash::FxHashSet;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::{counts::Counts, decided::TraceId, live::LiveExchange, trace::Tracing, view::Compiled};
+use crate::{
+    contact::{Edges, Keeper},
+    counts::Counts,
+    decided::TraceId,
+    live::LiveExchange,
+    trace::Tracing,
+    view::Compiled,
+};
 
 /// What is fixed for the life of one sidecar.
 pub struct Setup {
@@ -49,9 +56,6 @@ pub struct App {
     /// Makes a TCP socket, not yet connected, in the workload's namespace.
     pub socket: Box<dyn Fn() -> io::Result<socket2::Socket> + Send + Sync>,
 }
-
-/// Edges (who calls, how) that one sidecar tells apart.
-pub(crate) const EDGES_MAX: usize = 65_536;
 
 /// What a listener is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -98,7 +102,7 @@ pub struct Shared {
     fresh_at_ms: AtomicU64,  // on `began`'s clock, plus one; 0: never
     began: Instant,
     draining: AtomicBool,
-    edges: Mutex<FxHashSet<u64>>,
+    pub(crate) edges: Edges,
     probe: Probe,
     app_ready: AtomicBool,
     app_doubt: Notify,
@@ -152,7 +156,7 @@ impl Shared {
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
             draining: AtomicBool::new(false),
-            edges: Mutex::default(),
+            edges: Edges::default(),
             probe: Probe::default(),
             app_ready: AtomicBool::new(false),
             app_doubt: Notify::new(),
@@ -286,10 +290,9 @@ impl Shared {
         self.began.elapsed()
     }
 
-    /// Whether `edge` had not been seen by any worker. When more are known than anyone could look at, none is new.
-    pub(crate) fn is_new_edge(&self, edge: u64) -> bool {
-        let mut edges = self.edges.lock();
-        edges.len() < EDGES_MAX && edges.insert(edge)
+    /// Knows the edges again that a sidecar before this one kept in `dir`.
+    pub fn know_edges(&self, dir: &Path) -> io::Result<()> {
+        Keeper::load(dir, &self.edges)
     }
 
     /// From now on an exchange of this sidecar with itself that names `nonce` is a probe, once. An earlier nonce is void.

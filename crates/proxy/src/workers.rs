@@ -2,7 +2,6 @@
 
 use std::{
     cell::RefCell,
-    hash::BuildHasher,
     io,
     rc::Rc,
     sync::Arc,
@@ -15,10 +14,11 @@ use countersign_core::{
     identity::{ServiceName, SpiffeId},
     path::Authority,
     policy::{Decision, Judge, Query},
+    record::push_way,
     service::Protocol,
 };
 use http::Request;
-use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
+use rustc_hash::{FxHashMap, FxHashSet};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::{
     runtime::LocalRuntime,
@@ -30,11 +30,12 @@ use crate::{
     accept::accept,
     answer::Said,
     balance::Balance,
+    contact::{EDGES_MAX, Edge},
     counts::Counts,
     decided::Recorder,
     live::{Cut, Live},
     pool::AppPool,
-    shared::{Door, EDGES_MAX, Order, Shared},
+    shared::{Door, Order, Shared},
     view::Compiled,
 };
 
@@ -61,6 +62,7 @@ pub(crate) struct Worker {
     client_configs: RefCell<FxHashMap<ServiceName, Arc<ClientConfig>>>,
     host_names: RefCell<FxHashMap<ServiceName, Arc<str>>>,
     edges: RefCell<FxHashSet<u64>>, // those this worker knows to be known
+    way: RefCell<String>,           // of the exchange that is looked at
     doors: RefCell<Vec<(Door, AbortHandle)>>,
 }
 
@@ -168,6 +170,7 @@ impl Worker {
             client_configs: RefCell::default(),
             host_names: RefCell::default(),
             edges: RefCell::default(),
+            way: RefCell::default(),
             doors: RefCell::default(),
         }
     }
@@ -205,18 +208,28 @@ impl Worker {
         self.shared.uptime().as_nanos() as u64
     }
 
-    /// Whether nobody with this id has called in this way since the proxy began: this operation, or, without a contract, this
-    /// method.
-    pub(crate) fn is_first_contact(&self, peer: &SpiffeId, way: &str) -> bool {
-        let edge = FxBuildHasher.hash_one((peer, way));
-        if self.edges.borrow().contains(&edge) {
-            return false;
-        }
+    /// The edge of an exchange of `peer`, unless this worker knows that it is known.
+    pub(crate) fn unknown_edge(
+        &self,
+        peer: &SpiffeId,
+        operation: Option<&str>,
+        method: &str,
+        path: &str,
+    ) -> Option<Edge> {
+        let way = &mut *self.way.borrow_mut();
+        way.clear();
+        push_way(way, operation, method, path);
+        let edge = Edge::new(peer.as_str(), way);
+        (!self.edges.borrow().contains(&edge.number())).then_some(edge)
+    }
+
+    /// Takes note of an edge; whether no worker had seen it before.
+    pub(crate) fn note_edge(&self, edge: Edge) -> bool {
         let mut edges = self.edges.borrow_mut();
         if edges.len() < EDGES_MAX {
-            edges.insert(edge);
+            edges.insert(edge.number());
         }
-        self.shared.is_new_edge(edge)
+        self.shared.edges.note(edge)
     }
 
     /// `<service>.mesh`, made once.

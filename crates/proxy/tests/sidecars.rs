@@ -20,7 +20,7 @@ use countersign_api::{
 use countersign_core::{
     change::Revision,
     identity::{ServiceName, TrustDomain},
-    record::{DecisionRecord, Outcome},
+    record::{DecisionRecord, Judged, Outcome},
     service::{Protocol, ServiceSpec},
     view::{View, ViewPolicy, VisibleService},
 };
@@ -131,8 +131,11 @@ struct Pair {
 
 impl Pair {
     async fn start(authority: &Authority) -> Self {
+        Self::start_in(authority, tempfile::tempdir().unwrap()).await
+    }
+
+    async fn start_in(authority: &Authority, dir: tempfile::TempDir) -> Self {
         let _ = svid::provider().as_ref().clone().install_default(); // another test may have been first
-        let dir = tempfile::tempdir().unwrap();
         let (mut catalog, catalog_listening) = sidecar(authority, dir.path(), "catalog", Some(workload())).await;
         catalog.until(|message| matches!(message, Message::AppReady(true)).then_some(())).await;
         catalog.offer(&view("catalog", 1, &[READS])).await;
@@ -238,6 +241,57 @@ async fn when_a_revision_is_acknowledged_no_open_stream_lives_by_an_older_one() 
     assert_eq!(pair.ask("GET", "/items").await.0, 403);
     let records = pair.records().await;
     assert!(records.iter().any(|r| r.outcome == Outcome::Deny && &*r.inputs.path == "/stream" && r.revision.0 == 3));
+}
+
+#[tokio::test]
+async fn a_caller_is_no_stranger_to_a_sidecar_that_begins_anew() {
+    let authority = Authority::new("shop.example");
+    let mut pair = Pair::start(&authority).await;
+    assert_eq!(pair.ask("GET", "/items/4").await.0, 200);
+    let report = pair.catalog.until(|message| match message {
+        Message::Report(report) if !report.records_json.is_empty() => Some(report),
+        _ => None,
+    });
+    let reported: DecisionRecord = serde_json::from_slice(&report.await.records_json[0]).unwrap();
+    assert_eq!((reported.outcome, reported.inputs.first_contact), (Outcome::Permit, true), "in full, though permitted");
+    let Pair { catalog, _web, _dir, .. } = pair;
+    drop((catalog, _web)); // and with them their sidecars
+    let mut pair = Pair::start_in(&authority, _dir).await;
+    for path in ["/items/5", "/parts"] {
+        assert_eq!(pair.ask("GET", path).await.0, 200);
+    }
+    let firsts: Vec<_> = pair.records().await.into_iter().map(|r| (r.inputs.path, r.inputs.first_contact)).collect();
+    let expected = [("/parts", true), ("/items/5", false), ("/items/4", true)];
+    assert_eq!(firsts, expected.map(|(path, first)| (path.into(), first)));
+}
+
+#[tokio::test]
+async fn a_probe_that_is_ordered_leaves_a_record_a_span_and_a_count_of_its_nonce() {
+    let mut pair = Pair::start(&Authority::new("shop.example")).await;
+    let nonce = bytes::Bytes::from_static(&[7; 16]);
+    pair.catalog.order(Order::Probe(nonce.clone())).await;
+    let (mut record, mut span, mut end) = (None, None, None);
+    while record.is_none() || span.is_none() || end.is_none() {
+        pair.catalog
+            .until(|message| {
+                match message {
+                    Message::Report(report) => record = report.records_json.first().cloned().or(record.take()),
+                    Message::Spans(spans) => span = spans.spans.into_iter().next(),
+                    Message::Probed(probed) => end = Some(probed),
+                    _ => return None,
+                }
+                Some(())
+            })
+            .await;
+    }
+    let record: DecisionRecord = serde_json::from_slice(&record.unwrap()).unwrap();
+    let trace_id = "07".repeat(16);
+    assert_eq!((record.judged, record.trace_id.as_deref()), (Judged::AsProbe, Some(&*trace_id)));
+    assert_eq!(span.unwrap().trace_id, nonce);
+    assert_eq!(end.map(|end| (end.nonce, end.error)), Some((nonce, String::new())));
+    let counted = format!(r#"countersign_probes_total 1 # {{trace_id="{trace_id}"}} 1.0"#);
+    assert!(pair.page("/metrics").await.lines().any(|line| line == counted));
+    assert_eq!(pair.records().await, [], "no traffic, unless it is asked for");
 }
 
 #[tokio::test]

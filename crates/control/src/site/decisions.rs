@@ -65,6 +65,7 @@ impl Wanted {
             outcome: outcome.transpose()?,
             since_ms,
             probes: false,
+            first_contact: false,
             limit: Some(PAGE),
         })
     }

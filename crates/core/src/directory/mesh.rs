@@ -20,7 +20,7 @@ use crate::{
     identity::{ServiceName, TrustDomain},
     operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
-    service::{EXCHANGES_MAX_DEFAULT, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
+    service::{EXCHANGES_MAX_DEFAULT, FirstContact, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
     sign_in::{SignIn, SignInName},
     state::SERVICES_MAX,
 };
@@ -42,6 +42,7 @@ pub(super) struct Mesh {
 const ISOLATE: [(&str, Isolate); 3] = [("auto", Isolate::Auto), ("required", Isolate::Required), ("off", Isolate::Off)];
 const PROTOCOL: [(&str, Protocol); 3] = [("http", Protocol::Http), ("grpc", Protocol::Grpc), ("tcp", Protocol::Tcp)];
 const RECORDED: [(&str, Recorded); 2] = [("best_effort", Recorded::BestEffort), ("always", Recorded::Always)];
+const FIRST_CONTACT: [(&str, FirstContact); 2] = [("mark", FirstContact::Mark), ("inspect", FirstContact::Inspect)];
 const STALENESS_MS: std::ops::RangeInclusive<u64> = 1_000..=86_400_000;
 const EXCHANGES: std::ops::RangeInclusive<u64> = 1..=1_000_000;
 
@@ -271,6 +272,7 @@ fn read_service<'t>(
         sensitivity: group(table, "sensitivity"),
         exchanges_max: table.whole("exchanges_max", EXCHANGES).map_or(defaults.exchanges_max, |found| found as u32),
         contract: contract.as_ref().map(Contract::digest),
+        first_contact: table.word("first_contact", &FIRST_CONTACT).unwrap_or_default(),
         without_contract: protocol.has_operations() && Contracts::is_waived(table),
     };
     LocalService { run, port, env, instances, spec, contract }

@@ -229,6 +229,13 @@ pub(super) const SERVICE: &[Key] = &[
          a descriptor set (`.binpb`, `.pb`, `.desc`). A request that is none of them is denied: [contracts.md](contracts.md). \
          `\"none\"`: it has none on purpose; a new http or grpc service of a protected mesh says one or the other before it is let in.",
     ),
+    key(
+        "first_contact",
+        "`\"mark\"` or `\"inspect\"`",
+        "`\"mark\"`",
+        "The first exchange of a caller by one operation (without a contract: method and class of path) is marked in its record and reported. With `\"inspect\"` it \
+         must also be small and plain, or is refused (`first-contact`): [onboarding.md](onboarding.md#first-contact).",
+    ),
     key("namespace", "name", "none", "Groups services for policies: `resource in Namespace::\"…\"`."),
     key(
         "sensitivity",

@@ -183,7 +183,7 @@ pub(super) struct DecisionView<'a> {
     /// Principal, service and action: the same bytes for the same edge.
     pub edge: &'a [u8],
     protocol: Protocol,
-    first_contact: bool,
+    pub first_contact: bool,
     rest: &'a [u8],
 }
 

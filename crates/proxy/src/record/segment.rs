@@ -213,6 +213,7 @@ fn matches(view: &DecisionView<'_>, filter: &RecordFilter) -> bool {
     };
     let is_asked_for = view.judged != Judged::AsProbe || filter.probes || filter.id.is_some();
     is_asked_for
+        && (view.first_contact || !filter.first_contact)
         && filter.outcome.is_none_or(|outcome| outcome == view.outcome)
         && filter.since_ms.is_none_or(|since_ms| since_ms <= view.at_ms)
         && filter.service.as_ref().is_none_or(|given| given.as_str() == service)

@@ -26,6 +26,7 @@ use super::{
     entry::{self, DecisionView, FRAME_BYTES, Payload},
     segment::Segments,
 };
+use crate::contact::Keeper;
 
 /// Time in which records gather before they are written: the latest that a denial is on its way to control.
 const BATCH: Duration = Duration::from_millis(20);
@@ -43,6 +44,7 @@ const QUEUE_BYTES_IDLE: usize = 64 * 1024;
 pub(super) struct Writer {
     shared: Arc<Shared>,
     segments: Segments,
+    edges: Keeper,
     instance: InstanceId,
     reports: mpsc::Sender<Report>,
     spare: Batch,
@@ -66,9 +68,25 @@ struct Permits {
 }
 
 impl Writer {
-    pub fn new(shared: Arc<Shared>, segments: Segments, instance: InstanceId, reports: mpsc::Sender<Report>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        segments: Segments,
+        edges: Keeper,
+        instance: InstanceId,
+        reports: mpsc::Sender<Report>,
+    ) -> Self {
         let tally = Tally { full: Vec::new(), full_count: 0, edges: HashMap::default(), edges_due: None, shed: 0 };
-        Self { shared, segments, instance, reports, spare: Batch::default(), tally, retry_at: None, shed_seen: 0 }
+        Self {
+            shared,
+            segments,
+            edges,
+            instance,
+            reports,
+            spare: Batch::default(),
+            tally,
+            retry_at: None,
+            shed_seen: 0,
+        }
     }
 
     /// Goes round until the sink is dropped, and then once more.
@@ -150,6 +168,12 @@ impl Writer {
             entry::seal(entry);
             if let Some(Payload::Decision(view)) = Payload::read(&entry[FRAME_BYTES..]) {
                 self.tally.count(&view, &self.instance, now, &self.shared);
+                if view.first_contact
+                    && let Some(record) = view.record(&self.instance)
+                    && let Err(error) = self.edges.keep(&record)
+                {
+                    warn!(%error, "could not keep an edge: its caller looks new after the next start");
+                }
             }
             (at, count) = (end, count + 1);
         }
@@ -235,7 +259,10 @@ impl Tally {
         let counted = match (view.outcome, view.judged) {
             // No flood of denials keeps control from hearing of it: the sidecar makes one at a time.
             (_, Judged::AsProbe) => self.add_in_full(view, instance),
-            (Outcome::Permit, Judged::AtStart) => self.count_permit(view),
+            (Outcome::Permit, Judged::AtStart) => {
+                let counted = self.count_permit(view);
+                counted && (!view.first_contact || self.count_in_full(view, instance))
+            }
             (Outcome::Permit, Judged::WhileOpen) => true,
             (Outcome::Deny | Outcome::StepUp, _) => self.count_in_full(view, instance),
         };

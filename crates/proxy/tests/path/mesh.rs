@@ -21,7 +21,7 @@ use countersign_core::{
     identity::{InstanceId, ServiceName, TrustDomain},
     record::{Ended, Judged, Outcome, Reason},
     route::Route,
-    service::{Protocol, Recorded as WhenRecorded, ServiceSpec},
+    service::{FirstContact, Protocol, Recorded as WhenRecorded, ServiceSpec},
     view::{View, ViewPolicy, ViewRoute, VisibleService},
 };
 use countersign_proxy::{
@@ -165,6 +165,7 @@ pub struct Plan {
     pub recorded: WhenRecorded,
     /// Of every service but `web`.
     pub contract: Option<Contract>,
+    pub first_contact: FirstContact,
 }
 
 impl Plan {
@@ -177,6 +178,7 @@ impl Plan {
             exchanges_max: 10_000,
             recorded: WhenRecorded::default(),
             contract: None,
+            first_contact: FirstContact::default(),
         }
     }
 
@@ -190,6 +192,7 @@ impl Plan {
             max_staleness_seconds: self.max_staleness_seconds,
             exchanges_max: self.exchanges_max,
             recorded: self.recorded,
+            first_contact: self.first_contact,
             contract: contract.as_ref().map(Contract::digest),
             ..ServiceSpec::new(*protocol)
         });

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use countersign_core::{
     record::{Judged, Outcome},
     route::{Limit, Retry, Route, RouteMatch},
-    service::Protocol::Http,
+    service::{FirstContact, Protocol::Http},
 };
 use http_body_util::Full;
 use hyper::Request;
@@ -219,10 +219,38 @@ async fn an_edge_is_new_once() {
     let app = Workload::http().await;
     let policy = r#"permit(principal, action, resource) when { !context.first_contact };"#;
     let (web, _catalog, _) = pair(&Plan::new(SERVICES, policy), "catalog", app.address).await;
-    assert_eq!(web.get("http://catalog.mesh/a").await.status, 403);
-    for path in ["a", "b", "c", "d"] {
-        assert_eq!(web.get(&format!("http://catalog.mesh/{path}")).await.status, 200);
+    for (path, expected) in
+        [("items/1", 403), ("items/2", 200), ("items/3", 200), ("items", 403), ("items", 200), ("items/4", 200)]
+    {
+        assert_eq!(web.get(&format!("http://catalog.mesh/{path}")).await.status, expected, "{path}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_exchange_of_an_edge_is_marked_and_where_it_is_inspected_has_to_be_small_and_plain() {
+    let app = Workload::http().await;
+    let mut plan = Plan::new(SERVICES, EVERYONE);
+    let (web, catalog, _) = pair(&plan, "catalog", app.address).await;
+    let post = async |path: &str, body: &'static str, kind: Option<&str>| {
+        let request = Request::post(format!("http://catalog.mesh{path}"));
+        let request = kind.into_iter().fold(request, |request, kind| request.header("content-type", kind));
+        web.send(request.body(Full::from(body)).unwrap()).await
+    };
+    assert_eq!(post("/a", "x", None).await.status, 200, "marked and no more");
+    plan.first_contact = FirstContact::Inspect;
+    catalog.apply(&plan, 2).await;
+    assert_eq!(post("/a", "x", None).await.status, 200, "known");
+    let refused = post("/b", "x", None).await;
+    assert_eq!(refused.seen(), (400, Some("first-contact")));
+    assert!(refused.text().contains("content-type"), "{refused:?}");
+    assert_eq!(post("/b", "x", None).await.status, 400, "it is still the first");
+    assert_eq!(post("/b", "x", Some("text/plain")).await.status, 200);
+    assert_eq!(post("/b", "x", None).await.status, 200, "and no more");
+    let marks: Vec<_> =
+        catalog.records.lock().unwrap().iter().map(|record| (record.path.clone(), record.first_contact)).collect();
+    let expected = [("/a", true), ("/a", false), ("/b", true), ("/b", false)];
+    assert_eq!(marks, expected.map(|(path, first)| (path.to_owned(), first)));
+    assert_eq!(app.seen(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
