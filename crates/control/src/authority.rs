@@ -1,5 +1,5 @@
-//! The only room that signs. Two levels of ECDSA P-256: a root for ten years, which signs nothing but intermediates, and
-//! an intermediate for ninety days, which signs SVIDs. Their private keys lie sealed in the store; the root's is opened
+//! The only room that signs. Two levels of ECDSA P-256: a root, which signs nothing but intermediates, and an
+//! intermediate, which signs SVIDs; how long each is good the ledger says. Their private keys lie sealed in the store; the root's is opened
 //! only to sign an intermediate and erased again. A root is followed by the next one while the mesh runs ([`generations`]). Beside
 //! them an Ed25519 key that signs the checkpoints of the ledger.
 //!
@@ -30,6 +30,7 @@ use countersign_api::{
 use countersign_core::{
     canonical::Digest,
     identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
+    lifetimes::Lifetimes,
     signal::Serial,
 };
 
@@ -50,12 +51,6 @@ use jwt_key::{JWT_KEYS, JwtKeys, SignedJwtSvid};
 use log_key::{LOG_KEY, LOG_SIGNED, LogKey};
 use seal::{Sealer, Unopened};
 
-/// How long an SVID lives.
-pub const SVID_LIFETIME: Duration = Duration::from_secs(60 * 60);
-const ROOT_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
-const ISSUING_LIFETIME: Duration = Duration::from_secs(90 * 24 * 60 * 60);
-/// The intermediate is replaced when it has less than this left: every SVID it signed ends long before it.
-const ISSUING_OVERLAP: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// How far the clocks of two hosts may differ before a fresh certificate looks not yet valid.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
 /// Longest signing request we read, in bytes.
@@ -77,7 +72,11 @@ pub struct Authority {
     sealer: Arc<Sealer>,
     storage: Storage,
     clock: Clock,
+    lifetimes: ReadLifetimes,
 }
+
+/// Tells how long what is signed now is good.
+pub type ReadLifetimes = Arc<dyn Fn() -> Lifetimes + Send + Sync>;
 
 /// The roots as they are known here, and what signs now.
 struct Held {
@@ -89,6 +88,7 @@ struct Held {
 
 /// The intermediate that signs now.
 struct Issuing {
+    not_before_ms: u64,
     not_after_ms: u64,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -158,7 +158,12 @@ impl SigningRequest {
 
 impl Authority {
     /// Opens the stored authority, if there is one.
-    pub async fn open(storage: Storage, sealer: Arc<Sealer>, clock: Clock) -> Result<Option<Self>, AuthorityError> {
+    pub async fn open(
+        storage: Storage,
+        sealer: Arc<Sealer>,
+        clock: Clock,
+        lifetimes: ReadLifetimes,
+    ) -> Result<Option<Self>, AuthorityError> {
         let root_key = root_key(1);
         let names = [GENERATIONS, ROOT_CERTIFICATE, ISSUING_CERTIFICATE, ISSUING_KEY, LOG_KEY, &root_key];
         let names = names.map(str::to_owned);
@@ -179,7 +184,7 @@ impl Authority {
             None => LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?,
         };
         let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
-        let authority = Self::of(held, jwt, log, sealer, storage, clock);
+        let authority = Self::of(held, jwt, log, sealer, storage, clock, lifetimes);
         authority.rotate().await?;
         Ok(Some(authority))
     }
@@ -193,9 +198,10 @@ impl Authority {
         storage: Storage,
         sealer: Arc<Sealer>,
         clock: Clock,
+        lifetimes: ReadLifetimes,
     ) -> Result<Option<Self>, AuthorityError> {
         let now_ms = clock.now_ms();
-        let (made, root_secret) = make_root(&trust_domain, now_ms)?;
+        let (made, root_secret) = make_root(&trust_domain, now_ms, lifetimes())?;
         let generations = Generations::first(trust_domain.clone(), made, now_ms);
         let (log, log_secret) = LogKey::make(&trust_domain, storage.clone(), sealer.clone());
         let seals = sealer.clone();
@@ -216,13 +222,21 @@ impl Authority {
         let Some(sealed) = made else { return Ok(None) };
         let held = Held::open(&sealer, sealed)?;
         let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
-        Ok(Some(Self::of(held, jwt, log, sealer, storage, clock)))
+        Ok(Some(Self::of(held, jwt, log, sealer, storage, clock, lifetimes)))
     }
 
-    fn of(held: Held, jwt: JwtKeys, log: LogKey, sealer: Arc<Sealer>, storage: Storage, clock: Clock) -> Self {
+    fn of(
+        held: Held,
+        jwt: JwtKeys,
+        log: LogKey,
+        sealer: Arc<Sealer>,
+        storage: Storage,
+        clock: Clock,
+        lifetimes: ReadLifetimes,
+    ) -> Self {
         let news = watch::Sender::new(held.generations.version);
         let trust_domain = held.generations.trust_domain.clone();
-        Self { trust_domain, held: RwLock::new(Arc::new(held)), news, jwt, log, sealer, storage, clock }
+        Self { trust_domain, held: RwLock::new(Arc::new(held)), news, jwt, log, sealer, storage, clock, lifetimes }
     }
 
     fn held(&self) -> Arc<Held> {
@@ -284,12 +298,14 @@ impl Authority {
         let mut replaced = false;
         loop {
             let (held, now_ms) = (self.held(), self.clock.now_ms());
-            if held.issuing.not_after_ms > now_ms + ISSUING_OVERLAP.as_millis() as u64 {
+            if !held.issuing.ends_soon(now_ms) {
                 return Ok(replaced);
             }
             let generations = &held.generations;
             let Some(root) = self.root_issuer(generations.active()).await? else { return Ok(replaced) };
-            let (issuing, key) = make_issuing(&generations.trust_domain, &root, now_ms)?;
+            let root_ends_ms = certificate_view(&generations.active().root.0)?.not_after_ms;
+            let (issuing, key) =
+                make_issuing(&generations.trust_domain, &root, now_ms, (self.lifetimes)(), root_ends_ms)?;
             let cross = match generations.old() {
                 Some(old) => self.cross(generations, old, &key, &issuing).await?,
                 None => None,
@@ -362,7 +378,7 @@ impl Authority {
         loop {
             let (held, now_ms) = (self.held(), self.clock.now_ms());
             held.generations.may_prepare()?;
-            let (made, root_secret) = make_root(&held.generations.trust_domain, now_ms)?;
+            let (made, root_secret) = make_root(&held.generations.trust_domain, now_ms, (self.lifetimes)())?;
             let number = held.generations.next();
             let after = held.generations.prepare(made, now_ms)?;
             if self.swap(&held, after, Some((root_key(number), root_secret))).await? {
@@ -438,9 +454,10 @@ impl Authority {
     /// That what signs ends soon and is not replaced by itself.
     pub fn ends_soon(&self) -> Option<String> {
         let held = self.held();
-        let left_ms = held.issuing.not_after_ms.saturating_sub(self.clock.now_ms());
+        let now_ms = self.clock.now_ms();
+        let left_ms = held.issuing.not_after_ms.saturating_sub(now_ms);
         let (root, days) = (held.generations.active().number, left_ms / (24 * 60 * 60 * 1000));
-        (left_ms <= ISSUING_OVERLAP.as_millis() as u64).then(|| {
+        held.issuing.ends_soon(now_ms).then(|| {
             format!("the intermediate of root {root} ends in {days} days and cannot be replaced: `countersign authority prepare` another root")
         })
     }
@@ -526,7 +543,7 @@ impl Authority {
             bundle_sequence: self.bundle().sequence(),
             bundle_pem: held.generations.roots().iter().map(|root| pem("CERTIFICATE", root)).collect(),
             roots: held.generations.all().iter().map(view).collect::<Result<_, _>>()?,
-            svid_lifetime_seconds: SVID_LIFETIME.as_secs(),
+            svid_lifetime_seconds: (self.lifetimes)().svid_seconds.into(),
             sealed_by: format!("{} (key {})", self.sealer.place(), self.sealer.key().name()),
             log_key: self.log.verifier().to_string(),
         })
@@ -543,7 +560,8 @@ impl Authority {
         loop {
             let held = self.held();
             let now_ms = self.clock.now_ms();
-            let expires_at_ms = (now_ms + SVID_LIFETIME.as_millis() as u64).min(held.issuing.not_after_ms);
+            let lifetime_ms = u64::from((self.lifetimes)().svid_seconds) * 1000;
+            let expires_at_ms = (now_ms + lifetime_ms).min(held.issuing.not_after_ms);
             let serial = new_serial();
             let mut params = CertificateParams::default();
             params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
@@ -585,6 +603,13 @@ impl Authority {
     }
 }
 
+impl Issuing {
+    /// Whether it is to be replaced: less than a third of its life is left, which every SVID that it signs outlives by far.
+    fn ends_soon(&self, now_ms: u64) -> bool {
+        self.not_after_ms.saturating_sub(now_ms) <= self.not_after_ms.saturating_sub(self.not_before_ms) / 3
+    }
+}
+
 impl Held {
     fn open(sealer: &Sealer, sealed: Vec<u8>) -> Result<Self, AuthorityError> {
         let generations = Generations::open(sealer, &sealed)?;
@@ -592,10 +617,9 @@ impl Held {
             .map_err(|error| AuthorityError::Damaged(format!("a root is no signing certificate: {error}")))?;
         let active = generations.active();
         let key = read_key(&active.issuing_key.0)?;
-        let issuing = Issuing {
-            not_after_ms: certificate_view(&active.issuing.0)?.not_after_ms,
-            issuer: Issuer::from_ca_cert_der(&active.issuing.0, key)?,
-        };
+        let CertificateView { not_before_ms, not_after_ms, .. } = certificate_view(&active.issuing.0)?;
+        let issuing =
+            Issuing { not_before_ms, not_after_ms, issuer: Issuer::from_ca_cert_der(&active.issuing.0, key)? };
         Ok(Self { sealed, generations, issuing })
     }
 }
@@ -623,12 +647,15 @@ async fn begin_record(
 }
 
 /// A root for as long as roots live, the intermediate below it, and the root's key.
-fn make_root(trust_domain: &TrustDomain, now_ms: u64) -> Result<(Made, Secret), AuthorityError> {
+fn make_root(trust_domain: &TrustDomain, now_ms: u64, lifetimes: Lifetimes) -> Result<(Made, Secret), AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let params = signing_params(trust_domain, "root", BasicConstraints::Constrained(1), now_ms, ROOT_LIFETIME);
+    let params =
+        signing_params(trust_domain, "root", BasicConstraints::Constrained(1), now_ms, days(lifetimes.root_days));
     let root = params.self_signed(&key)?.der().clone();
     let secret = Secret::of(&key);
-    let (issuing, issuing_key) = make_issuing(trust_domain, &Issuer::from_ca_cert_der(&root, key)?, now_ms)?;
+    let root_ends_ms = certificate_view(&root)?.not_after_ms;
+    let issuer = Issuer::from_ca_cert_der(&root, key)?;
+    let (issuing, issuing_key) = make_issuing(trust_domain, &issuer, now_ms, lifetimes, root_ends_ms)?;
     Ok((Made { root: Der(root), issuing: Der(issuing), issuing_key: Secret::of(&issuing_key) }, secret))
 }
 
@@ -636,12 +663,20 @@ fn make_issuing(
     trust_domain: &TrustDomain,
     root: &Issuer<'_, KeyPair>,
     now_ms: u64,
+    lifetimes: Lifetimes,
+    root_ends_ms: u64,
 ) -> Result<(CertificateDer<'static>, KeyPair), AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let limits = BasicConstraints::Constrained(0);
-    let mut params = signing_params(trust_domain, "intermediate", limits, now_ms, ISSUING_LIFETIME);
+    let left = Duration::from_millis(root_ends_ms.saturating_sub(now_ms));
+    let lifetime = days(lifetimes.intermediate_days).min(left);
+    let mut params = signing_params(trust_domain, "intermediate", limits, now_ms, lifetime);
     params.use_authority_key_identifier_extension = true;
     Ok((params.signed_by(&key, root)?.der().clone(), key))
+}
+
+fn days(count: u32) -> Duration {
+    Duration::from_secs(u64::from(count) * 24 * 60 * 60)
 }
 
 fn signing_params(
@@ -737,7 +772,7 @@ mod tests {
         let store = SqliteStore::open(&dir.path().join("control.db")).unwrap();
         let storage = Storage::start(Box::new(store), StoreLatency::default()).unwrap();
         let trust_domain = TrustDomain::parse("shop.example").unwrap();
-        let (made, root_secret) = make_root(&trust_domain, Clock::system().now_ms()).unwrap();
+        let (made, root_secret) = make_root(&trust_domain, Clock::system().now_ms(), Lifetimes::default()).unwrap();
         let root = Digest::of(&made.root.0);
         let seals = sealer.clone();
         let as_before = storage.run("authority_keys", move |store| {
@@ -749,7 +784,10 @@ mod tests {
             ])
         });
         as_before.await.unwrap();
-        let open = async || Authority::open(storage.clone(), sealer.clone(), Clock::system()).await.unwrap().unwrap();
+        let open = async || {
+            let usual = Arc::new(Lifetimes::default);
+            Authority::open(storage.clone(), sealer.clone(), Clock::system(), usual).await.unwrap().unwrap()
+        };
         let authority = open().await;
         assert_eq!((authority.root_sha256(), authority.trust_domain()), (root, &trust_domain));
         assert_eq!(authority.prepare().await.unwrap(), 2);

@@ -100,7 +100,7 @@ pub use audit::{AUDIT_FILE, AuditError};
 use advertise::{Advertise, Advertised, Own};
 use audit::{Audit, Event};
 use authority::{
-    Authority, AuthorityError, SVID_LIFETIME,
+    Authority, AuthorityError, ReadLifetimes,
     log_key::LogKey,
     seal::{Sealer, SealingKey, SealingKeyError},
 };
@@ -732,9 +732,16 @@ impl Plane {
         Ok(Ok(Applied { revision, digest, protected: state.is_protected(), invitations }))
     }
 
+    /// Tells how long what is signed is good, as the ledger says then.
+    fn lifetimes(&self) -> ReadLifetimes {
+        let ledger = self.ledger.clone();
+        Arc::new(move || ledger.head().follower.state().lifetimes())
+    }
+
     /// Opens the authority, or makes it, and lets agents in.
     async fn begin_authority(&self, wanted: &TrustDomain) -> Result<(), AuthorityError> {
-        let stored = Authority::open(self.storage.clone(), self.sealer.clone(), self.clock.clone()).await?;
+        let stored =
+            Authority::open(self.storage.clone(), self.sealer.clone(), self.clock.clone(), self.lifetimes()).await?;
         let authority = match stored {
             Some(stored) if stored.trust_domain() != wanted => {
                 let stored = stored.trust_domain().clone();
@@ -743,11 +750,11 @@ impl Plane {
             Some(stored) => stored,
             None => {
                 let (storage, sealer, clock) = (self.storage.clone(), self.sealer.clone(), self.clock.clone());
-                match Authority::create(wanted.clone(), storage, sealer, clock).await? {
+                match Authority::create(wanted.clone(), storage, sealer, clock, self.lifetimes()).await? {
                     Some(made) => made,
                     None => {
                         let (storage, sealer, clock) = (self.storage.clone(), self.sealer.clone(), self.clock.clone());
-                        let stored = Authority::open(storage, sealer, clock).await?;
+                        let stored = Authority::open(storage, sealer, clock, self.lifetimes()).await?;
                         let stored =
                             stored.ok_or_else(|| AuthorityError::Damaged("those of another one are gone".into()))?;
                         if stored.trust_domain() != wanted {
@@ -880,7 +887,6 @@ async fn beat(plane: Arc<Plane>) {
 /// Renews the control plane's own SVID at half its life, and the intermediate in time; takes the steps of the roots that are due, and
 /// shows what became of them, whoever took them.
 async fn renew(plane: Arc<Plane>) {
-    let half_life_ms = SVID_LIFETIME.as_millis() as u64 / 2;
     let identity = plane.identity().await;
     let Some(authority) = plane.authority() else { return };
     let mut news = authority.news();
@@ -893,9 +899,11 @@ async fn renew(plane: Arc<Plane>) {
             () = plane.renew_now.notified() => true,
             changed = news.changed() => changed.is_ok(),
         };
-        let expires_at_ms = u64::try_from(identity.svid().not_after()).unwrap_or(0) * 1000;
+        let svid = identity.svid();
+        let (begins, expires) = (svid.not_before(), svid.not_after());
+        let half_life = begins + (expires - begins) / 2;
         // Looked at often rather than slept towards: a machine that was asleep renews at once.
-        if !is_urgent && plane.clock.now_ms() + half_life_ms < expires_at_ms {
+        if !is_urgent && mfa::seconds(plane.clock.now_ms()) < half_life {
             continue;
         }
         let renewed = match authority.rotate().await {

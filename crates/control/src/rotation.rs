@@ -18,7 +18,7 @@ use crate::{
     Plane,
     acts::{self, By},
     audit::Event,
-    authority::{Authority, AuthorityError, SVID_LIFETIME},
+    authority::{Authority, AuthorityError},
     enrol::INVITATION_LIFETIME_MAX,
     identities,
     local_api::{problem, store_problem},
@@ -181,12 +181,12 @@ async fn take(
         AuthorityStep::Taint(number) => authority.taint(number).await.map(|()| number)?,
         AuthorityStep::Revoke(number) => authority.revoke(number).await.map(|()| number)?,
     };
-    plane.show_authority(authority).await?;
     let roots = authority.view()?.roots;
     let root = roots.iter().chain(&before).find(|one| one.number == number);
     let sha256 = root.map(|one| one.root.sha256).unwrap_or_default();
     tracing::warn!(by = actor, step = name_of(step), number, root = %sha256, cut, "a root of the trust domain moved on");
     plane.tell(Event::AuthorityStepped { by: actor.to_owned(), step: name_of(step), number, sha256, cut });
+    plane.show_authority(authority).await?;
     Ok(Stepped { step, number, cut, roots })
 }
 
@@ -202,7 +202,8 @@ fn name_of(step: AuthorityStep) -> &'static str {
 /// Takes the step that is due by itself, unless something still rests on its not being taken.
 pub(crate) async fn tend(plane: &Plane, authority: &Authority) -> Result<(), AuthorityError> {
     let view = authority.view()?;
-    let Some(step) = due(&view.roots, plane.clock.now_ms()) else { return Ok(()) };
+    let svid_lifetime = Duration::from_secs(view.svid_lifetime_seconds);
+    let Some(step) = due(&view.roots, svid_lifetime, plane.clock.now_ms()) else { return Ok(()) };
     if authority.may(step).is_err() || examine(plane, &view, step, false).await.is_err() {
         return Ok(());
     }
@@ -214,13 +215,13 @@ pub(crate) async fn tend(plane: &Plane, authority: &Authority) -> Result<(), Aut
 }
 
 /// The step that is due at `now_ms`.
-fn due(roots: &[RootView], now_ms: u64) -> Option<AuthorityStep> {
+fn due(roots: &[RootView], svid_lifetime: Duration, now_ms: u64) -> Option<AuthorityStep> {
     let since = |one: &RootView| Duration::from_millis(now_ms.saturating_sub(one.since_ms));
     if let Some(old) = in_state(roots, AuthorityState::Old) {
         return (since(old) >= OLD_LEADS).then_some(AuthorityStep::Taint(old.number));
     }
     if let Some(tainted) = in_state(roots, AuthorityState::Tainted) {
-        return (since(tainted) >= SVID_LIFETIME).then_some(AuthorityStep::Revoke(tainted.number));
+        return (since(tainted) >= svid_lifetime).then_some(AuthorityStep::Revoke(tainted.number));
     }
     let active = in_state(roots, AuthorityState::Active)?;
     let (left_ms, life_ms) = (
@@ -273,7 +274,7 @@ mod tests {
             ("and no more", vec![root(1, Tainted, 5), root(2, Active, 0)], 5 + HOUR_MS, Some(Revoke(1))),
             ("one after the other", vec![root(1, Old, late), active, root(3, Prepared, 5)], late + 5, None),
         ] {
-            assert_eq!(due(&roots, now_ms), expected, "{what}");
+            assert_eq!(due(&roots, Duration::from_millis(HOUR_MS), now_ms), expected, "{what}");
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     assurance::authenticators::Authenticators,
     canonical::Digest,
     identity::{FactorId, NameError, OperatorName, ServiceName, SpiffeId, TrustDomain},
+    lifetimes::Lifetimes,
     operator::EnrolledFactor,
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     route::Route,
@@ -166,6 +167,13 @@ pub enum Change {
     },
     /// Lets any authenticator be enrolled again.
     RemoveAuthenticators {},
+    /// Says how long what the authority signs from now on is good.
+    SetLifetimes {
+        /// Of each level.
+        lifetimes: Lifetimes,
+    },
+    /// Lets it be good for as long as where nothing is said.
+    RemoveLifetimes {},
     /// Adds a policy of the change gate, or replaces its text.
     SetGatePolicy {
         /// Its `@id`.
@@ -275,7 +283,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 33] = [
+    pub const KINDS: [&str; 35] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -297,6 +305,8 @@ impl Change {
         "set_operator_roles",
         "set_authenticators",
         "remove_authenticators",
+        "set_lifetimes",
+        "remove_lifetimes",
         "set_gate_policy",
         "remove_gate_policy",
         "seal_settings",
@@ -335,6 +345,8 @@ impl Change {
             Self::SetOperatorRoles { .. } => "set_operator_roles",
             Self::SetAuthenticators { .. } => "set_authenticators",
             Self::RemoveAuthenticators {} => "remove_authenticators",
+            Self::SetLifetimes { .. } => "set_lifetimes",
+            Self::RemoveLifetimes {} => "remove_lifetimes",
             Self::SetGatePolicy { .. } => "set_gate_policy",
             Self::RemoveGatePolicy { .. } => "remove_gate_policy",
             Self::SealSettings { .. } => "seal_settings",
@@ -374,6 +386,7 @@ impl Change {
             }
             Self::SetGatePolicy { id, .. } | Self::RemoveGatePolicy { id } => format!("gate policy {id}"),
             Self::SetAuthenticators { .. } | Self::RemoveAuthenticators {} => "authenticators".to_owned(),
+            Self::SetLifetimes { .. } | Self::RemoveLifetimes {} => "lifetimes".to_owned(),
             Self::SealSettings { .. } => "seal".to_owned(),
             Self::Deploy { service, .. } => format!("deployment of service {service}"),
             Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),

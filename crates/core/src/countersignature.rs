@@ -293,6 +293,8 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::SetOperatorRoles { .. }
             | Change::SetAuthenticators { .. }
             | Change::RemoveAuthenticators {}
+            | Change::SetLifetimes { .. }
+            | Change::RemoveLifetimes {}
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
             | Change::SealSettings { .. }
@@ -338,6 +340,8 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::SetOperatorRoles { .. }
             | Change::SetAuthenticators { .. }
             | Change::RemoveAuthenticators {}
+            | Change::SetLifetimes { .. }
+            | Change::RemoveLifetimes {}
             | Change::SetGatePolicy { .. }
             | Change::RemoveGatePolicy { .. }
             | Change::SealSettings { .. }

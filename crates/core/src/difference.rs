@@ -10,6 +10,7 @@ use crate::{
     canonical::Digest,
     change::{Bodies, Change},
     contract::Contract,
+    lifetimes::Lifetimes,
     operator::{EnrolledFactor, Operator},
     service::ServiceSpec,
     state::{Barred, MeshState},
@@ -64,6 +65,7 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         Change::SetAuthenticators { .. } | Change::RemoveAuthenticators {} => {
             state.authenticators.as_ref().map(authenticators)
         }
+        Change::SetLifetimes { .. } | Change::RemoveLifetimes {} => Some(lifetimes(&state.lifetimes())),
         Change::SealSettings { .. } => state.seal.map(|seal| sealed(seal.quorum)),
         Change::Deploy { service, .. } => state.deployments.get(service).map(lines),
         Change::QuarantineService { name }
@@ -97,6 +99,8 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         }
         Change::SetGatePolicy { body: digest, .. } => Some(body(digest)),
         Change::SetAuthenticators { authenticators: given } => Some(authenticators(given)),
+        Change::SetLifetimes { lifetimes: given } => Some(lifetimes(given)),
+        Change::RemoveLifetimes {} => Some(lifetimes(&Lifetimes::default())),
         Change::SealSettings { quorum } => Some(sealed(*quorum)),
         Change::Deploy { artifacts, .. } => Some(lines(artifacts)),
         Change::QuarantineService { .. } => Some(standing(Some(&Barred::Quarantined))),
@@ -177,6 +181,13 @@ fn factor(factor: &EnrolledFactor) -> String {
 fn authenticators(list: &Authenticators) -> String {
     let models = list.models.iter().map(|model| format!("model {model}\n"));
     models.chain(list.roots.iter().map(|root| format!("vouched for by {root}\n"))).collect()
+}
+
+fn lifetimes(given: &Lifetimes) -> String {
+    let Lifetimes { svid_seconds, intermediate_days, root_days } = given;
+    format!(
+        "an SVID lives for {svid_seconds} s\nan intermediate for {intermediate_days} days\na root for {root_days} days\n"
+    )
 }
 
 fn sealed(quorum: u32) -> String {

@@ -34,6 +34,7 @@ use crate::{
     gate,
     identity::{ServiceName, TrustDomain},
     ledger::BODY_BYTES_MAX,
+    lifetimes::Lifetimes,
     operator::Seal,
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     policy::{self, FilePolicy},
@@ -73,6 +74,8 @@ pub struct Directory {
     pub seal: Option<Seal>,
     /// The only authenticators that may be enrolled; any, when it says nothing.
     pub authenticators: Option<Authenticators>,
+    /// How long what the authority signs is good; as ever, when it says nothing.
+    pub lifetimes: Option<Lifetimes>,
     /// Every service.
     pub services: BTreeMap<ServiceName, LocalService>,
     /// Who has which role.
@@ -221,6 +224,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             defaults: mesh.defaults,
             seal: mesh.seal,
             authenticators: mesh.authenticators,
+            lifetimes: mesh.lifetimes,
             services: mesh.services,
             roles: roles.unwrap_or_default(),
             policies,

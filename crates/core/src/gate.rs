@@ -541,7 +541,9 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         Change::SealSettings { .. }
         | Change::RotateSealingKey { .. }
         | Change::SetAuthenticators { .. }
-        | Change::RemoveAuthenticators {} => uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str())),
+        | Change::RemoveAuthenticators {}
+        | Change::SetLifetimes { .. }
+        | Change::RemoveLifetimes {} => uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str())),
         Change::DeclareService { name, .. }
         | Change::RemoveService { name }
         | Change::Deploy { service: name, .. }

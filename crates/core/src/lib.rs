@@ -42,6 +42,7 @@ pub mod jws;
 pub mod jwt_svid;
 pub mod keyring;
 pub mod ledger;
+pub mod lifetimes;
 pub mod operator;
 pub mod path;
 pub mod pipeline;

@@ -15,6 +15,7 @@ use crate::{
     directory::{PLAIN_NAME, is_plain_name},
     gate::OWNER,
     identity::{FactorId, OperatorName, ServiceName, TrustDomain},
+    lifetimes::Lifetimes,
     operator::{EnrolledFactor, FACTORS_MAX, Operator, QUORUM_MAX, REASON_BYTES_MAX, Recovery, Seal},
     pipeline::{self, Issuer, IssuerName, PIPELINES_MAX, Pipeline, PipelineName},
     route::Route,
@@ -52,6 +53,9 @@ pub struct MeshState {
     /// The only authenticators that may be enrolled; any, when nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub authenticators: Option<Authenticators>,
+    /// How long what the authority signs is good; [`MeshState::lifetimes`], when nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lifetimes: Option<Lifetimes>,
     /// The executables and images that may be instances of a service, by their SHA-256; a service that is not here takes any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub deployments: BTreeMap<ServiceName, BTreeSet<Digest>>,
@@ -144,6 +148,11 @@ pub enum FoldError {
     /// A list that nothing can be held to.
     #[error("a list of authenticators names 1 to {MODELS_MAX} models and 1 to {ROOTS_MAX} roots")]
     Authenticators,
+    /// Lives that are too short or too long.
+    #[error(
+        "an SVID lives for 5m to 24h, an intermediate for 7d to 365d, a root for 90d to 7300d and two intermediates"
+    )]
+    Lifetimes,
     /// A key of another authenticator.
     #[error("{}: the mesh names the models that may be enrolled", match .0 {
         Some(model) => format!("a key of model {model} is not enrolled"),
@@ -244,6 +253,13 @@ impl MeshState {
                 self.authenticators = Some(authenticators.clone());
             }
             Change::RemoveAuthenticators {} => known(self.authenticators.take().is_some())?,
+            Change::SetLifetimes { lifetimes } => {
+                if !lifetimes.are_bounded() {
+                    return Err(FoldError::Lifetimes);
+                }
+                self.lifetimes = Some(*lifetimes);
+            }
+            Change::RemoveLifetimes {} => known(self.lifetimes.take().is_some())?,
             Change::SealSettings { quorum } => {
                 self.seal = Some(self.seal_of(*quorum, &self.operators)?);
             }
@@ -373,6 +389,11 @@ impl MeshState {
             self.seal_of(seal.quorum, &operators)?;
         }
         Ok(operators)
+    }
+
+    /// How long what the authority signs is good.
+    pub fn lifetimes(&self) -> Lifetimes {
+        self.lifetimes.unwrap_or_default()
     }
 
     /// INVARIANT (authenticators-held): while a mesh names the models that may be enrolled, no key comes in whose model is not one of
@@ -619,6 +640,33 @@ mod tests {
                 assert_eq!(folded(&[&start[..], &change].concat()).map(drop), expected, "{change:?}");
             }
         }
+    }
+
+    #[test]
+    fn lifetimes_are_bounded_and_a_mesh_that_says_nothing_is_written_as_ever() {
+        let mut state = created();
+        let before = (state.digest(), serde_json::to_string(&state).unwrap());
+        let set = |svid_seconds, intermediate_days, root_days| Change::SetLifetimes {
+            lifetimes: Lifetimes { svid_seconds, intermediate_days, root_days },
+        };
+        for (given, expected) in [
+            (set(299, 90, 3650), Err(FoldError::Lifetimes)),
+            (set(86_401, 90, 3650), Err(FoldError::Lifetimes)),
+            (set(3600, 6, 3650), Err(FoldError::Lifetimes)),
+            (set(3600, 366, 3650), Err(FoldError::Lifetimes)),
+            (set(3600, 7, 89), Err(FoldError::Lifetimes)),
+            (set(3600, 90, 7301), Err(FoldError::Lifetimes)),
+            (set(3600, 90, 179), Err(FoldError::Lifetimes)),
+            (Change::RemoveLifetimes {}, Err(FoldError::Unknown("lifetimes".into()))),
+            (set(300, 45, 90), Ok(())),
+            (set(86_400, 365, 7300), Ok(())),
+        ] {
+            assert_eq!(state.apply(&given), expected, "{given:?}");
+        }
+        assert_eq!(state.lifetimes().svid_seconds, 86_400);
+        state.apply(&Change::RemoveLifetimes {}).unwrap();
+        assert_eq!((state.digest(), serde_json::to_string(&state).unwrap()), before);
+        assert!(Lifetimes::default().are_bounded() && state.lifetimes() == Lifetimes::default());
     }
 
     #[test]

@@ -204,6 +204,8 @@ fn one_of(kind: &str, author: &str) -> Change {
             Change::SetAuthenticators { authenticators: Authenticators { models: [].into(), roots: [].into() } }
         }
         "remove_authenticators" => Change::RemoveAuthenticators {},
+        "set_lifetimes" => Change::SetLifetimes { lifetimes: Default::default() },
+        "remove_lifetimes" => Change::RemoveLifetimes {},
         "seal_settings" => Change::SealSettings { quorum: 1 },
         "rotate_sealing_key" => Change::RotateSealingKey { fingerprint: body },
         "recover" => Change::Recover {

@@ -203,6 +203,11 @@ fn words(change: &Change, state: Option<&MeshState>) -> Option<String> {
                 .to_owned()
         }
         Change::RemoveAuthenticators {} => "From here on any authenticator may be enrolled.".to_owned(),
+        Change::SetLifetimes { lifetimes } => format!(
+            "What the authority signs from here on is good for {} minutes; what is signed already keeps what it has.",
+            lifetimes.svid_seconds / 60
+        ),
+        Change::RemoveLifetimes {} => "What the authority signs from here on is good for an hour, as where nothing is said.".to_owned(),
         Change::SealSettings { quorum } => {
             format!("From here on agents refuse every change that fewer than {quorum} operators signed.")
         }

@@ -18,6 +18,7 @@ use crate::{
     assurance::authenticators::{Aaguid, AttestationRoot, Authenticators, MODELS_MAX, ROOTS_MAX},
     contract::Contract,
     identity::{ServiceName, TrustDomain},
+    lifetimes::{INTERMEDIATE_DAYS, Lifetimes, ROOT_DAYS, SVID_SECONDS},
     operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     service::{EXCHANGES_MAX_DEFAULT, FirstContact, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
@@ -31,6 +32,7 @@ pub(super) struct Mesh {
     pub(super) defaults: Defaults,
     pub(super) seal: Option<Seal>,
     pub(super) authenticators: Option<Authenticators>,
+    pub(super) lifetimes: Option<Lifetimes>,
     pub(super) services: BTreeMap<ServiceName, LocalService>,
     pub(super) issuers: BTreeMap<IssuerName, Issuer>,
     pub(super) pipelines: BTreeMap<PipelineName, Pipeline>,
@@ -57,6 +59,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
         defaults: Defaults::default(),
         seal: None,
         authenticators: None,
+        lifetimes: None,
         services: BTreeMap::new(),
         issuers: BTreeMap::new(),
         pipelines: BTreeMap::new(),
@@ -78,6 +81,9 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
     }
     if let Some(factors) = top.table("factors", reference::FACTORS) {
         mesh.authenticators = read_factors(&factors);
+    }
+    if let Some(authority) = top.table("authority", reference::AUTHORITY) {
+        mesh.lifetimes = read_lifetimes(&authority);
     }
     let mut upstreams = Vec::new();
     let mut ports: BTreeMap<u16, String> = BTreeMap::new();
@@ -199,6 +205,23 @@ fn read_factors(table: &Table<'_>) -> Option<Authenticators> {
         table.mistake(table.at.clone(), what, "leave out what nobody has");
     }
     Some(Authenticators { models, roots })
+}
+
+fn read_lifetimes(table: &Table<'_>) -> Option<Lifetimes> {
+    let usual = Lifetimes::default();
+    let bounds = u64::from(*SVID_SECONDS.start()) * 1_000..=u64::from(*SVID_SECONDS.end()) * 1_000;
+    let svid_ms = table.duration_ms("svid_lifetime", bounds);
+    let lifetimes = Lifetimes {
+        svid_seconds: svid_ms.map_or(usual.svid_seconds, |ms| (ms / 1_000) as u32),
+        intermediate_days: table.days("intermediate_lifetime", INTERMEDIATE_DAYS).unwrap_or(usual.intermediate_days),
+        root_days: table.days("root_lifetime", ROOT_DAYS).unwrap_or(usual.root_days),
+    };
+    if !lifetimes.are_bounded() {
+        let help =
+            "a root is followed while it still outlives what it signs: give it twice the life of an intermediate";
+        table.mistake(table.at.clone(), "the root would not outlive two intermediates", help);
+    }
+    Some(lifetimes)
 }
 
 fn staleness(table: &Table<'_>) -> Option<u32> {

@@ -104,6 +104,12 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             None => Change::RemoveAuthenticators {},
         });
     }
+    if directory.lifetimes != state.lifetimes {
+        changes.push(match directory.lifetimes {
+            Some(lifetimes) => Change::SetLifetimes { lifetimes },
+            None => Change::RemoveLifetimes {},
+        });
+    }
     let mut too_few_signers = None;
     if let Some(seal) = directory.seal.filter(|seal| state.seal != Some(*seal)) {
         let signers = state.operators.values().filter(|operator| operator.can_sign()).count();
@@ -319,6 +325,28 @@ mod tests {
         ] {
             let files = [("mesh.toml".to_owned(), format!("trust_domain = \"shop.example\"\n{given}"))].into();
             let mistakes = parse(&files).unwrap_err();
+            assert_eq!(mistakes.all()[0].to_string(), expected, "{given}");
+        }
+    }
+
+    #[test]
+    fn lifetimes_are_planned_and_go_with_their_table() {
+        let bare = directory(TWO, "", "", "");
+        let with = directory(&format!("{TWO}[authority]\nsvid_lifetime = \"30m\"\n"), "", "", "");
+        assert_eq!(planned(&bare, &with), ["set_lifetimes lifetimes"]);
+        assert_eq!(planned(&with, &bare), ["remove_lifetimes lifetimes"]);
+        assert_eq!(with.lifetimes.map(|found| (found.svid_seconds, found.root_days)), Some((1800, 3650)));
+        for (given, expected) in [
+            ("svid_lifetime = \"4m\"", "`svid_lifetime` is out of bounds"),
+            ("svid_lifetime = \"25h\"", "`svid_lifetime` is out of bounds"),
+            ("svid_lifetime = \"an hour\"", "`an hour` is not a duration"),
+            ("root_lifetime = \"10000d\"", "`root_lifetime` is out of bounds"),
+            ("root_lifetime = \"10y\"", "`10y` is not a number of days"),
+            ("intermediate_lifetime = \"6d\"", "`intermediate_lifetime` is out of bounds"),
+            ("root_lifetime = \"90d\"", "the root would not outlive two intermediates"),
+        ] {
+            let text = format!("trust_domain = \"shop.example\"\n[authority]\n{given}\n");
+            let mistakes = parse(&[("mesh.toml".to_owned(), text)].into()).unwrap_err();
             assert_eq!(mistakes.all()[0].to_string(), expected, "{given}");
         }
     }

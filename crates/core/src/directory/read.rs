@@ -179,6 +179,24 @@ impl<'t> Table<'t> {
         }
     }
 
+    /// A number of days within `range`, like `90d`.
+    pub(super) fn days(&self, key: &str, range: RangeInclusive<u32>) -> Option<u32> {
+        let given = self.string(key)?;
+        let found = given.value.strip_suffix('d').and_then(|number| number.parse().ok());
+        let help = format!("give {}d to {}d, like \"90d\"", range.start(), range.end());
+        match found {
+            Some(found) if range.contains(&found) => Some(found),
+            Some(_) => {
+                self.mistake(given.at, format!("`{key}` is out of bounds"), help);
+                None
+            }
+            None => {
+                self.mistake(given.at, format!("`{}` is not a number of days", shortened(given.value)), help);
+                None
+            }
+        }
+    }
+
     /// One of a few words.
     pub(super) fn word<T: Copy>(&self, key: &str, words: &[(&'static str, T)]) -> Option<T> {
         let given = self.string(key)?;

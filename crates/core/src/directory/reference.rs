@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 12] {
+pub fn reference() -> [Section; 13] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -49,6 +49,12 @@ pub fn reference() -> [Section; 12] {
             table: "[factors]",
             says: "Which passkeys and security keys may be enrolled. Without it any may be. With it an authenticator has to prove its model,\nby an attestation: [dashboard.md](dashboard.md#which-authenticators). Factors that are enrolled stay.",
             keys: FACTORS,
+        },
+        Section {
+            file: mesh,
+            table: "[authority]",
+            says: "How long what the authority signs from now on is good ([authority.md](authority.md#lifetimes)). What is signed already keeps\nwhat it has.",
+            keys: AUTHORITY,
         },
         Section {
             file: mesh,
@@ -106,6 +112,7 @@ pub(super) const MESH: &[Key] = &[
     key("defaults", "table", "", "See below."),
     key("seal", "table", "", "See below."),
     key("factors", "table", "", "See below."),
+    key("authority", "table", "", "See below."),
     key("services", "table", "", "See below."),
     key("issuers", "table", "", "See below."),
     key("pipelines", "table", "", "See below."),
@@ -179,6 +186,27 @@ pub(super) const FACTORS: &[Key] = &[
         "string",
         "required",
         "The root certificates of their makers, in PEM: who vouches that an authenticator is of the model it says.",
+    ),
+];
+
+pub(super) const AUTHORITY: &[Key] = &[
+    key(
+        "svid_lifetime",
+        "`\"5m\"` to `\"24h\"`",
+        "`\"1h\"`",
+        "Of each certificate of a workload, an agent, a control plane. It is renewed at half of it.",
+    ),
+    key(
+        "intermediate_lifetime",
+        "`\"7d\"` to `\"365d\"`",
+        "`\"90d\"`",
+        "Of what signs them. It is replaced when a third of it is left.",
+    ),
+    key(
+        "root_lifetime",
+        "`\"90d\"` to `\"7300d\"`",
+        "`\"3650d\"`",
+        "Of a root that is prepared from now on; at least twice that of an intermediate.",
     ),
 ];
 
