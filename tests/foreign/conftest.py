@@ -18,6 +18,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 MESH = """
 trust_domain = "foreign.example"
 
+[defaults]
+tokens = "required"
+
 [services.client]
 run = ["{python}", "services/idle.py"]
 upstreams = ["web", "greeter", "chat", "db"]

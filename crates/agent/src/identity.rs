@@ -9,7 +9,8 @@ use std::{
 
 use bytes::Bytes;
 use countersign_api::mesh::{
-    IssueJwtSvidRequest, IssueJwtSvidResponse, IssueX509SvidRequest, RenewAgentRequest, mesh_client::MeshClient,
+    IssueJwtSvidRequest, IssueJwtSvidResponse, IssueTokensRequest, IssueTokensResponse, IssueX509SvidRequest,
+    RenewAgentRequest, mesh_client::MeshClient,
 };
 use countersign_core::{
     identity::InstanceId,
@@ -153,6 +154,19 @@ async fn issue(host: &Host, instance: &InstanceId, artifact: Bytes) -> Result<Is
     let mut client = MeshClient::new(channel(host).await);
     let answer = within(client.issue_x509_svid(ask)).await?;
     Ok(request.accept(&answer, |_| host.trust_domain.workload(&instance.service()), now())?)
+}
+
+/// Has the access tokens of `instance` signed that are bound to its certificate `leaf_der`.
+pub(crate) async fn issue_tokens(
+    host: &Host,
+    instance: &InstanceId,
+    artifact: Bytes,
+    leaf_der: Vec<u8>,
+) -> Result<IssueTokensResponse, IssueError> {
+    let open = host.channel.borrow().clone();
+    let channel = open.ok_or_else(|| IssueError::Control("it cannot be reached".into()))?;
+    let ask = IssueTokensRequest { instance: instance.to_string(), artifact, leaf_der: leaf_der.into() };
+    within(MeshClient::new(channel).issue_tokens(ask)).await
 }
 
 /// Has a JWT-SVID of `instance` signed for `audience`. Unlike an X.509-SVID it is not waited for while control is away.

@@ -14,7 +14,10 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use countersign_api::{
     mesh::{IssueX509SvidResponse, JoinRequest, enrolment_client::EnrolmentClient},
-    svid::{Bundle, JwtAuthority, PeerRefused, PeerSide, SvidError, X509Svid, newcomer_config, verify_peer},
+    svid::{
+        Bundle, JwtAuthority, PeerRefused, PeerSide, SvidError, TokenAuthorities, X509Svid, newcomer_config,
+        verify_peer,
+    },
 };
 use countersign_core::{
     canonical::Digest,
@@ -231,7 +234,11 @@ struct Kept {
     bundle_sequence: u64,
     bundle: Vec<String>, // DER, base64url
     #[serde(default)]
-    jwt_authorities: Vec<KeptJwtAuthority>,
+    jwt_authorities: Vec<KeptKey>,
+    #[serde(default)]
+    token_issuer: String,
+    #[serde(default)]
+    token_authorities: Vec<KeptKey>,
     #[serde(default)]
     tainted: Vec<Digest>,
     #[serde(default)]
@@ -239,9 +246,20 @@ struct Kept {
 }
 
 #[derive(Serialize, Deserialize)]
-struct KeptJwtAuthority {
+struct KeptKey {
     key_id: String,
     point: String, // base64url
+}
+
+impl KeptKey {
+    fn of(key: &JwtAuthority) -> Self {
+        Self { key_id: key.key_id.clone(), point: URL_SAFE_NO_PAD.encode(&key.point) }
+    }
+
+    fn read(&self) -> Result<JwtAuthority, KeptError> {
+        let point = URL_SAFE_NO_PAD.decode(&self.point).map_err(|error| KeptError::Damaged(error.to_string()))?;
+        Ok(JwtAuthority { key_id: self.key_id.clone(), point })
+    }
 }
 
 impl Drop for Kept {
@@ -277,11 +295,9 @@ pub(crate) fn keep_identity(
         trust_domain: bundle.trust_domain().clone(),
         bundle_sequence: bundle.sequence(),
         bundle: bundle.authorities().iter().map(text).collect(),
-        jwt_authorities: bundle
-            .jwt_authorities()
-            .iter()
-            .map(|key| KeptJwtAuthority { key_id: key.key_id.clone(), point: URL_SAFE_NO_PAD.encode(&key.point) })
-            .collect(),
+        jwt_authorities: bundle.jwt_authorities().iter().map(KeptKey::of).collect(),
+        token_issuer: bundle.token_authorities().issuer.clone(),
+        token_authorities: bundle.token_authorities().keys.iter().map(KeptKey::of).collect(),
         tainted: bundle.tainted().to_vec(),
         pinned,
     };
@@ -305,11 +321,10 @@ impl Issued {
         let key_pkcs8_der = Zeroizing::new(URL_SAFE_NO_PAD.decode(&kept.key).map_err(|e| damaged(&e))?);
         let svid = X509Svid::parse(chain, key_pkcs8_der.to_vec()).map_err(|e| damaged(&e))?;
         let bundle = Bundle::new(kept.trust_domain.clone(), kept.bundle_sequence, roots).map_err(|e| damaged(&e))?;
-        let jwt = kept.jwt_authorities.iter().map(|key| {
-            let point = URL_SAFE_NO_PAD.decode(&key.point).map_err(|e| damaged(&e))?;
-            Ok::<_, KeptError>(JwtAuthority { key_id: key.key_id.clone(), point })
-        });
-        let bundle = bundle.with_jwt_authorities(jwt.collect::<Result<_, _>>()?).with_tainted(kept.tainted.clone());
+        let read = |keys: &[KeptKey]| keys.iter().map(KeptKey::read).collect::<Result<Vec<_>, _>>();
+        let tokens = TokenAuthorities { issuer: kept.token_issuer.clone(), keys: read(&kept.token_authorities)? };
+        let bundle = bundle.with_jwt_authorities(read(&kept.jwt_authorities)?).with_token_authorities(tokens);
+        let bundle = bundle.with_tainted(kept.tainted.clone());
         Ok(Some(Self { svid, key_pkcs8_der, bundle, pinned: kept.pinned }))
     }
 

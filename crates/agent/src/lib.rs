@@ -67,6 +67,7 @@ mod probe;
 mod report;
 mod signals;
 mod telemetry;
+mod tokens;
 mod views;
 mod workload_api;
 mod workloads;

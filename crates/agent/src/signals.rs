@@ -74,7 +74,7 @@ mod tests {
 
     fn revoking(after: u64, sequence: u64, serial: u8) -> mesh::Signals {
         let revoked = vec![mesh::Revocation { serial: vec![serial; 16].into(), expires_at_ms: 100 }];
-        mesh::Signals { after, sequence, full: false, revoked }
+        mesh::Signals { after, sequence, revoked, ..mesh::Signals::default() }
     }
 
     #[test]

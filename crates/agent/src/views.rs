@@ -12,11 +12,14 @@ use countersign_core::{
     change::Revision,
     identity::ServiceName,
     ledger::Follower,
-    policy::Library,
+    policy::{Grants, Library},
+    token::audiences,
     view::{Local, View, view},
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
+
+use crate::tokens::Wanted;
 
 /// The view of one service as its proxies get it.
 #[derive(Debug, Clone)]
@@ -51,6 +54,8 @@ struct Inner {
     library: Library,
     unreadable: BTreeMap<Digest, String>,
     by_service: BTreeMap<ServiceName, watch::Sender<Option<Published>>>,
+    wanted_by_service: BTreeMap<ServiceName, watch::Sender<Arc<Wanted>>>,
+    grants: Grants,
     contents: u64,
 }
 
@@ -68,6 +73,20 @@ impl Views {
         receiver
     }
 
+    /// The access tokens that proxies of `service` should hold, now and whenever that changes.
+    pub(crate) fn wanted(&self, service: &ServiceName, follower: &Follower) -> watch::Receiver<Arc<Wanted>> {
+        let mut inner = self.inner.lock();
+        if let Some(sender) = inner.wanted_by_service.get(service) {
+            return sender.subscribe();
+        }
+        let sender = watch::Sender::new(Arc::default());
+        let receiver = sender.subscribe();
+        inner.wanted_by_service.insert(service.clone(), sender);
+        inner.take_up(follower, Some(service)); // and with it the contracts of those that it calls
+        inner.take_up_wanted(follower);
+        receiver
+    }
+
     /// Whether there is a view of `service`.
     pub(crate) fn is_published(&self, service: &ServiceName) -> bool {
         self.inner.lock().by_service.get(service).is_some_and(|published| published.borrow().is_some())
@@ -75,12 +94,17 @@ impl Views {
 
     /// Forgets a service that does not run here any more.
     pub(crate) fn forget(&self, service: &ServiceName) {
-        self.inner.lock().by_service.remove(service);
+        let mut inner = self.inner.lock();
+        inner.by_service.remove(service);
+        inner.wanted_by_service.remove(service);
     }
 
     /// Computes every view at the revision that `follower` holds. Returns the services whose view could not be built.
     pub(crate) fn take_up(&self, follower: &Follower) -> Vec<(ServiceName, ViewRefused)> {
-        self.inner.lock().take_up(follower, None)
+        let mut inner = self.inner.lock();
+        let refused = inner.take_up(follower, None);
+        inner.take_up_wanted(follower);
+        refused
     }
 }
 
@@ -102,7 +126,9 @@ impl Inner {
         }
         // A contract that cannot be read is the matter of its own service alone.
         let of_service = |name: &ServiceName| follower.state().services.get(name)?.spec.contract;
-        let contracts: HashSet<Digest> = self.by_service.keys().filter_map(of_service).collect();
+        let called: HashSet<ServiceName> =
+            self.wanted_by_service.keys().flat_map(|caller| audiences(follower.state(), caller)).collect();
+        let contracts: HashSet<Digest> = self.by_service.keys().chain(&called).filter_map(of_service).collect();
         let mut unreadable_contracts: BTreeMap<Digest, String> = BTreeMap::new();
         for digest in &contracts {
             if let Some(text) = follower.bodies().get(digest)
@@ -156,5 +182,21 @@ impl Inner {
             }
         }
         refused
+    }
+
+    /// What each service's proxies should hold tokens for. Views come first: no proxy waits for this.
+    fn take_up_wanted(&mut self, follower: &Follower) {
+        let state = follower.state();
+        for (service, sender) in &self.wanted_by_service {
+            let wanted = self.grants.of(state, &self.library, service);
+            sender.send_if_modified(|held| {
+                let is_new = **held != wanted;
+                if is_new {
+                    *held = Arc::new(wanted);
+                }
+                is_new
+            });
+        }
+        self.grants.retain(state);
     }
 }

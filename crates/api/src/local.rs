@@ -18,6 +18,8 @@
 //! | `POST /v1/authority/steps` | [`StepAs`] | [`Stepped`] |
 //! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
+//! | `GET /v1/tokens?…` | query string of [`TokenFilter`] | `[`[`TokenView`]`]`: access tokens that have not expired, newest first |
+//! | `POST /v1/tokens/revoke` | [`RevokeTokensAs`] | [`TokensRevoked`] |
 //! | `GET /v1/signals/{number}/wait?timeout_ms=N` | | [`SignalWaited`] |
 //! | `GET /v1/ledger` | | newline-delimited [`LedgerLine`]s, all entries in order |
 //! | `GET /v1/ledger/bodies` | | newline-delimited JSON strings: every text that an entry ever referred to |
@@ -62,8 +64,9 @@ use countersign_core::{
     gate::{Author, Requires, act::Act},
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
-    signal::{Serial, SignalSeq},
+    signal::{Serial, SignalSeq, TokensMeant},
     state::MeshState,
+    token::{Scope, Thumbprint, TokenId},
 };
 
 /// RFC 9457 problem details, as `application/problem+json`.
@@ -1011,6 +1014,70 @@ pub struct Revoked {
     pub signal: SignalSeq,
     /// The SVIDs that the request meant, whether they were revoked now or before.
     pub identities: Vec<IdentityView>,
+}
+
+/// Which access tokens are asked for: those for which all of it holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenFilter {
+    /// The one with this id.
+    pub id: Option<TokenId>,
+    /// Those about this service, as the caller.
+    pub subject: Option<ServiceName>,
+    /// Those for this service, as the callee.
+    pub service: Option<ServiceName>,
+    /// Those of this instance.
+    pub instance: Option<InstanceId>,
+    /// Those that this host holds.
+    pub host: Option<ServiceName>,
+}
+
+/// An access token that was issued and has not expired. The token itself is kept nowhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenView {
+    /// Its id.
+    pub id: TokenId,
+    /// The first token of those that each were renewed from the one before.
+    pub family: TokenId,
+    /// Whom it is about.
+    pub subject: SpiffeId,
+    /// The service it is for.
+    pub service: ServiceName,
+    /// The instance that it was issued for.
+    pub instance: InstanceId,
+    /// The host that it was issued to.
+    pub host: ServiceName,
+    /// What it is for.
+    pub scope: Scope,
+    /// The certificate that it is bound to.
+    pub certificate: Thumbprint,
+    /// When it was issued, in milliseconds since 1970.
+    pub issued_at_ms: u64,
+    /// When it expires, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+    /// Whether it was revoked.
+    pub revoked: bool,
+}
+
+/// Asks that access tokens be good for nothing from now on, and shows what the gate asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevokeTokensAs {
+    /// Which: those that were issued until now.
+    pub meant: TokensMeant,
+    /// Why: at most 256 characters.
+    pub reason: String,
+    /// Who asks.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// What was revoked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokensRevoked {
+    /// The signal that says so.
+    pub signal: SignalSeq,
+    /// What it means: more than was asked for when too many revocations hold at the same time.
+    pub meant: TokensMeant,
 }
 
 /// The end of waiting for a signal.

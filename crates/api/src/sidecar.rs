@@ -9,7 +9,7 @@ use tokio_util::codec::{Decoder, Encoder, LengthDelimitedCodec};
 
 pub use crate::mesh::{
     Configure, Drain, Endpoints, Fresh, Identity, Listening, Metrics, MetricsQuery, Probed, Sampling, ServiceEndpoints,
-    SidecarMessage, SidecarOrder, Span, SpanDecision, Spans, sidecar_message, sidecar_order,
+    SidecarMessage, SidecarOrder, Span, SpanDecision, Spans, Tokens, sidecar_message, sidecar_order,
 };
 
 /// Longest frame, in bytes: a view of the largest mesh fits.

@@ -1,6 +1,8 @@
 //! Signals as they travel.
 
-use countersign_core::signal::{Gap, Revocation, Serial, SignalSeq, Signals};
+use countersign_core::signal::{
+    Gap, Revocation, Serial, Signal, SignalSeq, Signals, TokenRevocation, TokensMeantError,
+};
 
 use crate::mesh;
 
@@ -13,34 +15,53 @@ pub enum SignalsRefused {
     /// A serial number is none. It is not passed over: something was revoked.
     #[error("a revoked serial number has {0} bytes, not 16")]
     Serial(usize),
+    /// It is not understood which tokens were revoked, and it is not passed over either.
+    #[error(transparent)]
+    Tokens(#[from] TokensMeantError),
 }
 
 /// The message that says all that hold.
 pub fn all(signals: &Signals) -> mesh::Signals {
-    let sequence = signals.sequence().0;
-    mesh::Signals { after: 0, sequence, full: true, revoked: signals.revoked().map(to_message).collect() }
+    mesh::Signals { full: true, ..message(0, signals.sequence().0, signals.all()) }
 }
 
 /// The message that says what came after `after`, up to `sequence`.
-pub fn new(after: SignalSeq, sequence: SignalSeq, revoked: impl IntoIterator<Item = Revocation>) -> mesh::Signals {
-    let revoked = revoked.into_iter().map(to_message).collect();
-    mesh::Signals { after: after.0, sequence: sequence.0, full: false, revoked }
+pub fn new(after: SignalSeq, sequence: SignalSeq, new: impl IntoIterator<Item = Signal>) -> mesh::Signals {
+    message(after.0, sequence.0, new)
 }
 
 /// Takes in what a message says.
 pub fn take_in(signals: &mut Signals, message: &mesh::Signals) -> Result<(), SignalsRefused> {
     let revoked = message.revoked.iter().map(|one| {
         let serial = Serial::from_der(&one.serial).ok_or(SignalsRefused::Serial(one.serial.len()))?;
-        Ok(Revocation { serial, expires_at_ms: one.expires_at_ms })
+        Ok(Signal::Certificate(Revocation { serial, expires_at_ms: one.expires_at_ms }))
     });
-    let revoked = revoked.collect::<Result<Vec<_>, SignalsRefused>>()?;
+    let tokens = message.tokens_revoked.iter().map(|one| {
+        let meant = one.meant.parse()?;
+        let (issued_until_ms, expires_at_ms) = (one.issued_until_ms, one.expires_at_ms);
+        Ok(Signal::Tokens(TokenRevocation { meant, issued_until_ms, expires_at_ms }))
+    });
+    let said = revoked.chain(tokens).collect::<Result<Vec<_>, SignalsRefused>>()?;
     match message.full {
-        true => signals.welcome(SignalSeq(message.sequence), revoked),
-        false => signals.extend(SignalSeq(message.after), SignalSeq(message.sequence), revoked)?,
+        true => signals.welcome(SignalSeq(message.sequence), said),
+        false => signals.extend(SignalSeq(message.after), SignalSeq(message.sequence), said)?,
     }
     Ok(())
 }
 
-fn to_message(one: Revocation) -> mesh::Revocation {
-    mesh::Revocation { serial: one.serial.as_bytes().to_vec().into(), expires_at_ms: one.expires_at_ms }
+fn message(after: u64, sequence: u64, signals: impl IntoIterator<Item = Signal>) -> mesh::Signals {
+    let mut message = mesh::Signals { after, sequence, ..mesh::Signals::default() };
+    for signal in signals {
+        match signal {
+            Signal::Certificate(Revocation { serial, expires_at_ms }) => {
+                let serial = serial.as_bytes().to_vec().into();
+                message.revoked.push(mesh::Revocation { serial, expires_at_ms });
+            }
+            Signal::Tokens(TokenRevocation { meant, issued_until_ms, expires_at_ms }) => {
+                let meant = meant.to_string();
+                message.tokens_revoked.push(mesh::TokenRevocation { meant, issued_until_ms, expires_at_ms });
+            }
+        }
+    }
+    message
 }

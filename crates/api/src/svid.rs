@@ -31,6 +31,7 @@ use countersign_core::{
     identity::{SpiffeId, TrustDomain},
     jws,
     signal::{Serial, Signals},
+    token::Authorities,
 };
 use serde_json::{Value, json};
 
@@ -88,9 +89,19 @@ pub struct Bundle {
     authorities: Vec<CertificateDer<'static>>,
     jwt_authorities: Vec<JwtAuthority>,
     tainted: Vec<Digest>, // of authorities
+    tokens: TokenAuthorities,
 }
 
-/// A key that verifies JWT-SVIDs: ECDSA P-256.
+/// Whose access tokens are believed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TokenAuthorities {
+    /// The issuer that they name.
+    pub issuer: String,
+    /// What verifies them.
+    pub keys: Vec<JwtAuthority>,
+}
+
+/// A key that verifies signed tokens: ECDSA P-256.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JwtAuthority {
     /// Its name, as the `kid` of a token says it.
@@ -230,7 +241,8 @@ impl Bundle {
         for authority in &authorities {
             webpki::anchor_from_trusted_cert(authority).map_err(|e| PeerRefused::Unreadable(e.to_string()))?;
         }
-        Ok(Self { trust_domain, sequence, authorities, jwt_authorities: Vec::new(), tainted: Vec::new() })
+        let (jwt_authorities, tokens, tainted) = (Vec::new(), TokenAuthorities::default(), Vec::new());
+        Ok(Self { trust_domain, sequence, authorities, jwt_authorities, tokens, tainted })
     }
 
     /// The same, with those among the authorities that nothing new is to rest on, by their SHA-256.
@@ -246,27 +258,39 @@ impl Bundle {
         self
     }
 
+    /// The same, with what verifies access tokens.
+    pub fn with_token_authorities(mut self, tokens: TokenAuthorities) -> Self {
+        self.tokens = tokens;
+        self
+    }
+
     /// Reads the bundle of a message.
     pub fn from_message(message: &mesh::Bundle) -> Result<Self, SvidError> {
         let authorities = message.x509_authorities_der.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
-        let jwt = message.jwt_authorities.iter();
-        let jwt = jwt.map(|key| JwtAuthority { key_id: key.key_id.clone(), point: key.point.to_vec() }).collect();
+        let read = |keys: &[mesh::JwtAuthority]| {
+            keys.iter().map(|key| JwtAuthority { key_id: key.key_id.clone(), point: key.point.to_vec() }).collect()
+        };
+        let tokens = TokenAuthorities { issuer: message.token_issuer.clone(), keys: read(&message.token_authorities) };
         let tainted = message.tainted_sha256.iter().filter_map(|sha256| sha256[..].try_into().ok().map(Digest));
         let bundle = Self::new(TrustDomain::parse(&message.trust_domain)?, message.sequence, authorities)?;
-        Ok(bundle.with_jwt_authorities(jwt).with_tainted(tainted.collect()))
+        let bundle = bundle.with_jwt_authorities(read(&message.jwt_authorities)).with_token_authorities(tokens);
+        Ok(bundle.with_tainted(tainted.collect()))
     }
 
     /// The message that carries it.
     pub fn to_message(&self) -> mesh::Bundle {
+        let written = |keys: &[JwtAuthority]| {
+            let one =
+                |key: &JwtAuthority| mesh::JwtAuthority { key_id: key.key_id.clone(), point: key.point.clone().into() };
+            keys.iter().map(one).collect()
+        };
         mesh::Bundle {
             trust_domain: self.trust_domain.to_string(),
             sequence: self.sequence,
             x509_authorities_der: self.authorities.iter().map(|der| der.to_vec().into()).collect(),
-            jwt_authorities: self
-                .jwt_authorities
-                .iter()
-                .map(|key| mesh::JwtAuthority { key_id: key.key_id.clone(), point: key.point.clone().into() })
-                .collect(),
+            jwt_authorities: written(&self.jwt_authorities),
+            token_issuer: self.tokens.issuer.clone(),
+            token_authorities: written(&self.tokens.keys),
             tainted_sha256: self.tainted.iter().map(|digest| digest.0.to_vec().into()).collect(),
         }
     }
@@ -307,7 +331,12 @@ impl Bundle {
         &self.jwt_authorities
     }
 
-    /// The same, ready to verify with.
+    /// Whose access tokens are believed.
+    pub fn token_authorities(&self) -> &TokenAuthorities {
+        &self.tokens
+    }
+
+    /// The keys that verify JWT-SVIDs, ready to verify with.
     pub fn jwt_keys(&self) -> Vec<jws::Key> {
         self.jwt_authorities.iter().filter_map(JwtAuthority::key).collect()
     }
@@ -315,6 +344,14 @@ impl Bundle {
     /// The keys that verify JWT-SVIDs as a JWK set, and no others: what the Workload API hands out.
     pub fn jwt_jwks(&self) -> Value {
         json!({ "keys": self.jwt_authorities.iter().map(JwtAuthority::jwk).collect::<Vec<_>>() })
+    }
+}
+
+impl TokenAuthorities {
+    /// The same, ready to verify with.
+    pub fn ready(&self) -> Authorities {
+        let keys = self.keys.iter().filter_map(JwtAuthority::key).collect();
+        Authorities { issuer: self.issuer.as_str().into(), keys }
     }
 }
 

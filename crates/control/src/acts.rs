@@ -190,8 +190,8 @@ async fn tell(plane: &Plane, asked: &Asked, by: By<'_>) -> Result<(), Problem> {
     let passed = Event::Passed { operator: asked.operator.clone(), act: asked.act, from: by.into() };
     match asked.act {
         Act::ReadLedger => return Ok(()),
-        Act::RevokeIdentity | Act::RotateAuthority => plane.tell(passed),
-        Act::ReadDecisions | Act::ExportLedger | Act::InviteHost => {
+        Act::RevokeIdentity | Act::RevokeToken | Act::RotateAuthority => plane.tell(passed),
+        Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens | Act::InviteHost => {
             plane.audit.keep(plane.clock.now_ms(), passed).await?;
         }
     }

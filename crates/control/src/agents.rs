@@ -30,6 +30,7 @@ use tonic::{
 };
 
 use countersign_api::{
+    local::IdentityFilter,
     mesh::{self, follow_event::Event, follow_request::Message as Said},
     signals,
     svid::{Bundle, ClientCertificate, PeerSide, TlsIdentity, VerifiedPeer, verify_peer},
@@ -45,11 +46,13 @@ use crate::{
     Plane,
     audit::{self, Identity},
     authority::{AuthorityError, SigningRequest, jwt_key::SignedJwtSvid},
+    decisions::Taken,
     enrol::Enrolment,
     ledger::{Ledger, PAGE_ENTRIES},
     publish::Joined,
     registry,
     store::StoreError,
+    tokens::{self, Leaf},
 };
 
 /// Handshakes that are under way at the same time at most.
@@ -461,10 +464,14 @@ async fn hear(mut said: Streaming<mesh::FollowRequest>, leaving: &Leaving) {
         };
         let message = match message {
             Said::Report(report) => {
-                let probes = plane.decisions.take(report);
+                let Taken { probes, thefts } = plane.decisions.take(report);
                 let authority = plane.authority();
                 for (authority, record) in authority.iter().flat_map(|one| probes.iter().map(move |p| (one, p))) {
                     plane.telemetry.hear_record(authority.trust_domain(), host, record, plane.clock.now_ms());
+                }
+                for theft in thefts {
+                    let plane = plane.clone();
+                    tokio::spawn(async move { tokens::answer_theft(&plane, theft).await });
                 }
                 continue;
             }
@@ -566,6 +573,25 @@ impl mesh::mesh_server::Mesh for Agents {
         Ok(Response::new(mesh::ProbeTelemetryResponse { nonce }))
     }
 
+    async fn issue_tokens(
+        &self,
+        request: Request<mesh::IssueTokensRequest>,
+    ) -> Result<Response<mesh::IssueTokensResponse>, Status> {
+        let host = self.host_of(&request)?;
+        let asked = request.into_inner();
+        let plane = &self.0;
+        let instance = self.entitled(&host, &asked.instance, &asked.artifact)?;
+        let leaf = self.leaf_of(&host, &instance, &asked.leaf_der).await?;
+        let authority = plane.authority().ok_or_else(|| Status::unavailable("there is no mesh yet"))?;
+        let issued = tokens::issue(plane, &authority, &host, &instance, &leaf).await;
+        let tokens = issued.map_err(|error| {
+            tracing::error!(%error, "access tokens could not be written down");
+            Status::unavailable("the tokens could not be written down")
+        })?;
+        tracing::debug!(instance = %instance, host = %host, count = tokens.len(), "access tokens issued");
+        Ok(Response::new(mesh::IssueTokensResponse { tokens }))
+    }
+
     async fn renew_agent(
         &self,
         request: Request<mesh::RenewAgentRequest>,
@@ -578,6 +604,27 @@ impl mesh::mesh_server::Mesh for Agents {
         let (name, expires_at_ms) = (host.to_string(), issued.expires_at_ms);
         self.0.tell(audit::Event::Issued { what: Identity::Agent, name: name.clone(), host: name, expires_at_ms });
         Ok(Response::new(authority.to_message(issued)))
+    }
+}
+
+impl Agents {
+    /// The certificate that tokens are to be bound to, if it is one that was issued for this very instance and is still good.
+    async fn leaf_of(&self, host: &ServiceName, instance: &InstanceId, der: &[u8]) -> Result<Leaf, Status> {
+        let no = |what: &str| self.refuse(Status::permission_denied(what.to_owned()));
+        let Some((serial, key, leaf)) = Leaf::read(der) else { return Err(no("the certificate cannot be read")) };
+        let (filter, now_ms) = (IdentityFilter { serial: Some(serial), ..Default::default() }, self.0.clock.now_ms());
+        let found = self.0.storage.run("serials", move |store| store.serials(&filter, now_ms, 1)).await;
+        let found = found.map_err(|_| Status::unavailable("the store does not answer"))?.into_iter().next();
+        let is_its_own = found.is_some_and(|issued| {
+            issued.instance.as_ref() == Some(instance) && issued.host.as_ref() == Some(host) && issued.key == Some(key)
+        });
+        if !is_its_own {
+            return Err(no("the certificate was not issued for this instance, or has expired"));
+        }
+        if self.0.publisher.is_revoked(&serial) {
+            return Err(no("the certificate is revoked"));
+        }
+        Ok(leaf)
     }
 }
 

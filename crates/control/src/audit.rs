@@ -104,6 +104,10 @@ pub enum Event {
     TelemetrySilent { instance: String, host: String, since_ms: u64 },
     /// A root of the trust domain was prepared, or moved on; by an operator or by the schedule.
     AuthorityStepped { by: String, step: &'static str, number: u32, sha256: Digest, cut: usize },
+    /// Access tokens were made good for nothing.
+    TokensRevoked { by: String, reason: String, signal: u64, meant: String },
+    /// An access token was shown by somebody whose it is not.
+    TokenStolen { id: String, subject: String, shown_by: String, origin: String, fault: &'static str, decision: String },
     /// A join token was shown a second time.
     JoinTokenReused { host: String },
 }
@@ -397,6 +401,15 @@ mod tests {
                 number: 2,
                 sha256: Digest::of(b"root"),
                 cut: 0,
+            },
+            Event::TokensRevoked { by: "alice".into(), reason: HOSTILE.into(), signal: 2, meant: "all".into() },
+            Event::TokenStolen {
+                id: "01".into(),
+                subject: "spiffe://shop.example/web".into(),
+                shown_by: "spiffe://shop.example/cron".into(),
+                origin: "10.0.0.9".into(),
+                fault: "another_key",
+                decision: "02".into(),
             },
             Event::JoinTokenReused { host: "h".into() },
         ];

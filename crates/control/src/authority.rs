@@ -25,13 +25,14 @@ use zeroize::Zeroizing;
 use countersign_api::{
     local::{AuthorityStep, AuthorityView, CertificateView, RootView},
     mesh,
-    svid::{Bundle, SvidError, TlsIdentity, X509Svid, pem},
+    svid::{Bundle, SvidError, TlsIdentity, TokenAuthorities, X509Svid, pem},
 };
 use countersign_core::{
     canonical::Digest,
     identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
     lifetimes::Lifetimes,
     signal::Serial,
+    token::Claims,
 };
 
 use crate::{
@@ -47,7 +48,7 @@ pub mod seal;
 
 pub use generations::StepRefused;
 use generations::{Der, GENERATIONS, Generation, Generations, Made, Secret, root_key};
-use jwt_key::{JWT_KEYS, JwtKeys, SignedJwtSvid};
+use jwt_key::{JWT_KEYS, JwtKeys, SignedJwtSvid, TOKEN_KEYS};
 use log_key::{LOG_KEY, LOG_SIGNED, LogKey};
 use seal::{Sealer, Unopened};
 
@@ -68,6 +69,7 @@ pub struct Authority {
     /// The number of the last step that is known here.
     news: watch::Sender<u64>,
     jwt: JwtKeys,
+    tokens: JwtKeys,
     log: LogKey,
     sealer: Arc<Sealer>,
     storage: Storage,
@@ -183,8 +185,9 @@ impl Authority {
             Some(log) => log,
             None => LogKey::create(&trust_domain, storage.clone(), sealer.clone()).await?,
         };
-        let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
-        let authority = Self::of(held, jwt, log, sealer, storage, clock, lifetimes);
+        let open = |place| JwtKeys::open(place, storage.clone(), sealer.clone(), clock.clone());
+        let keys = (open(JWT_KEYS).await?, open(TOKEN_KEYS).await?);
+        let authority = Self::of(held, keys, log, sealer, storage, clock, lifetimes);
         authority.rotate().await?;
         Ok(Some(authority))
     }
@@ -214,20 +217,22 @@ impl Authority {
                     (LOG_SIGNED, &nothing_signed),
                     (&root, &seals.seal(&root, &root_secret.0)?),
                     (GENERATIONS, &sealed),
-                    (JWT_KEYS, &jwt_key::first(&seals, now_ms)?),
+                    (JWT_KEYS, &jwt_key::first(JWT_KEYS, &seals, now_ms)?),
+                    (TOKEN_KEYS, &jwt_key::first(TOKEN_KEYS, &seals, now_ms)?),
                 ])?;
                 Ok(kept.then_some(sealed))
             })
             .await?;
         let Some(sealed) = made else { return Ok(None) };
         let held = Held::open(&sealer, sealed)?;
-        let jwt = JwtKeys::open(storage.clone(), sealer.clone(), clock.clone()).await?;
-        Ok(Some(Self::of(held, jwt, log, sealer, storage, clock, lifetimes)))
+        let open = |place| JwtKeys::open(place, storage.clone(), sealer.clone(), clock.clone());
+        let keys = (open(JWT_KEYS).await?, open(TOKEN_KEYS).await?);
+        Ok(Some(Self::of(held, keys, log, sealer, storage, clock, lifetimes)))
     }
 
     fn of(
         held: Held,
-        jwt: JwtKeys,
+        (jwt, tokens): (JwtKeys, JwtKeys),
         log: LogKey,
         sealer: Arc<Sealer>,
         storage: Storage,
@@ -236,7 +241,8 @@ impl Authority {
     ) -> Self {
         let news = watch::Sender::new(held.generations.version);
         let trust_domain = held.generations.trust_domain.clone();
-        Self { trust_domain, held: RwLock::new(Arc::new(held)), news, jwt, log, sealer, storage, clock, lifetimes }
+        let held = RwLock::new(Arc::new(held));
+        Self { trust_domain, held, news, jwt, tokens, log, sealer, storage, clock, lifetimes }
     }
 
     fn held(&self) -> Arc<Held> {
@@ -279,19 +285,22 @@ impl Authority {
     pub fn bundle(&self) -> Bundle {
         let held = self.held();
         let generations = &held.generations;
-        // Both only rise, and one of them does with each change.
-        let sequence = self.jwt.sequence() + generations.version;
+        // All of them only rise, and one of them does with each change.
+        let sequence = self.jwt.sequence() + self.tokens.sequence() + generations.version;
+        let tokens = TokenAuthorities { issuer: self.token_issuer(), keys: self.tokens.authorities() };
         Bundle::new(generations.trust_domain.clone(), sequence, generations.roots())
             .expect("INVARIANT: each root was read as a signing certificate when the record was opened")
             .with_jwt_authorities(self.jwt.authorities())
+            .with_token_authorities(tokens)
             .with_tainted(generations.tainted())
     }
 
-    /// Replaces what nears its end: the intermediate, and the key that signs JWT-SVIDs. What the old ones signed stays valid until it
-    /// expires. Takes up what other control planes did. Whether anything was replaced.
+    /// Replaces what nears its end: the intermediate, and the keys that sign JWT-SVIDs and access tokens. What the old ones signed
+    /// stays valid until it expires. Takes up what other control planes did. Whether anything was replaced.
     pub async fn rotate(&self) -> Result<bool, AuthorityError> {
         let (taken_up, issuing, jwt) = (self.catch_up().await?, self.rotate_issuing().await?, self.jwt.rotate().await?);
-        Ok(taken_up || issuing || jwt)
+        let tokens = self.tokens.rotate().await?;
+        Ok(taken_up || issuing || jwt || tokens)
     }
 
     async fn rotate_issuing(&self) -> Result<bool, AuthorityError> {
@@ -500,6 +509,17 @@ impl Authority {
     /// Signs a JWT-SVID of one instance of a service.
     pub fn issue_jwt(&self, instance: &InstanceId, audience: &[String]) -> SignedJwtSvid {
         self.jwt.sign(&self.trust_domain().workload(&instance.service()), audience)
+    }
+
+    /// The issuer of access tokens.
+    pub fn token_issuer(&self) -> String {
+        format!("https://{}", self.trust_domain)
+    }
+
+    /// Signs an access token (RFC 9068).
+    pub fn sign_token(&self, claims: &Claims) -> String {
+        let claims = serde_json::to_value(claims).expect("INVARIANT: claims are plain JSON");
+        self.tokens.sign_as("at+jwt", &claims)
     }
 
     /// Makes a new key and SVID for the control plane itself.

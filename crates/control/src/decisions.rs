@@ -18,6 +18,7 @@ use crate::{
     metrics::Metrics,
     publish::Publisher,
     store::{Storage, StoreError},
+    tokens::{self, Theft},
 };
 
 /// Records of one answer when nothing else is said, and at most.
@@ -31,6 +32,14 @@ const REPORTS_MAX: usize = 256;
 const TAIL_EVENTS_MAX: usize = 4_096;
 /// How long hosts have to answer a question.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// What a report tells that is not only kept.
+pub struct Taken {
+    /// The records of probes, which are no traffic and are kept on their hosts alone.
+    pub probes: Vec<DecisionRecord>,
+    /// The stolen tokens that were shown.
+    pub thefts: Vec<Theft>,
+}
 
 /// Takes reports in and answers questions about them.
 pub struct Decisions {
@@ -49,10 +58,11 @@ impl Decisions {
         Self { reports, tail: broadcast::Sender::new(TAIL_EVENTS_MAX), storage, publisher, metrics }
     }
 
-    /// Takes one report in. Returns the records of probes, which are no traffic and are kept on their hosts alone.
-    pub fn take(&self, report: mesh::Report) -> Vec<DecisionRecord> {
+    /// Takes one report in, and returns what of it is not only kept.
+    pub fn take(&self, report: mesh::Report) -> Taken {
         let mut records: Vec<DecisionRecord> = report.records_json.iter().filter_map(parse).collect();
         let edges: Vec<EdgeCount> = report.edges_json.iter().filter_map(parse).collect();
+        let thefts = records.iter().filter_map(tokens::theft_of).collect();
         let unread = report.records_json.len() - records.len();
         let probes = records.extract_if(.., |record| record.judged == Judged::AsProbe).collect();
         let denials = records.iter().filter(|record| record.outcome != Outcome::Permit).count();
@@ -70,7 +80,7 @@ impl Decisions {
             self.metrics.shed.inc_by(shed);
             tell(TailEvent::Shed(shed));
         }
-        probes
+        Taken { probes, thefts }
     }
 
     /// Records as they come in.

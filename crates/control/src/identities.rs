@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use countersign_api::local::{IdentityFilter, IdentityView, Problem, RevokeAs, Revoked, RevokedBy};
 use countersign_core::{
     gate::act::Act,
-    signal::{Revocation, SignalSeq},
+    signal::{Revocation, Signal, SignalSeq},
 };
 
 use crate::{
@@ -114,7 +114,11 @@ fn views(
 ) -> Result<Vec<IdentityView>, StoreError> {
     let issued = store.serials(filter, now_ms, limit)?;
     let signals = store.signals(SignalSeq(0))?;
-    let revoked: HashMap<_, _> = signals.into_iter().map(|signal| (signal.revoked.serial, signal.by)).collect();
+    let of_certificate = |one: StoredSignal| match one.signal {
+        Signal::Certificate(revoked) => Some((revoked.serial, one.by)),
+        Signal::Tokens(_) => None,
+    };
+    let revoked: HashMap<_, _> = signals.into_iter().filter_map(of_certificate).collect();
     let view = |one: IssuedSerial| IdentityView {
         serial: one.serial,
         id: one.id,

@@ -9,7 +9,7 @@ use countersign_core::{
     change::{Bodies, Change, ChangeSet, PolicyId, Revision},
     identity::{ServiceName, SpiffeId},
     policy::{Decision, Law, Library, Query},
-    record::{DecisionRecord, Outcome, Reason},
+    record::{DecisionRecord, Inputs, Outcome, Reason},
     state::{FoldError, MeshState},
     view::{self, Local, ViewError},
 };
@@ -108,8 +108,8 @@ pub fn of(
             laws.insert(service, (law(before, service, &library)?, law(&after, service, &library)?));
         }
         let (law_before, law_after) = &laws[service];
-        let query = Query::of(inputs);
-        let (was, becomes) = (law_before.decide(&query), law_after.decide(&query));
+        let was = law_before.decide(&Query::of(&as_issued(inputs, law_before, before)));
+        let becomes = law_after.decide(&Query::of(&as_issued(inputs, law_after, &after)));
         impact.judged += 1;
         impact.since_ms = Some(impact.since_ms.map_or(record.at_ms, |since| since.min(record.at_ms)));
         if was.outcome == becomes.outcome {
@@ -137,6 +137,20 @@ pub fn of(
     Ok(impact)
 }
 
+/// What was asked, with the access token that its caller would hold under this law: it is for as much as policies permit, and only
+/// of declared upstreams.
+fn as_issued(inputs: &Inputs, law: &Law, state: &MeshState) -> Inputs {
+    let mut inputs = inputs.clone();
+    let caller = inputs.principal.service().and_then(|caller| state.services.get(&caller));
+    if caller.is_none_or(|caller| !caller.spec.upstreams.contains(&inputs.service)) {
+        return inputs;
+    }
+    if law.demands_tokens() && inputs.token.as_ref().is_some_and(|token| token.fault.is_none()) {
+        inputs.token = None;
+    }
+    law.with_token(&inputs)
+}
+
 fn decided_by(decision: &Decision) -> Vec<PolicyId> {
     match decision.reason {
         Reason::NoPolicyPermits => Vec::new(),
@@ -154,7 +168,7 @@ fn law(state: &MeshState, service: &ServiceName, library: &Library) -> Result<La
 mod tests {
     use countersign_core::{
         identity::{InstanceId, TrustDomain},
-        record::{Inputs, Judged},
+        record::Judged,
         service::{Protocol, ServiceSpec},
     };
 
@@ -192,6 +206,7 @@ permit (principal == Workload::"web", action in [Action::"http:GET", Action::"ht
                 now: 1_790_000_000,
                 first_contact: false,
                 operation: None,
+                token: None,
             },
             judged: Judged::AtStart,
             ended: None,

@@ -93,6 +93,7 @@ pub mod sealing;
 pub mod site;
 pub mod store;
 pub mod telemetry;
+pub mod tokens;
 pub mod witness;
 
 pub use audit::{AUDIT_FILE, AuditError};
@@ -332,6 +333,8 @@ pub struct Plane {
     pub ledger: Arc<Ledger>,
     /// Judges changes.
     pub gate: Arc<Gate>,
+    /// What the access tokens of each service are for.
+    pub granted: tokens::Granted,
     /// Tells agents.
     pub publisher: Arc<Publisher>,
     /// Decision records.
@@ -481,6 +484,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         storage,
         ledger,
         gate: Arc::default(),
+        granted: tokens::Granted::default(),
         publisher,
         decisions,
         telemetry: Telemetry::default(),

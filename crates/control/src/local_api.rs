@@ -23,8 +23,8 @@ use countersign_api::local::{
     CheckpointView, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink,
     GateOutcome, GateRefusal, IdentityFilter, IdentityView, InstanceView, Invitation, InviteAs, LedgerLine, Mesh,
     OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
-    RecordFilter, Reseal, RevokeAs, Revoked, SealedAnew, ServiceView, SessionView, SessionsEnded, Shown, SignalWaited,
-    Status, StepAs, Stepped, TailEvent, Waited,
+    RecordFilter, Reseal, RevokeAs, RevokeTokensAs, Revoked, SealedAnew, ServiceView, SessionView, SessionsEnded,
+    Shown, SignalWaited, Status, StepAs, Stepped, TailEvent, TokenFilter, TokenView, TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -52,6 +52,7 @@ use crate::{
         session::{self, Session, Who},
     },
     store::{StoreError, StoredEntry},
+    tokens,
 };
 
 /// Longest request body, in bytes: a change-set of the largest mesh with all its texts.
@@ -134,6 +135,8 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/authority/reseal", post(reseal))
         .route("/v1/identities", get(list_identities))
         .route("/v1/identities/revoke", post(revoke_identities))
+        .route("/v1/tokens", get(list_tokens))
+        .route("/v1/tokens/revoke", post(revoke_tokens))
         .route("/v1/signals/{number}/wait", get(wait_for_signal))
         .route("/v1/ledger", get(ledger))
         .route("/v1/ledger/bodies", get(ledger_bodies))
@@ -475,9 +478,9 @@ async fn open(
 }
 
 /// What was opened before, by [`open`].
-async fn reads_decisions(plane: &Plane, session: Option<&Session>, headers: &HeaderMap) -> Result<Opened, Problem> {
+async fn reads(plane: &Plane, act: Act, session: Option<&Session>, headers: &HeaderMap) -> Result<Opened, Problem> {
     let operator = named_in(headers)?;
-    acts::pass(plane, Act::ReadDecisions, by(session, operator.as_ref()), &Shown::default()).await
+    acts::pass(plane, act, by(session, operator.as_ref()), &Shown::default()).await
 }
 
 /// Who asks: from afar whoever is signed in, for whom nothing is open that was opened at the socket.
@@ -491,7 +494,7 @@ async fn list_decisions(
     session: Option<Extension<Session>>,
     Query(filter): Query<RecordFilter>,
 ) -> Answered<Vec<countersign_core::record::DecisionRecord>> {
-    reads_decisions(&plane, session.as_deref(), &headers).await?;
+    reads(&plane, Act::ReadDecisions, session.as_deref(), &headers).await?;
     Ok(Json(plane.decisions.list(filter).await.map_err(stored)?))
 }
 
@@ -501,7 +504,7 @@ async fn decision(
     session: Option<Extension<Session>>,
     UrlPath(id): UrlPath<String>,
 ) -> Answered<DecisionDetail> {
-    reads_decisions(&plane, session.as_deref(), &headers).await?;
+    reads(&plane, Act::ReadDecisions, session.as_deref(), &headers).await?;
     let record = decisions::one(&plane.decisions, &id).await?;
     let help = "compare the ledger of this control plane with that of the mesh: `countersign ledger verify`";
     let head = plane.ledger.at(record.revision).await.map_err(stored)?;
@@ -517,7 +520,7 @@ async fn tail(
     session: Option<Extension<Session>>,
     Query(filter): Query<RecordFilter>,
 ) -> Result<Response, Refusal> {
-    let until_ms = reads_decisions(&plane, session.as_deref(), &headers).await?.until_ms;
+    let until_ms = reads(&plane, Act::ReadDecisions, session.as_deref(), &headers).await?.until_ms;
     let left = until_ms.map(|until_ms| Duration::from_millis(until_ms.saturating_sub(plane.clock.now_ms())));
     // It ends with what was opened.
     let over = async move {
@@ -700,6 +703,25 @@ async fn revoke_identities(
 ) -> Answered<Revoked> {
     let operator = asked.shown.operator.clone();
     Ok(Json(identities::revoke(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn list_tokens(
+    State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
+    session: Option<Extension<Session>>,
+    Query(filter): Query<TokenFilter>,
+) -> Answered<Vec<TokenView>> {
+    reads(&plane, Act::ReadTokens, session.as_deref(), &headers).await?;
+    Ok(Json(tokens::list(&plane, filter).await.map_err(stored)?))
+}
+
+async fn revoke_tokens(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<RevokeTokensAs>,
+) -> Answered<TokensRevoked> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(tokens::revoke(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
 }
 
 async fn wait_for_signal(

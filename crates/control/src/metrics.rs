@@ -38,6 +38,12 @@ pub struct Metrics {
     pub applied: Counter,
     /// SVIDs that were revoked.
     pub revoked: Counter,
+    /// Access tokens that were issued.
+    pub tokens_issued: Counter,
+    /// Revocations of access tokens.
+    pub token_revocations: Counter,
+    /// Access tokens that were shown by somebody whose they are not.
+    pub thefts: Counter,
     levels: Levels,
 }
 
@@ -90,6 +96,7 @@ impl Default for Metrics {
         let (issued, refused) = (Family::default(), Family::default());
         let (denials, shed, applied) = (Counter::default(), Counter::default(), Counter::default());
         let revoked = Counter::default();
+        let (tokens_issued, token_revocations, thefts) = (Counter::default(), Counter::default(), Counter::default());
         let levels = Levels::default();
         let mut registry = Registry::with_prefix("countersign_control");
         let r = &mut registry;
@@ -110,7 +117,23 @@ impl Default for Metrics {
             levels.behind.clone(),
         );
         r.register("telemetry_silent", "Instances whose telemetry is silent", levels.silent.clone());
-        Self { registry, store, issued, refused, denials, shed, applied, revoked, levels }
+        r.register("tokens_issued", "Access tokens issued to workloads", tokens_issued.clone());
+        r.register("token_revocations", "Revocations of access tokens", token_revocations.clone());
+        r.register("tokens_stolen", "Access tokens shown by somebody whose they are not", thefts.clone());
+        Self {
+            registry,
+            store,
+            issued,
+            refused,
+            denials,
+            shed,
+            applied,
+            revoked,
+            tokens_issued,
+            token_revocations,
+            thefts,
+            levels,
+        }
     }
 }
 

@@ -24,7 +24,7 @@ use countersign_core::{
     change::{Change, ChangeSet, PolicyId, Revision},
     identity::{InstanceId, ServiceName},
     policy::ParsedPolicy,
-    signal::{Revocation, Serial, SignalSeq, Signals},
+    signal::{Serial, Signal, SignalSeq, Signals},
 };
 
 use crate::{
@@ -193,13 +193,12 @@ impl Publisher {
     pub fn signal(&self, new: &[StoredSignal], now_ms: u64) -> Signals {
         let mut inner = self.inner.lock();
         let after = inner.signals.sequence();
-        let revoked: Vec<Revocation> =
-            new.iter().filter(|signal| signal.sequence > after).map(|signal| signal.revoked).collect();
+        let said: Vec<Signal> = new.iter().filter(|one| one.sequence > after).map(|one| one.signal.clone()).collect();
         inner.signals.forget_ended(now_ms);
         if let Some(last) = new.last().filter(|last| last.sequence > after) {
-            let extended = inner.signals.extend(after, last.sequence, revoked.iter().copied());
+            let extended = inner.signals.extend(after, last.sequence, said.iter().cloned());
             extended.expect("INVARIANT: they follow what is held");
-            inner.tell(Event::Signals(signals::new(after, last.sequence, revoked)));
+            inner.tell(Event::Signals(signals::new(after, last.sequence, said)));
             let known = inner.signals.clone();
             let lost = |stream: &Stream| stream.serial.is_some_and(|serial| known.is_revoked(&serial));
             let cut: Vec<ServiceName> =

@@ -8,13 +8,14 @@ use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy};
+use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy, TokenFilter};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
-    signal::{Revocation, Serial, SignalSeq},
+    signal::{Revocation, Serial, Signal, SignalSeq, TokenRevocation, TokensMeant},
+    token::Claims,
 };
 
 use crate::{authority::seal::NotSealed, metrics::StoreLatency};
@@ -172,15 +173,39 @@ pub struct IssuedSerial {
     pub authority: u32,
 }
 
-/// A signal as it is kept: a certificate that was revoked.
+/// A signal as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredSignal {
     /// Its number.
     pub sequence: SignalSeq,
-    /// Which certificate, and when it expires by itself.
-    pub revoked: Revocation,
+    /// What it says.
+    pub signal: Signal,
     /// When, by whom and why.
     pub by: RevokedBy,
+}
+
+/// An access token that was issued: what it says, and nothing that could be shown for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredToken {
+    /// What it says.
+    pub claims: Claims,
+    /// The host that it was issued to.
+    pub host: ServiceName,
+}
+
+/// Tokens that are revoked as a column holds them, beside serial numbers.
+fn tokens_to_text(meant: &TokensMeant) -> String {
+    format!("tokens:{meant}")
+}
+
+/// A signal as it was kept; `None` when this version does not know its kind.
+fn signal_of_text(what: &str, expires_at_ms: u64, at_ms: u64) -> Option<Signal> {
+    Some(match what.strip_prefix("tokens:") {
+        Some(meant) => {
+            Signal::Tokens(TokenRevocation { meant: meant.parse().ok()?, issued_until_ms: at_ms, expires_at_ms })
+        }
+        None => Signal::Certificate(Revocation { serial: what.parse().ok()?, expires_at_ms }),
+    })
 }
 
 /// An invitation as it is kept.
@@ -478,6 +503,19 @@ pub trait Store: Send {
         by: &RevokedBy,
         max: u32,
     ) -> Result<Option<SignalSeq>, StoreError>;
+    /// Revokes the access tokens that are meant and were issued until `by` says; `expires_at_ms` is when the last of them expires. Returns
+    /// the number of the signal, and what it means: every token, in place of all that is revoked, when that would be more than `max`.
+    fn put_token_revocation(
+        &mut self,
+        meant: &TokensMeant,
+        expires_at_ms: u64,
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<(SignalSeq, TokensMeant), StoreError>;
+    /// Notes access tokens before they are handed out, and forgets those that have expired.
+    fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError>;
+    /// Access tokens that `filter` asks for and that have not expired at `now_ms`, the newest first, at most `limit`.
+    fn tokens(&mut self, filter: &TokenFilter, now_ms: u64, limit: u32) -> Result<Vec<StoredToken>, StoreError>;
     /// Signals after a number, in their order. The last one is kept even when it has ended.
     fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError>;
 

@@ -86,6 +86,7 @@ fn decider(case: &str, total: usize) -> Box<dyn FnMut(usize)> {
                 origin: [10, 0, 0, 7].into(),
                 now: 1_795_365_000,
                 first_contact: false,
+                token: None,
             },
         });
     };

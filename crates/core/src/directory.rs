@@ -39,7 +39,7 @@ use crate::{
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
     policy::{self, FilePolicy},
     route::Route,
-    service::{Recorded, ServiceSpec},
+    service::{Recorded, ServiceSpec, Tokens},
     sign_in::{SignIn, SignInName},
 };
 use contracts::Contracts;
@@ -109,6 +109,8 @@ pub struct Defaults {
     pub recorded: Recorded,
     /// For services that do not say.
     pub exchanges_max: u32,
+    /// For services that do not say.
+    pub tokens: Tokens,
 }
 
 /// Whether workloads are kept apart in user and network namespaces.

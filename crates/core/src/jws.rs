@@ -47,6 +47,8 @@ pub enum Typ {
     Logout,
     /// A proof of a key (RFC 9449), which brings that key.
     Proof,
+    /// An access token: `at+jwt`, with or without `application/` (RFC 9068, 2.1).
+    Access,
     /// A JWT-SVID: `JWT`, `JOSE`, or nothing; and nothing else in its header than that, `alg` and `kid` (JWT-SVID, 2).
     Svid,
 }
@@ -150,6 +152,10 @@ impl<'t> Presented<'t> {
                 said.as_str().is_some_and(|said| said.eq_ignore_ascii_case("JWT"))
             }
             (Typ::Proof, said) => said.and_then(Value::as_str) == Some(PROOF_TYP),
+            (Typ::Access, said) => said.and_then(Value::as_str).is_some_and(|said| {
+                // "The 'application/' prefix may be omitted" (RFC 7515, 4.1.9); media types know no case.
+                ["at+jwt", "application/at+jwt"].iter().any(|typ| said.eq_ignore_ascii_case(typ))
+            }),
             (Typ::Svid, None) => true,
             (Typ::Svid, Some(said)) => matches!(said.as_str(), Some("JWT" | "JOSE")),
         };

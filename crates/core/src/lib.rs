@@ -27,6 +27,7 @@
 //! | [`path`] | the one normal form of a request path |
 //! | [`view`] | what one proxy needs of the mesh at one revision |
 //! | [`signal`] | what holds at once and for a while: certificates that are revoked |
+//! | [`token`] | access tokens: what they say, whom they are bound to, and why one is not believed |
 //! | [`record`] | the record of one decision |
 
 pub mod assurance;
@@ -53,4 +54,5 @@ pub mod service;
 pub mod sign_in;
 pub mod signal;
 pub mod state;
+pub mod token;
 pub mod view;

@@ -10,6 +10,7 @@
 //! | `library` | one policy text, parsed once: its scope and what its conditions read |
 //! | `law` | the policies of one view, indexed; the decision |
 //! | `memory` | decisions that would be the same again |
+//! | `reach` | the most that a workload may be permitted: what its token is for |
 //! | `explain` | why a decision is what it is |
 //! | `lint` | policies that are valid and still wrong |
 //! | `cases` | `tests/*.toml`: decisions that must hold |
@@ -23,6 +24,7 @@ mod law;
 mod library;
 mod lint;
 mod memory;
+mod reach;
 mod reads;
 mod schema;
 
@@ -37,6 +39,7 @@ pub use library::{Library, ParsedPolicy};
 pub(crate) use library::{annotation, obligation};
 pub use lint::{Finding, Flaw, lint};
 pub use memory::{Judge, MEMORY_ENTRIES_MAX};
+pub use reach::Grants;
 pub use reads::Reads;
 pub use schema::{is_action, schema_text};
 use serde::{Deserialize, Serialize};
@@ -46,6 +49,7 @@ use crate::{
     identity::{ServiceName, SpiffeId},
     record::{Inputs, Outcome, Reason},
     service::Protocol,
+    token::ShownToken,
 };
 
 /// The question put to the law.
@@ -102,6 +106,8 @@ pub struct Context<'a> {
     pub now: i64,
     /// Whether this edge is new to this proxy.
     pub first_contact: bool,
+    /// The access token that came with it.
+    pub token: Option<&'a ShownToken>,
 }
 
 /// The answer, with what it rests on.
@@ -189,6 +195,7 @@ impl<'a> Query<'a> {
                 origin: inputs.origin,
                 now: inputs.now,
                 first_contact: inputs.first_contact,
+                token: inputs.token.as_ref(),
             },
         }
     }
@@ -208,6 +215,7 @@ impl<'a> Query<'a> {
             now: self.context.now,
             first_contact: self.context.first_contact,
             operation: None,
+            token: self.context.token.cloned(),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::{
     identity::{InstanceId, ServiceName, SpiffeId},
     path,
     service::Protocol,
+    token::ShownToken,
 };
 
 /// One decision and what became of the exchange.
@@ -71,6 +72,9 @@ pub struct Inputs {
     /// The operation of the service's contract that it was; absent without a contract, and when the contract has none such.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation: Option<Arc<str>>,
+    /// The access token that came with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<ShownToken>,
 }
 
 /// The answer of the law.
@@ -107,6 +111,12 @@ pub enum Reason {
     NotInContract,
     /// The caller's service is quarantined or suspended.
     CallerBarred,
+    /// The service demands an access token, and none came.
+    TokenMissing,
+    /// The access token that came is not believed.
+    TokenRefused,
+    /// The access token that came is for something else.
+    TokenScope,
 }
 
 /// Which judgement of the exchange this was.
@@ -197,11 +207,14 @@ impl Reason {
             Self::NotAWorkload => "the peer is not a workload of a service",
             Self::NotInContract => "the contract of the service has no such operation",
             Self::CallerBarred => "the caller's service is quarantined or suspended",
+            Self::TokenMissing => "the service demands an access token, and none came",
+            Self::TokenRefused => "the access token that came is not believed",
+            Self::TokenScope => "the access token that came is not for this operation",
         }
     }
 
     /// Every reason. Kept records refer to places in this list: only append.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Permitted,
         Self::NoPolicyPermits,
         Self::Forbidden,
@@ -211,6 +224,9 @@ impl Reason {
         Self::NotAWorkload,
         Self::NotInContract,
         Self::CallerBarred,
+        Self::TokenMissing,
+        Self::TokenRefused,
+        Self::TokenScope,
     ];
 
     /// The place of this reason in [`Self::ALL`].
@@ -229,7 +245,10 @@ impl Reason {
             | Self::NotDeclared
             | Self::NotAWorkload
             | Self::NotInContract
-            | Self::CallerBarred => Outcome::Deny,
+            | Self::CallerBarred
+            | Self::TokenMissing
+            | Self::TokenRefused
+            | Self::TokenScope => Outcome::Deny,
         }
     }
 
@@ -245,6 +264,9 @@ impl Reason {
             Self::NotAWorkload => "not_a_workload",
             Self::NotInContract => "not_in_contract",
             Self::CallerBarred => "caller_barred",
+            Self::TokenMissing => "token_missing",
+            Self::TokenRefused => "token_refused",
+            Self::TokenScope => "token_scope",
         }
     }
 }
@@ -290,6 +312,6 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             assert_eq!(reason.place(), place);
         }
-        assert_eq!(Reason::CallerBarred.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
+        assert_eq!(Reason::TokenScope.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
     }
 }

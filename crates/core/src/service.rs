@@ -42,6 +42,17 @@ pub enum FirstContact {
     Inspect,
 }
 
+/// Whether a request must come with an access token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Tokens {
+    /// It need not; one that comes is verified all the same.
+    #[default]
+    Optional,
+    /// Without one that is good for what is asked, nothing is permitted.
+    Required,
+}
+
 /// The declared part of a service, as the ledger holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -76,6 +87,9 @@ pub struct ServiceSpec {
     /// What the first exchange of an edge has to be.
     #[serde(default, skip_serializing_if = "is_default")]
     pub first_contact: FirstContact,
+    /// Whether its callers need an access token. The default is not written.
+    #[serde(default, skip_serializing_if = "Tokens::are_optional")]
+    pub tokens: Tokens,
 }
 
 fn is_default(given: &FirstContact) -> bool {
@@ -102,6 +116,7 @@ impl ServiceSpec {
             contract: None,
             without_contract: false,
             first_contact: FirstContact::default(),
+            tokens: Tokens::default(),
         }
     }
 }
@@ -110,6 +125,13 @@ impl Protocol {
     /// Whether what speaks it has operations, and so can have a contract.
     pub fn has_operations(self) -> bool {
         self != Self::Tcp
+    }
+}
+
+impl Tokens {
+    /// Whether a request may come without.
+    pub fn are_optional(&self) -> bool {
+        *self == Self::Optional
     }
 }
 

@@ -1,12 +1,22 @@
 //! Facts of the moment that decisions rest on and that the ledger does not hold: they hold at once, for a while, and end by
 //! themselves. Every host keeps all of them that hold; they are counted, so that it is known who knows which.
 //!
-//! INVARIANT (revoked-stays-revoked): whatever is taken in, and from whomever, no certificate ceases to be revoked before it has
-//! expired.
+//! INVARIANT (revoked-stays-revoked): whatever is taken in, and from whomever, no certificate and no token ceases to be revoked before
+//! it has expired.
 
-use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fmt,
+    str::FromStr,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize, de};
+
+use crate::{
+    identity::{InstanceId, ServiceName},
+    token::{Claims, Thumbprint, TokenId},
+};
 
 /// How many signals a control plane has given out: the number of the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize)]
@@ -31,11 +41,66 @@ pub struct Revocation {
     pub expires_at_ms: u64,
 }
 
+/// Which access tokens are meant. Written `all`, or what it is, a colon and which: `family:0199…`, `subject:web`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TokensMeant {
+    /// Every one.
+    All,
+    /// The one with this id.
+    Id(TokenId),
+    /// That one and all that were renewed from it.
+    Family(TokenId),
+    /// Those of an instance.
+    Instance(InstanceId),
+    /// Those about a service as the caller.
+    Subject(ServiceName),
+    /// Those for a service as the callee.
+    Audience(ServiceName),
+    /// Those bound to a certificate.
+    Key(Thumbprint),
+}
+
+/// Text that means no tokens.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` means no tokens: write `all`, or `id:`, `family:`, `instance:`, `subject:`, `audience:` or `key:` and which"
+)]
+pub struct TokensMeantError(String);
+
+/// Access tokens that are good for nothing any more: those that are meant and were issued until a moment. What is issued after it is
+/// good again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRevocation {
+    /// Which.
+    pub meant: TokensMeant,
+    /// Those issued until then, in milliseconds since 1970.
+    pub issued_until_ms: u64,
+    /// When the last of them expires by itself, in milliseconds since 1970.
+    pub expires_at_ms: u64,
+}
+
+/// What is said once, and holds until its time is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Signal {
+    /// A certificate was revoked.
+    Certificate(Revocation),
+    /// Access tokens were.
+    Tokens(TokenRevocation),
+}
+
 /// All signals that hold. Clones share what they hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Signals {
     sequence: SignalSeq,
     revoked: Arc<BTreeMap<Serial, u64>>,
+    tokens: Arc<BTreeMap<TokensMeant, Until>>,
+}
+
+/// Until when tokens were issued that are revoked, and when the last of them expires, both in milliseconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Until {
+    issued_ms: u64,
+    expires_ms: u64,
 }
 
 /// Signals that do not follow those that are held: some are missing in between.
@@ -106,9 +171,44 @@ impl Signals {
         self.revoked.contains_key(serial)
     }
 
-    /// Whether any certificate is.
+    /// Whether nothing is revoked.
     pub fn is_empty(&self) -> bool {
-        self.revoked.is_empty()
+        self.revoked.is_empty() && self.tokens.is_empty()
+    }
+
+    /// Whether an access token is revoked.
+    pub fn is_token_revoked(&self, claims: &Claims) -> bool {
+        if self.tokens.is_empty() {
+            return false;
+        }
+        let issued_at_ms = claims.id.issued_at_ms();
+        let service = |id: &crate::identity::SpiffeId| id.service();
+        let of_services =
+            [service(&claims.subject).map(TokensMeant::Subject), service(&claims.audience).map(TokensMeant::Audience)];
+        [
+            TokensMeant::All,
+            TokensMeant::Id(claims.id),
+            TokensMeant::Family(claims.family),
+            TokensMeant::Instance(claims.instance.clone()),
+            TokensMeant::Key(claims.confirmation.certificate),
+        ]
+        .iter()
+        .chain(of_services.iter().flatten())
+        .any(|meant| self.tokens.get(meant).is_some_and(|until| issued_at_ms <= until.issued_ms))
+    }
+
+    /// The access tokens that are revoked.
+    pub fn tokens_revoked(&self) -> impl ExactSizeIterator<Item = TokenRevocation> {
+        self.tokens.iter().map(|(meant, until)| TokenRevocation {
+            meant: meant.clone(),
+            issued_until_ms: until.issued_ms,
+            expires_at_ms: until.expires_ms,
+        })
+    }
+
+    /// Everything that holds.
+    pub fn all(&self) -> impl Iterator<Item = Signal> {
+        self.revoked().map(Signal::Certificate).chain(self.tokens_revoked().map(Signal::Tokens))
     }
 
     /// The certificates that are revoked.
@@ -118,8 +218,8 @@ impl Signals {
 
     /// Takes in all that a control plane holds. What is held here beyond it stays: a control plane can be behind another, or have
     /// been restored from an older copy.
-    pub fn welcome(&mut self, sequence: SignalSeq, revoked: impl IntoIterator<Item = Revocation>) {
-        self.add(revoked);
+    pub fn welcome(&mut self, sequence: SignalSeq, all: impl IntoIterator<Item = Signal>) {
+        self.add(all);
         self.sequence = sequence;
     }
 
@@ -128,12 +228,12 @@ impl Signals {
         &mut self,
         after: SignalSeq,
         sequence: SignalSeq,
-        revoked: impl IntoIterator<Item = Revocation>,
+        new: impl IntoIterator<Item = Signal>,
     ) -> Result<(), Gap> {
         if after > self.sequence {
             return Err(Gap { after: after.0, held: self.sequence.0 });
         }
-        self.add(revoked);
+        self.add(new);
         self.sequence = self.sequence.max(sequence);
         Ok(())
     }
@@ -143,14 +243,71 @@ impl Signals {
         if self.revoked.values().any(|expires_at_ms| *expires_at_ms < now_ms) {
             Arc::make_mut(&mut self.revoked).retain(|_, expires_at_ms| *expires_at_ms >= now_ms);
         }
+        if self.tokens.values().any(|until| until.expires_ms < now_ms) {
+            Arc::make_mut(&mut self.tokens).retain(|_, until| until.expires_ms >= now_ms);
+        }
     }
 
-    fn add(&mut self, revoked: impl IntoIterator<Item = Revocation>) {
-        let mut revoked = revoked.into_iter().peekable();
-        if revoked.peek().is_some() {
-            let held = Arc::make_mut(&mut self.revoked);
-            revoked.for_each(|one| _ = held.insert(one.serial, one.expires_at_ms));
+    fn add(&mut self, signals: impl IntoIterator<Item = Signal>) {
+        for signal in signals {
+            match signal {
+                Signal::Certificate(one) => _ = Arc::make_mut(&mut self.revoked).insert(one.serial, one.expires_at_ms),
+                Signal::Tokens(TokenRevocation { meant, issued_until_ms, expires_at_ms }) => {
+                    let new = Until { issued_ms: issued_until_ms, expires_ms: expires_at_ms };
+                    match Arc::make_mut(&mut self.tokens).entry(meant) {
+                        Entry::Vacant(place) => _ = place.insert(new),
+                        Entry::Occupied(mut held) => {
+                            let held = held.get_mut();
+                            held.issued_ms = held.issued_ms.max(new.issued_ms);
+                            held.expires_ms = held.expires_ms.max(new.expires_ms);
+                        }
+                    }
+                }
+            }
         }
+    }
+}
+
+impl fmt::Display for TokensMeant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Id(id) => write!(f, "id:{id}"),
+            Self::Family(id) => write!(f, "family:{id}"),
+            Self::Instance(instance) => write!(f, "instance:{instance}"),
+            Self::Subject(service) => write!(f, "subject:{service}"),
+            Self::Audience(service) => write!(f, "audience:{service}"),
+            Self::Key(certificate) => write!(f, "key:{certificate}"),
+        }
+    }
+}
+
+impl FromStr for TokensMeant {
+    type Err = TokensMeantError;
+    fn from_str(given: &str) -> Result<Self, TokensMeantError> {
+        let parsed = match given.split_once(':') {
+            None => (given == "all").then_some(Self::All),
+            Some(("id", id)) => id.parse().ok().map(Self::Id),
+            Some(("family", id)) => id.parse().ok().map(Self::Family),
+            Some(("instance", id)) => InstanceId::parse(id).ok().map(Self::Instance),
+            Some(("subject", name)) => ServiceName::parse(name).ok().map(Self::Subject),
+            Some(("audience", name)) => ServiceName::parse(name).ok().map(Self::Audience),
+            Some(("key", thumbprint)) => thumbprint.parse().ok().map(Self::Key),
+            Some(_) => None,
+        };
+        parsed.ok_or_else(|| TokensMeantError(given.chars().take(80).collect()))
+    }
+}
+
+impl Serialize for TokensMeant {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for TokensMeant {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -158,8 +315,12 @@ impl Signals {
 mod tests {
     use super::*;
 
-    fn revoked(number: u8, expires_at_ms: u64) -> Revocation {
-        Revocation { serial: Serial([number; 16]), expires_at_ms }
+    fn serial(number: u8) -> Serial {
+        Serial([number; 16])
+    }
+
+    fn revoked(number: u8, expires_at_ms: u64) -> Signal {
+        Signal::Certificate(Revocation { serial: serial(number), expires_at_ms })
     }
 
     #[test]
@@ -181,15 +342,58 @@ mod tests {
         assert_eq!(signals.extend(SignalSeq(7), SignalSeq(8), [revoked(3, 100)]), Ok(()));
         let gap = signals.extend(SignalSeq(9), SignalSeq(10), [revoked(4, 100)]);
         assert_eq!(gap, Err(Gap { after: 9, held: 8 }));
-        assert!(!signals.is_revoked(&revoked(4, 0).serial));
+        assert!(!signals.is_revoked(&serial(4)));
         signals.extend(SignalSeq(6), SignalSeq(7), []).unwrap();
         assert_eq!(signals.sequence(), SignalSeq(8), "what was said before is no news");
         signals.welcome(SignalSeq(2), []);
         assert_eq!((signals.sequence(), signals.revoked().len()), (SignalSeq(2), 3), "a restored one has forgotten it");
         signals.forget_ended(51);
-        assert!(!signals.is_revoked(&revoked(2, 0).serial));
-        assert!(signals.is_revoked(&revoked(1, 0).serial) && signals.is_revoked(&revoked(3, 0).serial));
+        assert!(!signals.is_revoked(&serial(2)));
+        assert!(signals.is_revoked(&serial(1)) && signals.is_revoked(&serial(3)));
         signals.forget_ended(100);
         assert_eq!(signals.revoked().len(), 2, "in its last millisecond it is still a certificate");
+    }
+
+    #[test]
+    fn a_token_is_revoked_by_whatever_means_it_and_one_that_was_issued_later_is_good() {
+        let id = |ms: u64| TokenId::new(ms, [7; 10]);
+        let claims = |ms: u64| -> Claims {
+            let of = |path: &str| format!("spiffe://shop.example/{path}");
+            serde_json::from_value(serde_json::json!({
+                "iss": "x", "sub": of("web"), "aud": of("orders"), "client_id": of("web"), "iat": 0, "exp": 1, "jti": id(ms),
+                "scope": "", "cnf": { "x5t#S256": Thumbprint([1; 32]) }, "instance": "web/1", "family": id(5),
+            }))
+            .unwrap()
+        };
+        let key = Thumbprint([1; 32]);
+        for (meant, is_meant) in [
+            ("all".to_owned(), true),
+            (format!("id:{}", id(10)), true),
+            (format!("id:{}", id(11)), false),
+            (format!("family:{}", id(5)), true),
+            ("instance:web/1".to_owned(), true),
+            ("instance:web/2".to_owned(), false),
+            ("subject:web".to_owned(), true),
+            ("subject:orders".to_owned(), false),
+            ("audience:orders".to_owned(), true),
+            (format!("key:{key}"), true),
+        ] {
+            let mut signals = Signals::default();
+            let until = |issued_until_ms| {
+                let meant = meant.parse().unwrap();
+                Signal::Tokens(TokenRevocation { meant, issued_until_ms, expires_at_ms: 100 })
+            };
+            assert_eq!(meant.parse::<TokensMeant>().unwrap().to_string(), meant);
+            signals.welcome(SignalSeq(1), [until(10)]);
+            assert_eq!(signals.is_token_revoked(&claims(10)), is_meant, "{meant}");
+            assert!(!signals.is_token_revoked(&claims(11)), "{meant}: issued after it");
+            signals.welcome(SignalSeq(2), [until(9)]);
+            assert_eq!(signals.is_token_revoked(&claims(10)), is_meant, "{meant}: nothing comes back");
+            signals.forget_ended(101);
+            assert!(signals.is_empty());
+        }
+        for wrong in ["", "everything", "subject:", "subject:Web", "id:1", "key:AA", "device:x"] {
+            assert!(wrong.parse::<TokensMeant>().is_err(), "{wrong}");
+        }
     }
 }

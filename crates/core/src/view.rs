@@ -16,7 +16,7 @@ use crate::{
     identity::{ServiceName, TrustDomain},
     policy::Library,
     route::Route,
-    service::{Protocol, ServiceSpec},
+    service::{Protocol, ServiceSpec, Tokens},
     state::{MeshState, loopback},
 };
 
@@ -67,6 +67,9 @@ pub struct VisibleService {
     pub address: Ipv4Addr,
     /// The port its callers use there.
     pub port: u16,
+    /// Whether it permits nothing without an access token.
+    #[serde(default, skip_serializing_if = "Tokens::are_optional")]
+    pub tokens: Tokens,
 }
 
 /// A traffic rule with its name.
@@ -141,6 +144,7 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
                     protocol: service.spec.protocol,
                     address: loopback(service.slot),
                     port: service.spec.port,
+                    tokens: service.spec.tokens,
                 },
             )
         })

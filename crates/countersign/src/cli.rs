@@ -28,6 +28,7 @@ use crate::{
     render::{Output, Paint},
     run, service, session, status, store,
     telemetry::{self, Telemetry},
+    token::{self, TokenVerb},
     up,
 };
 
@@ -84,6 +85,9 @@ pub enum Command {
     /// Certificates that workloads and hosts prove themselves by
     #[command(subcommand)]
     Identity(identity::IdentityVerb),
+    /// Access tokens that sidecars show each other
+    #[command(subcommand)]
+    Token(token::TokenVerb),
     /// Write a small mesh directory that `up` runs
     Init(InitArguments),
     /// Show what `apply` would change
@@ -405,6 +409,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Identity(IdentityVerb::Show { serial }) => ask(identity::show(&place(&global)?, serial, output)),
         Command::Identity(IdentityVerb::Revoke { which, reason, timeout, asker }) => {
             ask(identity::revoke(&place(&global)?, which, reason, timeout, &asker, output))
+        }
+        Command::Token(TokenVerb::List { which, asker }) => ask(token::list(&place(&global)?, which, &asker, output)),
+        Command::Token(TokenVerb::Show { id, asker }) => ask(token::show(&place(&global)?, id, &asker, output)),
+        Command::Token(TokenVerb::Revoke { meant, reason, timeout, asker }) => {
+            ask(token::revoke(&place(&global)?, meant, reason, timeout, &asker, output))
         }
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List { pending }) => ask(service::list(&place(&global)?, pending, output)),

@@ -187,6 +187,16 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     say("size", inputs.size.map_or_else(|| "not declared".to_owned(), |size| format!("{size} bytes")));
     say("origin", inputs.origin.to_string());
     say("first contact", if inputs.first_contact { "yes" } else { "no" }.to_owned());
+    if let Some(token) = &inputs.token {
+        let id = token.id.map_or_else(|| "one whose id is not known".to_owned(), |id| id.to_string());
+        say(
+            "token",
+            match token.fault {
+                None => format!("{id} for {}", token.scope),
+                Some(fault) => format!("{id}, not believed: {}", fault.in_words()),
+            },
+        );
+    }
     if let Some(trace) = &record.trace_id {
         say("trace", trace.to_string());
     }
@@ -202,6 +212,8 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     }
     if record.reason == Reason::NotInContract {
         text.push_str("\nno policy was asked: what is no operation of the contract is denied\n");
+    } else if matches!(record.reason, Reason::TokenMissing | Reason::TokenRefused | Reason::TokenScope) {
+        text.push_str("\npolicies alone do not permit it: `countersign token list` shows which tokens there are\n");
     } else if record.policies.is_empty() {
         text.push_str("\nno policy decided: what no policy permits is denied\n");
     }

@@ -44,6 +44,7 @@ mod status;
 mod store;
 mod telemetry;
 mod tell;
+mod token;
 mod up;
 mod watch;
 mod workload;

@@ -222,7 +222,10 @@ async fn explain(arguments: Explain, global: &Global) -> Done {
     };
     let inputs = match &arguments.decision {
         Some(id) => decision::detail(control, id, &arguments.asker).await?.record.inputs,
-        None => inputs(&arguments, &mesh.state)?,
+        None => {
+            let inputs = inputs(&arguments, &mesh.state)?;
+            law_of(&mesh, &inputs.service)?.with_token(&inputs)
+        }
     };
     let explanation = explained(&mesh, &inputs)?;
     render::answer(global.output, &explanation, |explanation, paint| text(explanation, &inputs, &mesh, paint))
@@ -273,6 +276,7 @@ fn inputs(arguments: &Explain, state: &MeshState) -> Result<Inputs, Failure> {
         now: i64::try_from(render::now_ms() / 1000).unwrap_or(i64::MAX),
         first_contact: arguments.first_contact,
         operation: None,
+        token: None,
     })
 }
 

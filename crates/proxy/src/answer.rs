@@ -28,6 +28,9 @@ pub(crate) const REASON: HeaderName = HeaderName::from_static("countersign-reaso
 pub(crate) enum Refusal {
     Denied(DecisionId),
     NotInContract(DecisionId),
+    TokenMissing(DecisionId),
+    TokenRefused(DecisionId),
+    TokenScope(DecisionId),
     Malformed(&'static str),
     HeadTooLarge,
     UnknownService,
@@ -50,10 +53,11 @@ pub(crate) enum Refusal {
     Unproven,
     CertificateRefused,
     FirstContact(&'static str),
+    NoToken,
 }
 
 /// One of each kind, in the order in which they are counted.
-pub(crate) const ALL: [Refusal; 24] = [
+pub(crate) const ALL: [Refusal; 28] = [
     Refusal::Denied(DecisionId(0)),
     Refusal::Malformed("framing"),
     Refusal::HeadTooLarge,
@@ -78,6 +82,10 @@ pub(crate) const ALL: [Refusal; 24] = [
     Refusal::CertificateRefused,
     Refusal::NotInContract(DecisionId(0)),
     Refusal::FirstContact("headers"),
+    Refusal::TokenMissing(DecisionId(0)),
+    Refusal::TokenRefused(DecisionId(0)),
+    Refusal::TokenScope(DecisionId(0)),
+    Refusal::NoToken,
 ];
 
 /// How long a worker says nothing more of a refusal that it has just logged: an outage is not as loud as its traffic.
@@ -119,6 +127,38 @@ impl Refusal {
                 Info,
                 false,
                 "the service has a contract without such an operation: correct the request or the contract",
+            ),
+            TokenMissing(_) => (
+                401,
+                16,
+                "token-missing",
+                Info,
+                false,
+                "the service demands an access token: callers declare it in `upstreams`, and their sidecars attach one",
+            ),
+            TokenRefused(_) => (
+                401,
+                16,
+                "token-refused",
+                Warn,
+                false,
+                "`countersign decision show ID` says what is wrong with the token; an honest sidecar never shows one like it",
+            ),
+            TokenScope(_) => (
+                403,
+                7,
+                "token-scope",
+                Info,
+                false,
+                "the caller's token is not for this operation yet: its sidecar gets one as soon as a policy permits it",
+            ),
+            NoToken => (
+                503,
+                14,
+                "no-token",
+                Warn,
+                false,
+                "this sidecar holds no access token that is good: no control plane signed one in time, see the agent's log",
             ),
             Malformed(_) => (400, 13, "malformed", Info, false, "the body names the defect; send it otherwise"),
             FirstContact(_) => (
@@ -240,7 +280,11 @@ impl Refusal {
 
     fn body(self) -> String {
         match self {
-            Self::Denied(id) | Self::NotInContract(id) => {
+            Self::Denied(id)
+            | Self::NotInContract(id)
+            | Self::TokenMissing(id)
+            | Self::TokenRefused(id)
+            | Self::TokenScope(id) => {
                 format!(r#"{{"error":"{}","decision":"{id}"}}"#, self.row().reason)
             }
             Self::Malformed(defect) | Self::FirstContact(defect) => {
@@ -266,7 +310,11 @@ fn response(refusal: Refusal, kind: Kind) -> Response<Watched> {
     let response = Response::builder().header(REASON, HeaderValue::from_static(row.reason));
     let built = if kind == Kind::Grpc {
         let message = match refusal {
-            Refusal::Denied(id) | Refusal::NotInContract(id) => format!("{}; decision {id}", row.reason),
+            Refusal::Denied(id)
+            | Refusal::NotInContract(id)
+            | Refusal::TokenMissing(id)
+            | Refusal::TokenRefused(id)
+            | Refusal::TokenScope(id) => format!("{}; decision {id}", row.reason),
             Refusal::Malformed(defect) | Refusal::FirstContact(defect) => format!("{}: {defect}", row.reason),
             _ => row.reason.to_owned(),
         };

@@ -31,6 +31,9 @@ pub(crate) async fn authorize(
     match reason {
         Reason::Permitted => {}
         Reason::NotInContract => return Err(Refusal::NotInContract(id)),
+        Reason::TokenMissing => return Err(Refusal::TokenMissing(id)),
+        Reason::TokenRefused => return Err(Refusal::TokenRefused(id)),
+        Reason::TokenScope => return Err(Refusal::TokenScope(id)),
         _ => return Err(Refusal::Denied(id)), // no caller can step up before tokens carry assurance
     }
     let always = view.view.spec.as_ref().is_some_and(|spec| spec.recorded == Recorded::Always);

@@ -12,14 +12,14 @@ use std::{rc::Rc, sync::Arc, time::Instant};
 use countersign_core::{
     identity::ServiceName,
     path::{Authority, NormalPath},
-    service::{FirstContact, Protocol},
+    service::{FirstContact, Protocol, Tokens},
 };
 use h2::ext::Protocol as ConnectProtocol;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, uri::PathAndQuery};
 
 use crate::{
     answer::{Refusal, answer, says},
-    authenticate::authenticate,
+    authenticate::{PresentedToken, authenticate},
     authorize::authorize,
     contact,
     counts::{Counts, Direction},
@@ -66,6 +66,13 @@ pub(crate) struct Routed {
     pub(crate) path_and_query: PathAndQuery,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Flow,
+    token: PresentedToken,
+}
+
+impl Routed {
+    fn take_token(&mut self) -> PresentedToken {
+        std::mem::replace(&mut self.token, PresentedToken::Nothing)
+    }
 }
 
 /// An exchange from the mesh to our workload.
@@ -79,7 +86,7 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
     };
     let admitted = admit(worker, |counts| &counts.inbound, 0);
     let routed = admitted.and_then(|view| route_inbound(worker, peer, view, trace, probe.is_some(), request));
-    let (view, routed, asked) = match routed {
+    let (view, mut routed, asked) = match routed {
         Ok(routed) => routed,
         Err(refusal) => {
             worker.counts.inbound.started.add(1);
@@ -91,10 +98,10 @@ pub(crate) async fn inbound(worker: &Rc<Worker>, peer: &Rc<Peer>, request: Reque
     };
     let exchange = worker.live.register(worker, peer, asked, began); // before the first judgement
     if exchange.asked.is_probe {
-        return probed(worker, peer, &exchange, &view).await;
+        return probed(worker, &exchange, &view).await;
     }
     let outcome = async {
-        let caller = authenticate(&worker.shared, peer)?;
+        let caller = authenticate(worker, &exchange, &view, routed.take_token())?;
         let permit = authorize(caller, &exchange, &view).await?;
         limit(worker, peer, &exchange, &view, &routed.headers)?;
         forward::to_app(worker, permit, routed).await
@@ -150,8 +157,9 @@ fn probe_of(worker: &Worker, peer: &Peer, headers: &HeaderMap) -> Option<TraceId
 }
 
 /// A probe is judged and recorded as every exchange, and goes no further, whatever the answer.
-async fn probed(worker: &Worker, peer: &Rc<Peer>, exchange: &Rc<Exchange>, view: &Arc<Compiled>) -> Reply {
-    let judged = async { authorize(authenticate(&worker.shared, peer)?, exchange, view).await };
+async fn probed(worker: &Worker, exchange: &Rc<Exchange>, view: &Arc<Compiled>) -> Reply {
+    let judged =
+        async { authorize(authenticate(worker, exchange, view, PresentedToken::Nothing)?, exchange, view).await };
     let status = match judged.await {
         Ok(_permit) => StatusCode::NO_CONTENT,
         Err(refusal) => refusal.row().status,
@@ -234,6 +242,7 @@ fn route_inbound(
     };
     let mut headers = parts.headers;
     let size = size_of(&headers)?;
+    let token = PresentedToken::take(&mut headers);
     hygiene::request(&mut headers);
     trace.write(&mut headers);
     // The handshake of a WebSocket is a GET (RFC 8441, section 5): that is what is judged.
@@ -258,7 +267,7 @@ fn route_inbound(
     }
     let first_contact = unknown.is_some_and(|edge| worker.note_edge(edge));
     let asked = Asked { kind, method: method.clone(), path, host: own_host, size, first_contact, trace, is_probe };
-    let routed = Routed { intent, protocol, method, path_and_query, headers, body };
+    let routed = Routed { intent, protocol, method, path_and_query, headers, body, token };
     Ok((view, routed, asked))
 }
 
@@ -314,9 +323,14 @@ fn route_outbound(
     if let Some(rule) = rule {
         *outgoing.place.borrow_mut() = rule.enter(worker.steady_ns()).map_err(Refusal::of_limit)?;
     }
+    // Of what is declared a token is held; the callee says what it thinks of the rest.
+    let is_declared = view.view.spec.as_ref().is_some_and(|spec| spec.upstreams.contains(&named));
     let target = rule.and_then(|rule| rule.pick(fastrand::u32(..))).cloned().unwrap_or(named);
     outgoing.describe(|span| span.service = target.to_string());
     let visible = view.visible(&target).ok_or(Refusal::UnknownService)?;
+    if is_declared && visible.tokens == Tokens::Required && !worker.shared.holds_token(&target, worker.now_ms()) {
+        return Err(Refusal::NoToken);
+    }
     if (intent == Intent::Tunnel) != (visible.protocol == Protocol::Tcp) {
         return Err(Refusal::WrongProtocol);
     }

@@ -264,7 +264,8 @@ async fn attempt(
         Failed { refusal, unprocessed: true }
     })?;
     let end = sending.intent == Intent::Message && sending.body.is_end_stream();
-    let head = sending.head(&upstream.authority);
+    let token = stream.certificate.and_then(|own| worker.shared.token(&own, &sending.target));
+    let head = sending.head(&upstream.authority, token);
     let (response, send) = match stream.sender.send_request(head, end) {
         Ok(sent) => sent,
         Err(error) => {
@@ -336,7 +337,7 @@ impl Sending {
     }
 
     /// The head for the mesh. Headers are copied only when another attempt may need them.
-    fn head(&mut self, authority: &Authority) -> Request<()> {
+    fn head(&mut self, authority: &Authority, token: Option<HeaderValue>) -> Request<()> {
         let mut request = Request::new(());
         *request.version_mut() = Version::HTTP_2;
         *request.method_mut() = if self.intent == Intent::Message { self.method.clone() } else { Method::CONNECT };
@@ -344,6 +345,9 @@ impl Sending {
         *request.uri_mut() = uri(authority.clone(), path, Scheme::HTTPS);
         *request.headers_mut() =
             if self.body.is_end_stream() { self.headers.clone() } else { std::mem::take(&mut self.headers) };
+        if let Some(token) = token {
+            request.headers_mut().insert(hygiene::TOKEN, token);
+        }
         if self.intent == Intent::WebSocket {
             request.headers_mut().remove(header::SEC_WEBSOCKET_KEY); // RFC 8441, section 5.1: of HTTP/1.1 alone
             request.extensions_mut().insert(ConnectProtocol::from_static("websocket"));

@@ -12,6 +12,9 @@ pub(crate) const CALLER: HeaderName = HeaderName::from_static("countersign-calle
 /// The nonce of an exchange of this sidecar with itself. Never crosses, as nothing of ours does.
 pub(crate) const PROBE: HeaderName = HeaderName::from_static("countersign-probe");
 
+/// The access token of the caller's sidecar, on the mesh hop alone: nobody else sets it, and no workload sees it.
+pub(crate) const TOKEN: HeaderName = HeaderName::from_static("countersign-token");
+
 // RFC 9110, section 7.6.1: these concern one connection only, whether `Connection` names them or not. `TE` goes on for
 // gRPC, reduced to `trailers`; `Expect` was answered by whoever asks for the body.
 const HOP_BY_HOP: [HeaderName; 8] = [

@@ -2,20 +2,21 @@
 //! verified, so whoever holds one knows who is at the other end. What cannot prove itself gets nothing, not even a word.
 
 use std::{
+    cell::RefCell,
     net::IpAddr,
     rc::Rc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use countersign_api::svid::{PeerSide, VerifiedPeer};
-use countersign_core::identity::SpiffeId;
+use countersign_core::{identity::SpiffeId, token::Thumbprint};
 use http::HeaderValue;
 use rustls::CommonState;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use crate::{accept::Accepted, shared::Shared, workers::Doubts};
+use crate::{accept::Accepted, authenticate::Known, shared::Shared, workers::Doubts};
 
 /// Longest handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,6 +28,7 @@ pub(crate) struct Peer {
     proof: Proof,
     origin: IpAddr,
     caller_header: HeaderValue,
+    pub(crate) known_token: RefCell<Option<Known>>,
 }
 
 /// The certificates by which the other end of a connection proved who it is. What is open on the connection rests on
@@ -53,7 +55,7 @@ pub(crate) async fn identify(accepted: Accepted, acceptor: &TlsAcceptor) -> Opti
     };
     let proof = Proof::of_connection(stream.get_ref().1, PeerSide::Client)?;
     let caller_header = HeaderValue::from_str(proof.verified.id().as_str()).ok()?;
-    Some((stream, Rc::new(Peer { proof, origin: from.ip(), caller_header })))
+    Some((stream, Rc::new(Peer { proof, origin: from.ip(), caller_header, known_token: RefCell::default() })))
 }
 
 impl Peer {
@@ -83,6 +85,11 @@ impl Proof {
     pub(crate) fn of_connection(connection: &CommonState, side: PeerSide) -> Option<Self> {
         let verified = VerifiedPeer::of_connection(connection)?;
         Some(Self { verified, chain: connection.peer_certificates()?.to_vec(), side })
+    }
+
+    /// SHA-256 of the certificate: what tokens of this connection are bound to.
+    pub(crate) fn certificate(&self) -> Thumbprint {
+        Thumbprint(self.verified.leaf_sha256().0)
     }
 
     /// How long the SVID is still valid.

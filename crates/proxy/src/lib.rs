@@ -64,6 +64,6 @@ pub mod view;
 mod websocket;
 pub mod workers;
 
-pub use shared::{App, Door, Endpoint, Setup, Shared};
+pub use shared::{App, AttachedToken, Door, Endpoint, Setup, Shared, TokensByService};
 pub use sidecar::sidecar_main;
 pub use trace::{Sampling, Tracing};

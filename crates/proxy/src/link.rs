@@ -19,9 +19,10 @@ use std::{
 
 use bytes::Bytes;
 use countersign_api::{
-    mesh::{self, InstanceRevision, RecordsAnswer, RecordsQuery, Report},
+    mesh::{self, InstanceRevision, IssuedToken, RecordsAnswer, RecordsQuery, Report},
     sidecar::{
-        Drain, Endpoints, Identity, Metrics, Probed, ProxyFrames, SidecarMessage, sidecar_message, sidecar_order,
+        Drain, Endpoints, Identity, Metrics, Probed, ProxyFrames, SidecarMessage, Tokens, sidecar_message,
+        sidecar_order,
     },
     signals::{self, SignalsRefused},
     svid::{Bundle, SvidError, X509Svid},
@@ -29,6 +30,7 @@ use countersign_api::{
 use countersign_core::{
     identity::{InstanceId, NameError, ServiceName},
     signal::Signals,
+    token::Thumbprint,
 };
 use futures_util::{SinkExt, StreamExt, stream::SplitSink};
 use tokio::{
@@ -45,7 +47,7 @@ use crate::{
     decided::Recorder,
     probe::probe,
     record::{Reader, Sink, SinkConfig},
-    shared::{Endpoint, Setup, Shared},
+    shared::{AttachedToken, Endpoint, Setup, Shared, TokensByService},
     sidecar::chain,
     trace::{self, Tracing},
     workers,
@@ -119,6 +121,8 @@ enum Refused {
     Svid(#[source] SvidError),
     #[error("the bundle")]
     Bundle(#[source] SvidError),
+    #[error("the access tokens: their certificate is no SHA-256")]
+    Certificate,
     #[error("the signals")]
     Signals(#[from] SignalsRefused),
     #[error("an endpoint")]
@@ -287,6 +291,7 @@ impl Sidecar {
                 Ok(())
             }
             Some(Order::Signals(message)) => self.take_signals(&message),
+            Some(Order::Tokens(tokens)) => self.take_tokens(tokens),
             Some(Order::Drain(Drain { within_ms })) => {
                 self.drain(Duration::from_millis(within_ms));
                 Ok(())
@@ -305,7 +310,13 @@ impl Sidecar {
     fn take_identity(&self, identity: Identity) -> Result<(), Refused> {
         let chain = identity.chain_der.iter().map(|der| der.to_vec().into()).collect();
         let svid = X509Svid::parse(chain, identity.key_pkcs8_der.to_vec()).map_err(Refused::Svid)?;
-        self.shared.set_svid(svid);
+        self.shared.set_svid(svid, tokens_of(identity.tokens));
+        Ok(())
+    }
+
+    fn take_tokens(&self, tokens: Tokens) -> Result<(), Refused> {
+        let certificate = tokens.certificate_sha256[..].try_into().map_err(|_| Refused::Certificate)?;
+        self.shared.set_tokens(Thumbprint(certificate), tokens_of(tokens.tokens));
         Ok(())
     }
 
@@ -463,6 +474,15 @@ async fn answer(query: RecordsQuery, reader: Reader, queries: Arc<Semaphore>, sa
     }
 }
 
+/// What cannot stand in a header or names no service is left out: the callee then says that none came.
+fn tokens_of(issued: Vec<IssuedToken>) -> TokensByService {
+    let one = |issued: IssuedToken| {
+        let service = ServiceName::parse(&issued.service).ok()?;
+        Some((service, AttachedToken::new(&issued.token, issued.expires_at_ms)?))
+    };
+    issued.into_iter().filter_map(one).collect()
+}
+
 fn message(message: sidecar_message::Message) -> SidecarMessage {
     SidecarMessage { message: Some(message) }
 }
@@ -482,5 +502,6 @@ fn name(order: &sidecar_order::Order) -> &'static str {
         Order::MetricsQuery(_) => "metrics_query",
         Order::Signals(_) => "signals",
         Order::Probe(_) => "probe",
+        Order::Tokens(_) => "tokens",
     }
 }

@@ -7,7 +7,7 @@
 //! One table per worker, never shared: a walk and a judgement cannot run at the same time.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     rc::{Rc, Weak},
     sync::Arc,
     task::{Context, Poll, Waker},
@@ -27,6 +27,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::{
+    authenticate::Token,
     decided::{Decided, DecisionId, Shed},
     identify::Peer,
     pool::Stream,
@@ -78,6 +79,7 @@ pub(crate) struct Exchange {
     worker: Rc<Worker>,
     slot: usize,
     pub(crate) peer: Rc<Peer>,
+    token: OnceCell<Token>,
     pub(crate) asked: Asked,
     began: Instant,
     judged: RefCell<Option<Judgement>>,
@@ -135,6 +137,7 @@ impl Live {
             worker: worker.clone(),
             slot: entry.key(),
             peer: peer.clone(),
+            token: OnceCell::new(),
             asked,
             began,
             judged: RefCell::default(),
@@ -192,11 +195,14 @@ impl Live {
         }
     }
 
-    /// Cuts everything of peers whose SVID is revoked.
+    /// Cuts everything of peers whose SVID is revoked, and what was permitted with an access token that is.
     pub(crate) fn cut_revoked(&self) {
-        for exchange in self.open().iter().filter(|exchange| exchange.peer.proof().is_revoked(&exchange.worker.shared))
-        {
-            exchange.end_by(Cut::Unproven);
+        for exchange in self.open() {
+            if exchange.peer.proof().is_revoked(&exchange.worker.shared) {
+                exchange.end_by(Cut::Unproven);
+            } else {
+                exchange.end_if_token_is_lost();
+            }
         }
     }
 
@@ -238,6 +244,24 @@ impl Exchange {
         if current || self.cut.get().is_some() || self.judged.borrow().is_none() {
             return;
         }
+        self.judge_again(view);
+    }
+
+    /// Takes note of the access token that came with it, before its first judgement.
+    pub(crate) fn show_token(&self, token: Token) {
+        let _ = self.token.set(token); // one is read of each request
+    }
+
+    fn end_if_token_is_lost(&self) {
+        let is_lost = self.token.get().is_some_and(|token| token.is_lost(&self.worker.shared));
+        let view = self.judged.borrow().as_ref().map(|judged| judged.view.clone());
+        if let Some(view) = view.filter(|_| is_lost && self.cut.get().is_none()) {
+            self.judge_again(&view);
+        }
+    }
+
+    /// Judges what is open once more, and ends it when the answer turned.
+    fn judge_again(&self, view: &Arc<Compiled>) {
         let before = self.judged.borrow().clone();
         let recorded = self.recorded.get();
         let (reason, id) = self.judge(view, Judged::WhileOpen);
@@ -410,6 +434,7 @@ impl Exchange {
                 origin: self.peer.origin(),
                 now,
                 first_contact: asked.first_contact,
+                token: self.token.get().map(Token::shown),
             },
         }
     }

@@ -16,6 +16,7 @@ use countersign_api::{
     sidecar::Span,
     svid::{PeerSide, server_name},
 };
+use countersign_core::token::Thumbprint;
 use h2::client::SendRequest;
 use http::{Method, Request, Response};
 use hyper::client::conn::http1;
@@ -61,6 +62,7 @@ pub(crate) struct Http2 {
     sender: SendRequest<Bytes>,
     streams: Rc<Cell<u32>>,
     closed: Rc<Cell<bool>>,
+    certificate: Option<Thumbprint>, // that it was opened with
 }
 
 /// HTTP/2 connections to one place.
@@ -75,6 +77,8 @@ pub(crate) struct Http2Pool {
 pub(crate) struct Stream {
     pub(crate) sender: SendRequest<Bytes>,
     streams: Rc<Cell<u32>>,
+    /// The certificate that its connection was opened with.
+    pub(crate) certificate: Option<Thumbprint>,
 }
 
 /// Why there is no connection.
@@ -92,6 +96,8 @@ pub(crate) enum ConnectError {
     Http1(hyper::Error),
     #[error("it did not prove who it is")]
     Unproven,
+    #[error("this sidecar got another identity meanwhile")]
+    Renewed,
     #[error("it refused our certificate: {0:?}")]
     CertificateRefused(AlertDescription),
 }
@@ -100,7 +106,7 @@ impl Http2Pool {
     /// A stream's worth of room on a connection, opened with `connect` when there is none. At most one connection is
     /// being opened at a time; who waited for one that failed fails with it, so that a dead instance costs its callers
     /// one time-out and not one after the other.
-    pub(crate) async fn stream<F>(&self, connect: impl FnOnce() -> F) -> Result<Stream, Rc<ConnectError>>
+    pub(crate) async fn stream<F>(&self, connect: impl Fn() -> F) -> Result<Stream, Rc<ConnectError>>
     where
         F: Future<Output = Result<Http2, ConnectError>>,
     {
@@ -117,7 +123,13 @@ impl Http2Pool {
         {
             return Err(error.clone());
         }
-        match tokio::time::timeout(CONNECT_TIMEOUT, connect()).await.unwrap_or(Err(ConnectError::TimedOut)) {
+        let connected = tokio::time::timeout(CONNECT_TIMEOUT, async {
+            match connect().await {
+                Err(ConnectError::Renewed) => connect().await,
+                connected => connected,
+            }
+        });
+        match connected.await.unwrap_or(Err(ConnectError::TimedOut)) {
             Ok(connection) => {
                 let stream = connection.stream();
                 self.connections.borrow_mut().push(connection);
@@ -173,7 +185,7 @@ impl Http2 {
             }
             closes.set(true);
         });
-        Ok(Self { sender, streams: Rc::default(), closed })
+        Ok(Self { sender, streams: Rc::default(), closed, certificate: None })
     }
 
     fn takes_more(&mut self) -> bool {
@@ -183,7 +195,7 @@ impl Http2 {
 
     fn stream(&self) -> Stream {
         self.streams.set(self.streams.get() + 1);
-        Stream { sender: self.sender.clone(), streams: self.streams.clone() }
+        Stream { sender: self.sender.clone(), streams: self.streams.clone(), certificate: self.certificate }
     }
 }
 
@@ -196,14 +208,24 @@ impl Drop for Stream {
 /// Opens a connection to another sidecar and proves that it stands for the service of `instance`.
 pub(crate) async fn connect_mesh(worker: &Worker, instance: &Instance) -> Result<Http2, ConnectError> {
     let config = worker.client_config(&instance.service).ok_or(ConnectError::NoIdentity)?;
+    let certificate = own_certificate(worker);
     let tcp = TcpStream::connect(instance.address).await.map_err(ConnectError::Io)?;
     tune(&tcp);
     let (shared, doubts) = (worker.shared.clone(), worker.doubts());
     let mut tls = TlsConnector::from(config).connect(server_name(), tcp).await.map_err(ConnectError::Io)?;
     let proof = Proof::of_connection(tls.get_ref().1, PeerSide::Server).ok_or(ConnectError::Unproven)?;
     accepted(&mut tls).await?;
+    // Another one may have been shown than was looked at before: then tokens of neither would be sent for sure on the right one.
+    if own_certificate(worker) != certificate {
+        return Err(ConnectError::Renewed);
+    }
     worker.counts.mesh_connections.add(1);
-    Http2::over(tls, async move { proof.lost(&shared, doubts).await }).await
+    let connection = Http2::over(tls, async move { proof.lost(&shared, doubts).await }).await?;
+    Ok(Http2 { certificate, ..connection })
+}
+
+fn own_certificate(worker: &Worker) -> Option<Thumbprint> {
+    worker.shared.identity().map(|identity| Thumbprint(identity.svid().leaf_sha256().0))
 }
 
 /// Waits for the first word of the other sidecar, its HTTP/2 SETTINGS: it accepts us. Our handshake is done before it has

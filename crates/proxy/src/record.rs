@@ -326,6 +326,7 @@ mod tests {
                 origin: "192.0.2.7".parse().unwrap(),
                 now: (at_ms / 1000) as i64,
                 first_contact: self.first_contact,
+                token: None,
             };
             let (principal, service) = (&self.principal, &self.service);
             Decided {

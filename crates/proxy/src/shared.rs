@@ -23,9 +23,12 @@ use countersign_core::{
     identity::{InstanceId, ServiceName},
     policy::{Library, PolicyError},
     signal::{SignalSeq, Signals},
+    token::{Authorities, Thumbprint},
     view::View,
 };
+use http::HeaderValue;
 use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::{
@@ -98,6 +101,8 @@ pub struct Shared {
     pub(crate) endpoints: ArcSwap<EndpointsByService>,
     identity: Mutex<Identity>,
     signals: ArcSwap<Signals>,
+    authorities: ArcSwap<Authorities>,
+    tokens: ArcSwap<Attached>,
     library: Mutex<Library>, // one view is compiled at a time
     fresh_at_ms: AtomicU64,  // on `began`'s clock, plus one; 0: never
     began: Instant,
@@ -138,6 +143,43 @@ enum Identity {
     Known(Arc<TlsIdentity>),
 }
 
+/// The access tokens of the two certificates that connections may have been opened with.
+#[derive(Default)]
+struct Attached {
+    now: Arc<OfCertificate>,
+    before: Arc<OfCertificate>,
+}
+
+struct OfCertificate {
+    certificate: Thumbprint,
+    tokens: TokensByService,
+}
+
+/// An access token as a header, ready to be sent.
+#[derive(Debug, Clone)]
+pub struct AttachedToken {
+    /// Compact JWS. Not marked as sensitive: HPACK would then send it in full with each request, where an index does, and nobody
+    /// guesses a signature piece by piece (RFC 7541, 7.1.3).
+    value: HeaderValue,
+    expires_at_ms: u64,
+}
+
+/// The access token for each service that demands one.
+pub type TokensByService = FxHashMap<ServiceName, AttachedToken>;
+
+impl AttachedToken {
+    /// Of a token; `None` when it cannot stand in a header.
+    pub fn new(token: &str, expires_at_ms: u64) -> Option<Self> {
+        Some(Self { value: HeaderValue::from_str(token).ok()?, expires_at_ms })
+    }
+}
+
+impl Default for OfCertificate {
+    fn default() -> Self {
+        Self { certificate: Thumbprint([0; 32]), tokens: TokensByService::default() }
+    }
+}
+
 /// Where each service runs.
 pub type EndpointsByService = BTreeMap<ServiceName, Arc<[Endpoint]>>;
 
@@ -152,6 +194,8 @@ impl Shared {
             endpoints: ArcSwap::default(),
             identity: Mutex::default(),
             signals: ArcSwap::default(),
+            authorities: ArcSwap::default(),
+            tokens: ArcSwap::default(),
             library: Mutex::default(),
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
@@ -191,9 +235,11 @@ impl Shared {
         self.view.load_full()
     }
 
-    /// Takes a new SVID into use: new connections show it, old ones finish what they carry and close.
-    pub fn set_svid(&self, svid: X509Svid) {
+    /// Takes a new SVID into use: new connections show it, old ones finish what they carry and close. `tokens` are bound to it.
+    pub fn set_svid(&self, svid: X509Svid, tokens: TokensByService) {
         let mut identity = self.identity.lock();
+        // First: no connection is opened with it whose requests would lack them.
+        self.set_tokens(Thumbprint(svid.leaf_sha256().0), tokens);
         *identity = match std::mem::take(&mut *identity) {
             Identity::Unknown | Identity::Svid(_) => Identity::Svid(svid),
             Identity::Bundle(bundle) => self.known(svid, bundle),
@@ -209,6 +255,7 @@ impl Shared {
     /// Takes a new bundle into use: new connections are verified with it, and open ones that it does not verify are cut.
     pub fn set_bundle(&self, bundle: Bundle) {
         let mut identity = self.identity.lock();
+        self.authorities.store(Arc::new(bundle.token_authorities().ready()));
         *identity = match std::mem::take(&mut *identity) {
             Identity::Unknown | Identity::Bundle(_) => Identity::Bundle(bundle),
             Identity::Svid(svid) => self.known(svid, bundle),
@@ -219,6 +266,35 @@ impl Shared {
         };
         drop(identity);
         self.order(|| Order::Trust);
+    }
+
+    /// Takes access tokens into use for requests on connections that were opened with `certificate`. Those of the certificate before it
+    /// go on for as long as its connections do.
+    pub fn set_tokens(&self, certificate: Thumbprint, tokens: TokensByService) {
+        self.tokens.rcu(|attached| {
+            let before = match attached.now.certificate == certificate {
+                true => attached.before.clone(),
+                false => attached.now.clone(),
+            };
+            Attached { now: Arc::new(OfCertificate { certificate, tokens: tokens.clone() }), before }
+        });
+    }
+
+    /// The access token for a request to `service` on a connection that was opened with `certificate`.
+    pub(crate) fn token(&self, certificate: &Thumbprint, service: &ServiceName) -> Option<HeaderValue> {
+        let attached = self.tokens.load();
+        let of = [&attached.now, &attached.before].into_iter().find(|of| of.certificate == *certificate)?;
+        of.tokens.get(service).map(|token| token.value.clone())
+    }
+
+    /// Whether there is an access token for `service` that has not expired.
+    pub(crate) fn holds_token(&self, service: &ServiceName, now_ms: u64) -> bool {
+        self.tokens.load().now.tokens.get(service).is_some_and(|token| token.expires_at_ms > now_ms)
+    }
+
+    /// Whose access tokens are believed.
+    pub(crate) fn token_authorities(&self) -> Arc<Authorities> {
+        self.authorities.load_full()
     }
 
     /// Believes no certificate any more that `signals` say is revoked: no handshake and no new request rests on one from here on.

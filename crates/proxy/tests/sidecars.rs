@@ -21,7 +21,7 @@ use countersign_core::{
     change::Revision,
     identity::{ServiceName, TrustDomain},
     record::{DecisionRecord, Judged, Outcome},
-    service::{Protocol, ServiceSpec},
+    service::{Protocol, ServiceSpec, Tokens},
     view::{View, ViewPolicy, VisibleService},
 };
 use countersign_proxy::link;
@@ -49,7 +49,12 @@ fn service(name: &str) -> ServiceName {
 
 fn view(of: &str, revision: u64, policies: &[&str]) -> View {
     let policy = |text: &&str| ViewPolicy { id: "p".into(), file: "policies/p.cedar".into(), text: (*text).into() };
-    let visible = |last| VisibleService { protocol: Protocol::Http, address: [127, 81, 1, last].into(), port: 80 };
+    let visible = |last| VisibleService {
+        protocol: Protocol::Http,
+        address: [127, 81, 1, last].into(),
+        port: 80,
+        tokens: Tokens::Optional,
+    };
     View {
         revision: Revision(revision),
         trust_domain: domain(),

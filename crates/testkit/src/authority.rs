@@ -95,6 +95,7 @@ impl Authority {
         sidecar::Identity {
             chain_der: issued.chain.iter().map(|der| der.to_vec().into()).collect(),
             key_pkcs8_der: issued.key.into(),
+            tokens: Vec::new(),
         }
     }
 

@@ -41,9 +41,9 @@ use crate::{
     host::{Contact, Host},
     identity::keep_instance_fresh,
     isolate::{self, Exit, LaunchError, LaunchSpec, Launcher, Stop},
-    join::Issued,
     keep,
     link::chain,
+    tokens::{Identified, keep_tokens_fresh},
 };
 
 mod admission;
@@ -193,9 +193,13 @@ impl Instance {
 
     /// Keeps both its processes running until `stop`.
     async fn stay(self: Arc<Self>, host: &Arc<Host>, stop: watch::Receiver<Option<Duration>>, once: bool) {
-        let identity = watch::Sender::new(None);
-        let fresh = identity.subscribe();
-        let renewal = Aborted(tokio::spawn(keep_instance_fresh(host.clone(), self.clone(), identity)).abort_handle());
+        let (issued, identified) = (watch::Sender::new(None), watch::Sender::new(None));
+        let (fresh, tokens) = (identified.subscribe(), issued.subscribe());
+        let tokens = keep_tokens_fresh(host.clone(), self.clone(), tokens, identified);
+        let renewal = [
+            Aborted(tokio::spawn(keep_instance_fresh(host.clone(), self.clone(), issued)).abort_handle()),
+            Aborted(tokio::spawn(tokens).abort_handle()),
+        ];
         let broker = watch::Sender::new(None);
         let drained = watch::Sender::new(false);
         let sidecar = async {
@@ -211,7 +215,7 @@ impl Instance {
     async fn keep_sidecar(
         &self,
         host: &Arc<Host>,
-        identity: watch::Receiver<Option<Arc<Issued>>>,
+        identity: watch::Receiver<Option<Arc<Identified>>>,
         mut broker: watch::Receiver<Broker>,
         mut stop: watch::Receiver<Option<Duration>>,
     ) {

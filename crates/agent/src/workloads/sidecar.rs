@@ -28,9 +28,9 @@ use super::instance::{Addresses, Instance, said};
 use crate::{
     AgentEvent, TOLD, discovery,
     host::{Contact, Host},
-    join::Issued,
     launch, probe,
     telemetry::{self, Source, Telemetry},
+    tokens::Identified,
     views::Published,
     workloads::output::Output,
 };
@@ -92,7 +92,7 @@ pub(super) struct Talk<'a> {
     pub(super) host: &'a Arc<Host>,
     pub(super) instance: &'a Instance,
     pub(super) views: watch::Receiver<Option<Published>>,
-    pub(super) identity: watch::Receiver<Option<Arc<Issued>>>,
+    pub(super) identity: watch::Receiver<Option<Arc<Identified>>>,
     /// When set: how long open exchanges may take to end.
     pub(super) drain: watch::Receiver<Option<Duration>>,
 }
@@ -170,10 +170,17 @@ impl Talk<'_> {
                         orders.say(Order::Bundle(bundle)).await?;
                     }
                     Ok(()) = self.identity.changed() => {
-                        let issued = self.identity.borrow_and_update().clone();
-                        if let Some(issued) = issued {
-                            orders.say(Order::Identity(identity(&issued))).await?;
-                            self.instance.has_identity(self.host);
+                        let identified = self.identity.borrow_and_update().clone();
+                        if let Some(identified) = identified {
+                            match sent.identity.replace(identified.clone()) {
+                                Some(before) if identified.is_same_identity(&before) => {
+                                    orders.say(Order::Tokens(identified.tokens())).await?;
+                                }
+                                _ => {
+                                    orders.say(Order::Identity(identity(&identified))).await?;
+                                    self.instance.has_identity(self.host);
+                                }
+                            }
                         }
                     }
                     () = &mut settled, if !is_settled => is_settled = true,
@@ -249,7 +256,7 @@ impl Talk<'_> {
 }
 
 /// Waits until an identity was issued, or control cannot be reached to issue one.
-async fn identity_is_settled(host: &Host, instance: &Instance, mut identity: watch::Receiver<Option<Arc<Issued>>>) {
+async fn identity_is_settled(host: &Host, instance: &Instance, mut identity: watch::Receiver<Option<Arc<Identified>>>) {
     let (mut status, mut contact) = (instance.watch(), host.contact.subscribe());
     tokio::select! {
         () = said(&mut identity, Option::is_some) => {}
@@ -266,6 +273,7 @@ struct Sent {
     content_at: Option<Revision>,
     revision: Option<Revision>,
     visible: BTreeSet<countersign_core::identity::ServiceName>,
+    identity: Option<Arc<Identified>>,
     endpoints: discovery::Told,
 }
 
@@ -286,10 +294,12 @@ impl Orders {
     }
 }
 
-fn identity(issued: &Issued) -> Identity {
+fn identity(identified: &Identified) -> Identity {
+    let issued = &identified.issued;
     Identity {
         chain_der: issued.svid.chain().iter().map(|der| Bytes::copy_from_slice(der)).collect(),
         key_pkcs8_der: Bytes::copy_from_slice(&issued.key_pkcs8_der),
+        tokens: identified.tokens().tokens,
     }
 }
 

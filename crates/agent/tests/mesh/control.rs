@@ -16,9 +16,9 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use countersign_api::{
     mesh::{
-        self, FollowEvent, FollowRequest, IssueJwtSvidRequest, IssueJwtSvidResponse, IssueX509SvidRequest,
-        IssueX509SvidResponse, JoinRequest, JoinResponse, ProbeTelemetryRequest, ProbeTelemetryResponse,
-        RenewAgentRequest,
+        self, FollowEvent, FollowRequest, IssueJwtSvidRequest, IssueJwtSvidResponse, IssueTokensRequest,
+        IssueTokensResponse, IssueX509SvidRequest, IssueX509SvidResponse, JoinRequest, JoinResponse,
+        ProbeTelemetryRequest, ProbeTelemetryResponse, RenewAgentRequest,
         enrolment_server::{Enrolment, EnrolmentServer},
         follow_event::Event,
         follow_request::Message,
@@ -34,6 +34,7 @@ use countersign_core::{
     keyring::{Keyring, Pins},
     ledger::{Batch, Follower},
     service::{Protocol, ServiceSpec},
+    token::{Thumbprint, TokenId},
 };
 use futures_util::{Stream, StreamExt};
 use hyper_util::{
@@ -83,6 +84,12 @@ pub struct Control {
     pub probes: Mutex<Vec<(String, [u8; 16])>>,
     /// Everything agents said, in order.
     pub said: Mutex<Vec<Message>>,
+    /// How long access tokens live, in seconds; 0: none is issued.
+    pub token_seconds: AtomicI64,
+    /// The scope of each access token that is issued, by its audience.
+    pub scopes: Mutex<BTreeMap<String, String>>,
+    /// Which access tokens are revoked.
+    tokens_revoked: Mutex<Vec<mesh::TokenRevocation>>,
     /// Join tokens that were shown.
     pub shown: Mutex<Vec<String>>,
     tokens: Mutex<Vec<String>>,
@@ -188,6 +195,9 @@ impl Control {
             shown: Mutex::default(),
             tokens: Mutex::default(),
             svid_seconds: AtomicI64::new(3600),
+            token_seconds: AtomicI64::new(300),
+            scopes: Mutex::default(),
+            tokens_revoked: Mutex::default(),
             issued: Mutex::default(),
             lies_about_root: AtomicBool::new(false),
             sends_snapshots: AtomicBool::new(false),
@@ -240,6 +250,14 @@ impl Control {
             tls.trust(self.bundle());
         }
         self.tell(Event::Bundle(self.bundle().to_message()));
+    }
+
+    fn sign_token(&self, typ: &str, claims: &serde_json::Value) -> String {
+        let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let header = serde_json::json!({ "alg": "ES256", "kid": JWT_KEY_ID, "typ": typ });
+        let input = format!("{}.{}", part(&header), part(claims));
+        let signature = self.jwt.sign(&SystemRandom::new(), input.as_bytes()).unwrap();
+        format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()))
     }
 
     /// Appends an entry and tells every agent. Returns the revision.
@@ -345,7 +363,21 @@ impl Control {
         revoked.0 += 1;
         revoked.1.push(one.clone());
         let (after, sequence) = (revoked.0 - 1, revoked.0);
-        self.tell(Event::Signals(mesh::Signals { after, sequence, full: false, revoked: vec![one] }));
+        let signals = mesh::Signals { after, sequence, revoked: vec![one], ..mesh::Signals::default() };
+        self.tell(Event::Signals(signals));
+    }
+
+    /// Revokes the access tokens that are meant and were issued until now.
+    pub fn revoke_tokens(&self, meant: &str) {
+        let issued_until_ms = (at(0).unix_timestamp_nanos() / 1_000_000) as u64;
+        let one =
+            mesh::TokenRevocation { meant: meant.into(), issued_until_ms, expires_at_ms: issued_until_ms + 600_000 };
+        let mut revoked = self.revoked.lock();
+        revoked.0 += 1;
+        self.tokens_revoked.lock().push(one.clone());
+        let (after, sequence) = (revoked.0 - 1, revoked.0);
+        let signals = mesh::Signals { after, sequence, tokens_revoked: vec![one], ..mesh::Signals::default() };
+        self.tell(Event::Signals(signals));
     }
 
     /// Ends every stream.
@@ -440,7 +472,13 @@ impl Control {
         let (discovery, revoked) = (self.discovery.lock(), self.revoked.lock());
         mesh::Welcome {
             head: Some(mesh::Head { size, discovery_sequence: discovery.0, signal_sequence: revoked.0 }),
-            signals: Some(mesh::Signals { after: 0, sequence: revoked.0, full: true, revoked: revoked.1.clone() }),
+            signals: Some(mesh::Signals {
+                after: 0,
+                sequence: revoked.0,
+                full: true,
+                revoked: revoked.1.clone(),
+                tokens_revoked: self.tokens_revoked.lock().clone(),
+            }),
             snapshot,
             entries: Some(entries),
             discovery: Some(mesh::Discovery {
@@ -581,11 +619,7 @@ impl Mesh for Service {
         let id = self.0.trust_domain.workload(&InstanceId::parse(&instance).unwrap().service());
         let now = at(0).unix_timestamp();
         let claims = serde_json::json!({ "sub": id, "aud": audience, "iat": now, "exp": now + 300 });
-        let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
-        let header = serde_json::json!({ "alg": "ES256", "kid": JWT_KEY_ID, "typ": "JWT" });
-        let input = format!("{}.{}", part(&header), part(&claims));
-        let signature = self.0.jwt.sign(&SystemRandom::new(), input.as_bytes()).unwrap();
-        let token = format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()));
+        let token = self.0.sign_token("JWT", &claims);
         let ms = |seconds: i64| seconds.unsigned_abs() * 1000;
         self.0.issued.lock().push(format!("{instance} for {}", audience.join(" ")));
         Ok(Response::new(IssueJwtSvidResponse { token, issued_at_ms: ms(now), expires_at_ms: ms(now + 300) }))
@@ -601,6 +635,32 @@ impl Mesh for Service {
         let nonce: [u8; 16] = fastrand::u128(1..).to_be_bytes();
         self.0.probes.lock().push((asked.into_inner().instance, nonce));
         Ok(Response::new(ProbeTelemetryResponse { nonce: Bytes::copy_from_slice(&nonce) }))
+    }
+
+    async fn issue_tokens(
+        &self,
+        request: Request<IssueTokensRequest>,
+    ) -> Result<Response<IssueTokensResponse>, Status> {
+        let IssueTokensRequest { instance, leaf_der, .. } = request.into_inner();
+        let lives = self.0.token_seconds.load(Ordering::Relaxed);
+        if lives == 0 {
+            return Err(Status::unavailable("not now"));
+        }
+        let (now_ms, own) = ((at(0).unix_timestamp_nanos() / 1_000_000) as u64, &self.0.trust_domain);
+        let (now, caller) = ((now_ms / 1000) as i64, InstanceId::parse(&instance).unwrap());
+        let issue = |(service, scope): (&String, &String)| {
+            let id = TokenId::new(now_ms, fastrand::u128(..).to_be_bytes()[..10].try_into().unwrap());
+            let claims = serde_json::json!({
+                "iss": "x", "sub": own.workload(&caller.service()), "client_id": own.workload(&caller.service()),
+                "aud": own.workload(&ServiceName::parse(service).unwrap()), "iat": now, "exp": now + lives, "jti": id,
+                "scope": scope, "cnf": { "x5t#S256": Thumbprint::of_certificate(&leaf_der) }, "instance": caller,
+                "family": id,
+            });
+            let (token, expires_at_ms) = (self.0.sign_token("at+jwt", &claims), (now + lives) as u64 * 1000);
+            mesh::IssuedToken { service: service.clone(), token, expires_at_ms }
+        };
+        let tokens = self.0.scopes.lock().iter().map(issue).collect();
+        Ok(Response::new(IssueTokensResponse { tokens }))
     }
 
     async fn renew_agent(

@@ -3,7 +3,7 @@
 //! asks for its identities (`asks`, `asks-as-envoy`).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     path::PathBuf,
@@ -25,7 +25,7 @@ use countersign_core::{
     canonical::Digest,
     change::Change,
     identity::{InstanceId, ServiceName},
-    service::{Protocol, ServiceSpec},
+    service::{Protocol, ServiceSpec, Tokens},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::{sys::signal::Signal, unistd::Pid};
@@ -87,6 +87,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         an_identity_is_renewed_while_the_old_one_is_good_and_without_a_restart
         what_rests_on_a_tainted_root_is_replaced_at_once_and_the_token_of_a_root_that_is_gone_is_still_known
         what_is_revoked_is_told_before_any_identity_replaced_at_once_and_remembered
+        access_tokens_come_with_an_identity_and_are_renewed_by_themselves
         a_host_whose_own_identity_is_revoked_says_so_and_what_to_do
         a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar
         a_program_that_does_not_exist_is_named
@@ -555,6 +556,92 @@ async fn what_is_revoked_is_told_before_any_identity_replaced_at_once_and_rememb
     let orders = ground.orders("web").split_off(before);
     let told = orders.iter().position(|order| order.starts_with("signals 1 ")).unwrap();
     assert!(!orders[..told].iter().any(|order| order.starts_with("bundle") || order.starts_with("identity")));
+    agent.stop(Duration::ZERO).await;
+}
+
+/// The access tokens that the proxy of a service was given, in order: the certificate, the audience, the scope and the id.
+fn tokens(ground: &Ground, service: &str) -> Vec<[String; 4]> {
+    let read = |line: String| {
+        let mut words = line.split(' ').map(str::to_owned);
+        let (certificate, audience, token) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+        let claims = token.split('.').nth(1).unwrap();
+        let claims = base64::Engine::decode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, claims).unwrap();
+        let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
+        let text = |name: &str| claims[name].as_str().unwrap().to_owned();
+        [certificate, audience, text("scope"), text("jti")]
+    };
+    ground.words_of(service, "token").into_iter().map(read).collect()
+}
+
+async fn access_tokens_come_with_an_identity_and_are_renewed_by_themselves() {
+    let ground = ground().await;
+    let spec = |upstreams: &[&str], tokens| ServiceSpec {
+        upstreams: upstreams.iter().map(|upstream| name(upstream)).collect(),
+        tokens,
+        ..ServiceSpec::new(Protocol::Http)
+    };
+    let declared = |service: &str, spec| Change::DeclareService { name: name(service), spec };
+    let policy = |action: &str| {
+        format!(
+            "@id(\"web\")\npermit (principal == Workload::\"web\", action in {action}, resource in Service::\"orders\");"
+        )
+    };
+    let set = |text: &str| Change::SetPolicy {
+        id: "web".into(),
+        file: "policies/web.cedar".into(),
+        body: Digest::of(text.as_bytes()),
+    };
+    let reads = policy("[Action::\"http:GET\", Action::\"http:HEAD\"]");
+    ground.control.append(
+        vec![
+            declared("orders", spec(&[], Tokens::Required)),
+            declared("free", spec(&[], Tokens::Optional)),
+            declared("web", spec(&["orders", "free"], Tokens::Optional)),
+            set(&reads),
+        ],
+        &[&reads],
+    );
+    let scope = |scope: &str| drop(ground.control.scopes.lock().insert("orders".into(), scope.into()));
+    scope("http:GET http:HEAD");
+    let agent = ground.start(vec![idle("web")]).await;
+    ground.told("web", "tokens 1").await;
+    let certificate =
+        |at: usize| hex::encode(Digest::of(&hex::decode(&ground.words_of("web", "identity")[at]).unwrap()).0);
+    let first = tokens(&ground, "web");
+    assert_eq!(first.len(), 1, "of what demands one");
+    assert_eq!(first[0][..3], [certificate(0), "orders".into(), "http:GET http:HEAD".into()]);
+
+    // What a policy permits now is what the token is for now, without a word from anybody.
+    let writes = policy("Action::\"write\"");
+    scope(
+        "http:COPY http:DELETE http:LOCK http:MKCOL http:MOVE http:PATCH http:POST http:PROPPATCH http:PUT http:UNLOCK",
+    );
+    ground.control.append(vec![set(&writes)], &[&writes]);
+    until("a token for what is permitted now", || tokens(&ground, "web").len() == 2).await;
+    assert!(tokens(&ground, "web")[1][2].contains("http:POST"));
+
+    ground.control.revoke_tokens("subject:web");
+    until("another after it was revoked", || tokens(&ground, "web").len() == 3).await;
+    let ids: BTreeSet<String> = tokens(&ground, "web").iter().map(|token| token[3].clone()).collect();
+    assert_eq!(ids.len(), 3);
+
+    // Control signs nothing for a while: what there is stays until it expires.
+    ground.control.token_seconds.store(2, Ordering::Relaxed);
+    ground.control.revoke_tokens("subject:web");
+    until("a short one", || tokens(&ground, "web").len() >= 4).await;
+    until("its renewal", || tokens(&ground, "web").len() >= 5).await;
+    ground.control.token_seconds.store(0, Ordering::Relaxed);
+    ground.told("web", "tokens 0").await;
+    ground.control.token_seconds.store(300, Ordering::Relaxed);
+    let had = tokens(&ground, "web").len();
+    until("one as soon as control signs again", || tokens(&ground, "web").len() > had).await;
+
+    ground.control.revoke(&hex::decode(&ground.words_of("web", "identity")[0]).unwrap());
+    until("another identity", || ground.words_of("web", "identity").len() == 2).await;
+    until("tokens that are bound to it", || tokens(&ground, "web").last().unwrap()[0] == certificate(1)).await;
+    let orders = ground.orders("web");
+    let identity = orders.iter().rposition(|order| order.starts_with("identity")).unwrap();
+    assert!(orders[identity + 1].starts_with("token "), "they come with it: {}", orders[identity + 1]);
     agent.stop(Duration::ZERO).await;
 }
 

@@ -13,12 +13,12 @@ use std::{
 };
 
 use bytes::BytesMut;
-use countersign_api::mesh::{InstanceRevision, RecordsAnswer};
+use countersign_api::mesh::{InstanceRevision, IssuedToken, RecordsAnswer};
 use countersign_api::sidecar::{
     AGENT_FD, BROKER_FD, Configure, Listening, Metrics, Probed, ProxyFrames, SidecarMessage, SidecarOrder, Span, Spans,
     sidecar_message::Message, sidecar_order::Order,
 };
-use countersign_core::{identity::ServiceName, view::View};
+use countersign_core::{canonical::Digest, identity::ServiceName, view::View};
 use tokio_util::codec::{Decoder, Encoder};
 
 struct Sidecar {
@@ -64,7 +64,11 @@ impl Sidecar {
     fn take(&mut self, order: Order) {
         match order {
             Order::Configure(configure) => self.configure(configure),
-            Order::Identity(identity) => self.note(format!("identity {}", hex::encode(&identity.chain_der[0]))),
+            Order::Identity(identity) => {
+                self.note(format!("identity {}", hex::encode(&identity.chain_der[0])));
+                self.tokens(&hex::encode(Digest::of(&identity.chain_der[0]).0), &identity.tokens);
+            }
+            Order::Tokens(tokens) => self.tokens(&hex::encode(&tokens.certificate_sha256), &tokens.tokens),
             Order::Signals(signals) => {
                 let revoked: Vec<String> = signals.revoked.iter().map(|one| hex::encode(&one.serial)).collect();
                 self.note(format!("signals {} {}", signals.sequence, revoked.join(",")));
@@ -121,6 +125,13 @@ impl Sidecar {
                 std::process::exit(0);
             }
         }
+    }
+
+    fn tokens(&mut self, certificate: &str, tokens: &[IssuedToken]) {
+        for IssuedToken { service, token, .. } in tokens {
+            self.note(format!("token {certificate} {service} {token}"));
+        }
+        self.note(format!("tokens {}", tokens.len()));
     }
 
     fn applied(&self, error: &str) {

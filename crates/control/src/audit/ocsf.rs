@@ -234,6 +234,27 @@ fn told(event: &Event) -> Told {
                 }),
             )
         },
+        Event::TokensRevoked { by, reason, signal, meant } => Told {
+            severity: Severity::High,
+            unmapped: json!({ "reason": reason, "signal": signal }),
+            ..plain(
+                ENTITY_MANAGEMENT,
+                (4, "Delete"),
+                "access tokens were revoked",
+                json!({ "entity": { "name": meant, "type": "access token" }, "actor": { "user": user(by) } }),
+            )
+        },
+        Event::TokenStolen { id, subject, shown_by, origin, fault, decision } => Told {
+            severity: Severity::High,
+            failed: Some(format!("the token is not of whoever showed it: {fault}")),
+            unmapped: json!({ "fault": fault, "decision": decision, "subject": subject, "origin": origin }),
+            ..plain(
+                ENTITY_MANAGEMENT,
+                (2, "Read"),
+                "a stolen access token was shown",
+                json!({ "entity": { "name": id, "type": "access token" }, "actor": { "app_name": shown_by } }),
+            )
+        },
         Event::JoinTokenReused { host } => Told {
             severity: Severity::High,
             failed: Some("it was used before: whoever used it first may not be who was invited".to_owned()),
@@ -281,9 +302,9 @@ fn plain(class: Class, activity: (u32, &'static str), message: &'static str, mem
 
 fn activity_of(act: Act) -> (u32, &'static str) {
     match act {
-        Act::ReadLedger | Act::ReadDecisions | Act::ExportLedger => (2, "Read"),
+        Act::ReadLedger | Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens => (2, "Read"),
         Act::InviteHost => (1, "Create"),
-        Act::RevokeIdentity => (4, "Delete"),
+        Act::RevokeIdentity | Act::RevokeToken => (4, "Delete"),
         Act::RotateAuthority => (3, "Update"),
     }
 }

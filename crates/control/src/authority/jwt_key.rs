@@ -1,4 +1,4 @@
-//! The keys that sign JWT-SVIDs: one that signs, one that will sign next and is published long before, and those that signed until
+//! The keys that sign tokens, of JWT-SVIDs and of access tokens apart: one that signs, one that will sign next and is published long before, and those that signed until
 //! lately. So whoever verifies knows every key before it meets the first token of it.
 
 use std::{sync::Arc, time::Duration};
@@ -25,7 +25,10 @@ use crate::{
     store::{Storage, Store, StoreError},
 };
 
+/// Where the keys of JWT-SVIDs are kept.
 pub(super) const JWT_KEYS: &str = "authority/jwt/keys";
+/// Where those of access tokens are.
+pub(super) const TOKEN_KEYS: &str = "authority/tokens/keys";
 
 /// How long a JWT-SVID lives (SPIFFE recommends minutes: whoever reads one can use it).
 pub const JWT_SVID_LIFETIME: Duration = Duration::from_secs(5 * 60);
@@ -34,8 +37,9 @@ const SIGNS_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// How long a key that signs no more is still published: longer than anything it signed, and than clocks are apart.
 const RETIRED_FOR: Duration = Duration::from_secs(60 * 60);
 
-/// The keys of one trust domain.
+/// The keys of one trust domain for one kind of token.
 pub struct JwtKeys {
+    place: &'static str,
     held: RwLock<Arc<Held>>,
     sealer: Arc<Sealer>,
     storage: Storage,
@@ -141,14 +145,14 @@ impl Generation {
         Some(Self { sequence, signing: self.next.clone(), signs_until_ms, next: Stored::generate(), retired })
     }
 
-    fn seal(&self, sealer: &Sealer) -> Result<Vec<u8>, StoreError> {
+    fn seal(&self, place: &str, sealer: &Sealer) -> Result<Vec<u8>, StoreError> {
         let json = serde_json::to_vec(self).expect("INVARIANT: a generation is plain JSON");
-        Ok(sealer.seal(JWT_KEYS, &Zeroizing::new(json))?)
+        Ok(sealer.seal(place, &Zeroizing::new(json))?)
     }
 
-    fn open(sealer: &Sealer, sealed: &[u8]) -> Result<Self, AuthorityError> {
-        let json = sealer.unseal(JWT_KEYS, sealed)?;
-        serde_json::from_slice(&json).map_err(|error| AuthorityError::Damaged(format!("the JWT keys: {error}")))
+    fn open(place: &str, sealer: &Sealer, sealed: &[u8]) -> Result<Self, AuthorityError> {
+        let json = sealer.unseal(place, sealed)?;
+        serde_json::from_slice(&json).map_err(|error| AuthorityError::Damaged(format!("`{place}`: {error}")))
     }
 }
 
@@ -159,24 +163,29 @@ impl Held {
 }
 
 /// Keys that are not kept yet, sealed.
-pub(super) fn first(sealer: &Sealer, now_ms: u64) -> Result<Vec<u8>, StoreError> {
-    Generation::first(now_ms).seal(sealer)
+pub(super) fn first(place: &str, sealer: &Sealer, now_ms: u64) -> Result<Vec<u8>, StoreError> {
+    Generation::first(now_ms).seal(place, sealer)
 }
 
 impl JwtKeys {
     /// The stored keys; makes the first ones in a store of an earlier version.
-    pub(super) async fn open(storage: Storage, sealer: Arc<Sealer>, clock: Clock) -> Result<Self, AuthorityError> {
+    pub(super) async fn open(
+        place: &'static str,
+        storage: Storage,
+        sealer: Arc<Sealer>,
+        clock: Clock,
+    ) -> Result<Self, AuthorityError> {
         let (seals, now_ms) = (sealer.clone(), clock.now_ms());
         let read = move |store: &mut dyn Store| {
-            if let Some(stored) = store.key(JWT_KEYS)? {
+            if let Some(stored) = store.key(place)? {
                 return Ok(stored);
             }
-            store.create_keys(&[(JWT_KEYS, &first(&seals, now_ms)?)])?;
-            Ok(store.key(JWT_KEYS)?.unwrap_or_default())
+            store.create_keys(&[(place, &first(place, &seals, now_ms)?)])?;
+            Ok(store.key(place)?.unwrap_or_default())
         };
         let sealed = storage.run("authority_keys", read).await?;
-        let held = Held::of(Generation::open(&sealer, &sealed)?)?;
-        Ok(Self { held: RwLock::new(Arc::new(held)), sealer, storage, clock })
+        let held = Held::of(Generation::open(place, &sealer, &sealed)?)?;
+        Ok(Self { place, held: RwLock::new(Arc::new(held)), sealer, storage, clock })
     }
 
     /// Rises with each change of what is published.
@@ -184,7 +193,7 @@ impl JwtKeys {
         self.held.read().generation.sequence
     }
 
-    /// What verifies JWT-SVIDs, now and next.
+    /// What verifies what they sign, now and next.
     pub fn authorities(&self) -> Vec<JwtAuthority> {
         let held = self.held.read().clone();
         let Generation { signing, next, retired, .. } = &held.generation;
@@ -198,32 +207,36 @@ impl JwtKeys {
 
     /// Signs the name `id` for `audience` (JWT-SVID, 2 and 3).
     pub fn sign(&self, id: &SpiffeId, audience: &[String]) -> SignedJwtSvid {
-        let held = self.held.read().clone();
         let issued_at_ms = self.clock.now_ms();
         let expires_at_ms = issued_at_ms + JWT_SVID_LIFETIME.as_millis() as u64;
-        let header = json!({ "alg": "ES256", "kid": held.generation.signing.id, "typ": "JWT" });
         let claims = json!({
             "sub": id.as_str(),
             "aud": audience,
             "iat": issued_at_ms / 1000,
             "exp": expires_at_ms / 1000,
         });
+        SignedJwtSvid { token: self.sign_as("JWT", &claims), issued_at_ms, expires_at_ms }
+    }
+
+    /// Signs what `claims` say as a token of this kind; compact JWS.
+    pub(super) fn sign_as(&self, typ: &str, claims: &Value) -> String {
+        let held = self.held.read().clone();
+        let header = json!({ "alg": "ES256", "kid": held.generation.signing.id, "typ": typ });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-        let input = format!("{}.{}", part(&header), part(&claims));
+        let input = format!("{}.{}", part(&header), part(claims));
         let signature = held.pair.sign(&SystemRandom::new(), input.as_bytes());
         let signature = signature.expect("INVARIANT: a key of P-256 signs");
-        let token = format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()));
-        SignedJwtSvid { token, issued_at_ms, expires_at_ms }
+        format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()))
     }
 
     /// Lets the next key sign when the time of the one that signs is over, and takes up what another control plane did. Whether
     /// what is published changed.
     pub async fn rotate(&self) -> Result<bool, AuthorityError> {
-        let before = self.sequence();
+        let (before, place) = (self.sequence(), self.place);
         loop {
-            let sealed = self.storage.run("authority_keys", |store| store.key(JWT_KEYS)).await?;
-            let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the JWT keys are missing".into()))?;
-            let stored = Generation::open(&self.sealer, &sealed)?;
+            let sealed = self.storage.run("authority_keys", move |store| store.key(place)).await?;
+            let sealed = sealed.ok_or_else(|| AuthorityError::Damaged(format!("`{place}` is missing")))?;
+            let stored = Generation::open(place, &self.sealer, &sealed)?;
             let Some(next) = stored.after(self.clock.now_ms()) else {
                 if stored.sequence != before {
                     *self.held.write() = Arc::new(Held::of(stored)?);
@@ -231,8 +244,8 @@ impl JwtKeys {
                 return Ok(self.sequence() != before);
             };
             let swapped = {
-                let next = next.seal(&self.sealer)?;
-                let swap = move |store: &mut dyn Store| store.swap_key(JWT_KEYS, &sealed, &[(JWT_KEYS, &next)]);
+                let next = next.seal(place, &self.sealer)?;
+                let swap = move |store: &mut dyn Store| store.swap_key(place, &sealed, &[(place, &next)]);
                 self.storage.run("authority_keys", swap).await?
             };
             // Otherwise another control plane was faster: what it did is looked at.

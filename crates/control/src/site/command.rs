@@ -77,6 +77,8 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::POST, "/v1/authority/reseal", Rule::Refused(HERE)),
     (Method::GET, "/v1/identities", Rule::Reads),
     (Method::POST, "/v1/identities/revoke", Rule::Names(&["shown", "operator"])),
+    (Method::GET, "/v1/tokens", Rule::OfSession),
+    (Method::POST, "/v1/tokens/revoke", Rule::Names(&["shown", "operator"])),
     (Method::GET, "/v1/signals/{number}/wait", Rule::Reads),
     (Method::GET, "/v1/ledger", Rule::TakesLedger),
     (Method::GET, "/v1/ledger/bodies", Rule::TakesLedger),

@@ -44,7 +44,7 @@ struct Case {
 }
 
 /// The methods of [`Store`] that write nothing.
-const READS: [&str; 22] = [
+const READS: [&str; 23] = [
     "place",
     "is_shared",
     "head",
@@ -67,6 +67,7 @@ const READS: [&str; 22] = [
     "callers",
     "serials",
     "signals",
+    "tokens",
 ];
 
 fn nothing(_: &mut dyn Store, _: u64) {}
@@ -133,7 +134,7 @@ fn answered<T: std::fmt::Debug>(answer: Result<T, StoreError>) -> Result<String,
     answer.map(|answer| format!("{answer:?}"))
 }
 
-const CASES: [Case; 29] = [
+const CASES: [Case; 31] = [
     Case {
         write: "append",
         before: nothing,
@@ -410,9 +411,45 @@ const CASES: [Case; 29] = [
         look: |store, n| {
             let signals = store.signals(SignalSeq(0)).unwrap();
             let serial = format!("{n:032x}").parse().unwrap();
-            format!("{}", signals.iter().filter(|signal| signal.revoked.serial == serial).count())
+            let is_it = |one: &&StoredSignal| matches!(&one.signal, Signal::Certificate(one) if one.serial == serial);
+            format!("{}", signals.iter().filter(is_it).count())
         },
         again: "true",
+    },
+    Case {
+        write: "put_token_revocation",
+        before: nothing,
+        act: |store, n| {
+            let by = RevokedBy { at_ms: NOW, by: "alice".into(), reason: "lost".into() };
+            answered(store.put_token_revocation(&TokensMeant::Subject(named(n)), LATER, &by, 1_000).map(drop))
+        },
+        look: |store, n| {
+            let signals = store.signals(SignalSeq(0)).unwrap();
+            let meant = TokensMeant::Subject(named(n));
+            let is_it = |one: &&StoredSignal| matches!(&one.signal, Signal::Tokens(one) if one.meant == meant);
+            format!("{}", signals.iter().filter(is_it).count())
+        },
+        again: "()",
+    },
+    Case {
+        write: "put_tokens",
+        before: nothing,
+        act: |store, n| {
+            let claims = serde_json::json!({
+                "iss": "x", "sub": "spiffe://shop.example/web", "aud": "spiffe://shop.example/orders",
+                "client_id": "spiffe://shop.example/web", "iat": 1, "exp": LATER / 1000, "jti": format!("{n:032x}"),
+                "scope": "", "cnf": { "x5t#S256": "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE" }, "instance": "web/1",
+                "family": format!("{n:032x}"),
+            });
+            let claims = serde_json::from_value(claims).unwrap();
+            answered(store.put_tokens(&[StoredToken { claims, host: named(1) }], NOW))
+        },
+        look: |store, n| {
+            let id = format!("{n:032x}").parse().unwrap();
+            let filter = TokenFilter { id: Some(id), ..TokenFilter::default() };
+            format!("{}", store.tokens(&filter, NOW, 10).unwrap().len())
+        },
+        again: "()",
     },
     Case {
         write: "put_report",

@@ -29,20 +29,20 @@ use tokio_postgres::{
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy};
+use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy, TokenFilter};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
     identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
-    signal::{Revocation, SignalSeq},
+    signal::{Revocation, SignalSeq, TokensMeant},
 };
 
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
     Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
-    StoredHost, StoredInstance, StoredProposal, StoredSignal,
+    StoredHost, StoredInstance, StoredProposal, StoredSignal, StoredToken, signal_of_text, tokens_to_text,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added. Tables and columns are those
@@ -192,6 +192,22 @@ const SCHEMA: &[&str] = &[
     "
     -- Which root of the trust domain a certificate rests on; of those from before there were several: the first.
     ALTER TABLE serials ADD COLUMN authority BIGINT NOT NULL DEFAULT 1;
+",
+    "
+    -- A serial number, or `tokens:` and which.
+    ALTER TABLE signals RENAME COLUMN serial TO what;
+    -- Access tokens that were issued: what they say, and nothing that could be shown for one.
+    CREATE TABLE tokens (
+        id            TEXT PRIMARY KEY,
+        subject       TEXT NOT NULL,
+        audience      TEXT NOT NULL,
+        instance      TEXT NOT NULL,
+        host          TEXT NOT NULL,
+        expires_at_ms BIGINT NOT NULL,
+        claims        BYTEA NOT NULL
+    );
+    CREATE INDEX tokens_expiry ON tokens (expires_at_ms);
+    CREATE INDEX tokens_instance ON tokens (instance, audience);
 ",
 ];
 
@@ -1210,8 +1226,8 @@ impl Store for PostgresStore {
         self.write(Turn::Signals, |s| {
             let last: i64 = s.one("SELECT coalesce(max(seq), 0) FROM signals", &[])?;
             s.execute("DELETE FROM signals WHERE expires_at_ms < $1 AND seq < $2", &[&at_ms, &last])?;
-            let held: i64 = s.one("SELECT count(*) FROM signals", &[])?;
-            let known = s.rows("SELECT serial FROM signals WHERE serial = ANY($1)", &[&serials])?;
+            let held: i64 = s.one("SELECT count(*) FROM signals WHERE what NOT LIKE 'tokens:%'", &[])?;
+            let known = s.rows("SELECT what FROM signals WHERE what = ANY($1)", &[&serials])?;
             let known = known.iter().map(|row| get(row, 0)).collect::<Result<BTreeSet<String>, Broken>>()?;
             let new = serials.iter().zip(revoked).filter(|(serial, _)| !known.contains(*serial));
             let (serials, expiries): (Vec<&String>, Vec<i64>) =
@@ -1220,7 +1236,7 @@ impl Store for PostgresStore {
             if held + added > i64::from(max) {
                 return Ok(None);
             }
-            let sql = "INSERT INTO signals (seq, serial, expires_at_ms, at_ms, actor, reason)
+            let sql = "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason)
                        SELECT $1 + number, serial, expires_at_ms, $2, $3, $4
                        FROM unnest($5::TEXT[], $6::BIGINT[]) WITH ORDINALITY AS new (serial, expires_at_ms, number)";
             s.execute(sql, &[&last, &at_ms, &by.by, &by.reason, &serials, &expiries])?;
@@ -1229,16 +1245,95 @@ impl Store for PostgresStore {
         })
     }
 
+    fn put_token_revocation(
+        &mut self,
+        meant: &TokensMeant,
+        expires_at_ms: u64,
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<(SignalSeq, TokensMeant), StoreError> {
+        let at_ms = signed(by.at_ms);
+        self.write(Turn::Signals, |s| {
+            let last: i64 = s.one("SELECT coalesce(max(seq), 0) FROM signals", &[])?;
+            s.execute("DELETE FROM signals WHERE expires_at_ms < $1 AND seq < $2", &[&at_ms, &last])?;
+            let held: i64 = s.one("SELECT count(*) FROM signals WHERE what LIKE 'tokens:%'", &[])?;
+            let meant = if held < i64::from(max) { meant.clone() } else { TokensMeant::All };
+            let what = tokens_to_text(&meant);
+            let sql = "DELETE FROM signals WHERE what = $1 OR $2 AND what LIKE 'tokens:%'";
+            s.execute(sql, &[&what, &(meant == TokensMeant::All)])?;
+            let sql = "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason)
+                       VALUES ($1, $2, $3, $4, $5, $6)";
+            s.execute(sql, &[&(last + 1), &what, &signed(expires_at_ms), &at_ms, &by.by, &by.reason])?;
+            s.notify()?;
+            Ok((SignalSeq((last + 1).unsigned_abs()), meant))
+        })
+    }
+
+    fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError> {
+        let encoded = tokens.iter().map(|one| serde_json::to_vec(&one.claims)).collect::<Result<Vec<_>, _>>();
+        let encoded = encoded.map_err(|error| StoreError::Failed(error.to_string()))?;
+        self.write(Turn::Hosts, |s| {
+            s.execute("DELETE FROM tokens WHERE expires_at_ms < $1", &[&signed(now_ms)])?;
+            let column = |of: fn(&StoredToken) -> String| tokens.iter().map(of).collect::<Vec<_>>();
+            let expires: Vec<i64> = tokens.iter().map(|one| one.claims.expires_at * 1000).collect();
+            let sql =
+                "INSERT INTO tokens SELECT * FROM unnest($1::TEXT[], $2::TEXT[], $3::TEXT[], $4::TEXT[], $5::TEXT[],
+                       $6::BIGINT[], $7::BYTEA[]) ON CONFLICT DO NOTHING";
+            s.execute(
+                sql,
+                &[
+                    &column(|one| one.claims.id.to_string()),
+                    &column(|one| one.claims.subject.to_string()),
+                    &column(|one| one.claims.audience.to_string()),
+                    &column(|one| one.claims.instance.to_string()),
+                    &column(|one| one.host.to_string()),
+                    &expires,
+                    &encoded,
+                ],
+            )
+            .map(drop)
+        })
+    }
+
+    fn tokens(&mut self, filter: &TokenFilter, now_ms: u64, limit: u32) -> Result<Vec<StoredToken>, StoreError> {
+        let TokenFilter { id, subject, service, instance, host } = filter;
+        let sql = "SELECT host, claims FROM tokens
+                   WHERE expires_at_ms >= $1 AND ($2::TEXT IS NULL OR id = $2)
+                   AND ($3::TEXT IS NULL OR subject LIKE $3) AND ($4::TEXT IS NULL OR audience LIKE $4)
+                   AND ($5::TEXT IS NULL OR instance = $5) AND ($6::TEXT IS NULL OR host = $6)
+                   ORDER BY id COLLATE \"C\" DESC LIMIT $7";
+        // A name of a service has no sign that `LIKE` reads.
+        let of_service = |service: &Option<ServiceName>| service.as_ref().map(|name| format!("spiffe://%/{name}"));
+        let (subject, audience, id) = (of_service(subject), of_service(service), id.map(|id| id.to_string()));
+        let (instance, host) = (instance.as_ref().map(InstanceId::as_str), host.as_ref().map(ServiceName::as_str));
+        self.read(|s| {
+            s.rows(sql, &[&signed(now_ms), &id, &subject, &audience, &instance, &host, &i64::from(limit)])?
+                .iter()
+                .map(|row| {
+                    let unreadable = |what: String| Broken::Refused(StoreError::Failed(format!("a token: {what}")));
+                    let (host, claims): (String, Vec<u8>) = (get(row, 0)?, get(row, 1)?);
+                    Ok(StoredToken {
+                        claims: serde_json::from_slice(&claims).map_err(|error| unreadable(error.to_string()))?,
+                        host: ServiceName::parse(&host).map_err(|error| unreadable(error.to_string()))?,
+                    })
+                })
+                .collect()
+        })
+    }
+
     fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
-        let sql = "SELECT seq, serial, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > $1 ORDER BY seq";
+        let sql = "SELECT seq, what, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > $1 ORDER BY seq";
         self.read(|s| {
             s.rows(sql, &[&signed(after.0)])?
                 .iter()
                 .map(|row| {
+                    let what: String = get(row, 1)?;
+                    let (expires_at_ms, at_ms) = (unsigned(row, 2)?, unsigned(row, 3)?);
+                    let unknown = || Broken::Refused(StoreError::Failed(format!("`{what}` is no signal")));
                     Ok(StoredSignal {
                         sequence: SignalSeq(unsigned(row, 0)?),
-                        revoked: Revocation { serial: parsed(row, 1)?, expires_at_ms: unsigned(row, 2)? },
-                        by: RevokedBy { at_ms: unsigned(row, 3)?, by: get(row, 4)?, reason: get(row, 5)? },
+                        signal: signal_of_text(&what, expires_at_ms, at_ms).ok_or_else(unknown)?,
+                        by: RevokedBy { at_ms, by: get(row, 4)?, reason: get(row, 5)? },
                     })
                 })
                 .collect()

@@ -13,22 +13,22 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, ToSql, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, ToSql, TransactionBehavior, params, types::Type};
 
-use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy};
+use countersign_api::local::{Caller, IdentityFilter, RecordFilter, RevokedBy, TokenFilter};
 use countersign_core::{
     canonical::Digest,
     change::Revision,
     identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
-    signal::{Revocation, SignalSeq},
+    signal::{Revocation, SignalSeq, TokensMeant},
 };
 
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
     Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
-    StoredHost, StoredInstance, StoredProposal, StoredSignal,
+    StoredHost, StoredInstance, StoredProposal, StoredSignal, StoredToken, signal_of_text, tokens_to_text,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -191,6 +191,22 @@ pub(super) const SCHEMA: &[&str] = &[
     "
     -- Which root of the trust domain a certificate rests on; of those from before there were several: the first.
     ALTER TABLE serials ADD COLUMN authority INTEGER NOT NULL DEFAULT 1;
+",
+    "
+    -- A serial number, or `tokens:` and which.
+    ALTER TABLE signals RENAME COLUMN serial TO what;
+    -- Access tokens that were issued: what they say, and nothing that could be shown for one.
+    CREATE TABLE tokens (
+        id            TEXT PRIMARY KEY,
+        subject       TEXT NOT NULL,
+        audience      TEXT NOT NULL,
+        instance      TEXT NOT NULL,
+        host          TEXT NOT NULL,
+        expires_at_ms INTEGER NOT NULL,
+        claims        BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX tokens_expiry ON tokens (expires_at_ms);
+    CREATE INDEX tokens_instance ON tokens (instance, audience);
 ",
 ];
 
@@ -860,9 +876,10 @@ impl Store for SqliteStore {
             let mut sequence = last(t)?;
             let ended = "DELETE FROM signals WHERE expires_at_ms < ?1 AND seq < ?2";
             t.execute(ended, params![signed(by.at_ms), signed(sequence)])?;
-            let held: u64 = t.query_row("SELECT count(*) FROM signals", [], |row| unsigned(row, 0))?;
-            let known = "SELECT 1 FROM signals WHERE serial = ?1";
-            let insert = "INSERT INTO signals (seq, serial, expires_at_ms, at_ms, actor, reason)
+            let held: u64 =
+                t.query_row("SELECT count(*) FROM signals WHERE what NOT LIKE 'tokens:%'", [], |row| unsigned(row, 0))?;
+            let known = "SELECT 1 FROM signals WHERE what = ?1";
+            let insert = "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason)
                           VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
             let (mut known, mut insert) = (t.prepare_cached(known)?, t.prepare_cached(insert)?);
             let mut new = Vec::new();
@@ -883,13 +900,87 @@ impl Store for SqliteStore {
         })
     }
 
+    fn put_token_revocation(
+        &mut self,
+        meant: &TokensMeant,
+        expires_at_ms: u64,
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<(SignalSeq, TokensMeant), StoreError> {
+        self.write(|t| {
+            let last: u64 = t.query_row("SELECT coalesce(max(seq), 0) FROM signals", [], |row| unsigned(row, 0))?;
+            let ended = "DELETE FROM signals WHERE expires_at_ms < ?1 AND seq < ?2";
+            t.execute(ended, params![signed(by.at_ms), signed(last)])?;
+            let tokens = "SELECT count(*) FROM signals WHERE what LIKE 'tokens:%'";
+            let held: u64 = t.query_row(tokens, [], |row| unsigned(row, 0))?;
+            let meant = if held < u64::from(max) { meant.clone() } else { TokensMeant::All };
+            let what = tokens_to_text(&meant);
+            t.execute(
+                "DELETE FROM signals WHERE what = ?1 OR ?2 AND what LIKE 'tokens:%'",
+                params![what, meant == TokensMeant::All],
+            )?;
+            t.execute(
+                "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                params![signed(last + 1), what, signed(expires_at_ms), signed(by.at_ms), by.by, by.reason],
+            )?;
+            Ok((SignalSeq(last + 1), meant))
+        })
+    }
+
+    fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError> {
+        let encoded = tokens.iter().map(|one| serde_json::to_vec(&one.claims)).collect::<Result<Vec<_>, _>>();
+        let encoded = encoded.map_err(|error| StoreError::Failed(error.to_string()))?;
+        self.write(|t| {
+            t.execute("DELETE FROM tokens WHERE expires_at_ms < ?1", [signed(now_ms)])?;
+            let mut insert =
+                t.prepare_cached("INSERT INTO tokens VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT DO NOTHING")?;
+            for (StoredToken { claims, host }, encoded) in tokens.iter().zip(&encoded) {
+                insert.execute(params![
+                    claims.id.to_string(),
+                    claims.subject.as_str(),
+                    claims.audience.as_str(),
+                    claims.instance.as_str(),
+                    host.as_str(),
+                    claims.expires_at * 1000,
+                    encoded
+                ])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn tokens(&mut self, filter: &TokenFilter, now_ms: u64, limit: u32) -> Result<Vec<StoredToken>, StoreError> {
+        let TokenFilter { id, subject, service, instance, host } = filter;
+        let sql = "SELECT host, claims FROM tokens
+                   WHERE expires_at_ms >= ?1 AND (?2 IS NULL OR id = ?2) AND (?3 IS NULL OR subject LIKE ?3)
+                   AND (?4 IS NULL OR audience LIKE ?4) AND (?5 IS NULL OR instance = ?5) AND (?6 IS NULL OR host = ?6)
+                   ORDER BY id DESC LIMIT ?7";
+        // A name of a service has no sign that `LIKE` reads.
+        let of_service = |service: &Option<ServiceName>| service.as_ref().map(|name| format!("spiffe://%/{name}"));
+        let (subject, audience, id) = (of_service(subject), of_service(service), id.map(|id| id.to_string()));
+        let (instance, host) = (instance.as_ref().map(InstanceId::as_str), host.as_ref().map(ServiceName::as_str));
+        self.rows(sql, &[&signed(now_ms), &id, &subject, &audience, &instance, &host, &limit], |row| {
+            let claims: Vec<u8> = row.get(1)?;
+            let unreadable =
+                |error: serde_json::Error| rusqlite::Error::FromSqlConversionFailure(1, Type::Blob, Box::new(error));
+            let claims = serde_json::from_slice(&claims).map_err(unreadable)?;
+            let host: String = row.get(0)?;
+            let host = ServiceName::parse(&host)
+                .map_err(|error| rusqlite::Error::FromSqlConversionFailure(0, Type::Text, Box::new(error)))?;
+            Ok(StoredToken { claims, host })
+        })
+    }
+
     fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
-        let sql = "SELECT seq, serial, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > ?1 ORDER BY seq";
+        let sql = "SELECT seq, what, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > ?1 ORDER BY seq";
         self.rows(sql, &[&signed(after.0)], |row| {
+            let what: String = row.get(1)?;
+            let (expires_at_ms, at_ms) = (unsigned(row, 2)?, unsigned(row, 3)?);
+            let unknown = || rusqlite::Error::FromSqlConversionFailure(1, Type::Text, "it is no signal".into());
             Ok(StoredSignal {
                 sequence: SignalSeq(unsigned(row, 0)?),
-                revoked: Revocation { serial: parsed(row, 1)?, expires_at_ms: unsigned(row, 2)? },
-                by: RevokedBy { at_ms: unsigned(row, 3)?, by: row.get(4)?, reason: row.get(5)? },
+                signal: signal_of_text(&what, expires_at_ms, at_ms).ok_or_else(unknown)?,
+                by: RevokedBy { at_ms, by: row.get(4)?, reason: row.get(5)? },
             })
         })
     }

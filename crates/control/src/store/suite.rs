@@ -252,21 +252,97 @@ fn certificates_are_found_by_what_they_are_for_until_they_expire() {
     });
 }
 
+fn token(number: u8, caller: &str, callee: &str, expires_at: i64) -> StoredToken {
+    let id = |path: &str| format!("spiffe://shop.example/{path}");
+    let claims = serde_json::json!({
+        "iss": "https://shop.example", "sub": id(caller), "aud": id(callee), "client_id": id(caller), "iat": 1,
+        "exp": expires_at, "jti": format!("{number:032x}"), "scope": "http:GET", "instance": format!("{caller}/1"),
+        "cnf": { "x5t#S256": "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE" }, "family": format!("{number:032x}"),
+    });
+    StoredToken { claims: serde_json::from_value(claims).unwrap(), host: host("h1") }
+}
+
+#[test]
+fn tokens_are_found_by_all_that_they_say_until_they_have_expired() {
+    on_each(|store| {
+        let all = [token(1, "web", "orders", 10), token(2, "web", "stock", 20), token(3, "cron", "orders", 20)];
+        store.put_tokens(&all, 0).unwrap();
+        store.put_tokens(&all[..1], 0).unwrap();
+        let any = TokenFilter::default();
+        for (case, filter, now_ms, limit, expected) in [
+            ("all, the newest first", any.clone(), 0, 10, vec![3, 2, 1]),
+            ("some of them", any.clone(), 0, 2, vec![3, 2]),
+            ("those that have not expired", any.clone(), 10_001, 10, vec![3, 2]),
+            ("of a caller", TokenFilter { subject: Some(host("web")), ..any.clone() }, 0, 10, vec![2, 1]),
+            ("of a part of a name", TokenFilter { subject: Some(host("eb")), ..any.clone() }, 0, 10, vec![]),
+            ("for a callee", TokenFilter { service: Some(host("orders")), ..any.clone() }, 0, 10, vec![3, 1]),
+            ("one", TokenFilter { id: Some(all[1].claims.id), ..any.clone() }, 0, 10, vec![2]),
+            (
+                "of an instance",
+                TokenFilter { instance: Some(InstanceId::parse("cron/1").unwrap()), ..any.clone() },
+                0,
+                10,
+                vec![3],
+            ),
+            ("of another host", TokenFilter { host: Some(host("h2")), ..any.clone() }, 0, 10, vec![]),
+        ] {
+            let found = store.tokens(&filter, now_ms, limit).unwrap();
+            let numbers: Vec<_> = found.iter().map(|one| one.claims.id.as_bytes()[15]).collect();
+            assert_eq!(numbers, expected, "{case}");
+            assert!(found.iter().all(|one| all.contains(one)), "{case}");
+        }
+        store.put_tokens(&[], 20_001).unwrap();
+        assert!(store.tokens(&any, 0, 10).unwrap().is_empty(), "what has expired is forgotten");
+    });
+}
+
+#[test]
+fn a_flood_of_revoked_tokens_revokes_more_and_never_less() {
+    on_each(|store| {
+        let by = |at_ms| RevokedBy { at_ms, by: "alice".into(), reason: "lost".into() };
+        let meant = |text: &str| text.parse::<TokensMeant>().unwrap();
+        let put = |store: &mut dyn Store, text: &str, at_ms| {
+            let (sequence, meant) = store.put_token_revocation(&meant(text), 100, &by(at_ms), 2).unwrap();
+            (sequence.0, meant.to_string())
+        };
+        let all = |store: &mut dyn Store| {
+            let signals = store.signals(SignalSeq(0)).unwrap();
+            let told = |one: StoredSignal| match one.signal {
+                Signal::Tokens(one) => format!("{} until {}", one.meant, one.issued_until_ms),
+                Signal::Certificate(_) => "a certificate".to_owned(),
+            };
+            signals.into_iter().map(told).collect::<Vec<_>>().join(", ")
+        };
+        let certificate = Revocation { serial: format!("{:032x}", 9).parse().unwrap(), expires_at_ms: 100 };
+        store.put_revocations(&[certificate], &by(1), 1).unwrap();
+        assert_eq!(put(store, "subject:web", 1), (2, "subject:web".into()));
+        assert_eq!(put(store, "subject:web", 5), (3, "subject:web".into()), "once more: what was issued since");
+        assert_eq!(all(store), "a certificate, subject:web until 5");
+        assert_eq!(put(store, "instance:web/1", 6), (4, "instance:web/1".into()));
+        assert_eq!(put(store, "audience:orders", 7), (5, "all".into()), "there is no room for a third");
+        assert_eq!(all(store), "a certificate, all until 7");
+        assert_eq!(put(store, "audience:orders", 8), (6, "audience:orders".into()));
+        assert_eq!(put(store, "all", 200), (7, "all".into()));
+        assert_eq!(all(store), "all until 200", "those before have ended");
+    });
+}
+
 #[test]
 fn a_revocation_has_one_number_for_ever_and_is_forgotten_when_its_certificate_has_expired() {
     on_each(|store| {
         let revoked = |n: u8, expires_at_ms| Revocation { serial: format!("{n:032x}").parse().unwrap(), expires_at_ms };
+        let said = |number, one| (number, Signal::Certificate(one));
         let by = |at_ms| RevokedBy { at_ms, by: "alice".into(), reason: "lost".into() };
         let numbers = |store: &mut dyn Store, after| {
             let signals = store.signals(SignalSeq(after)).unwrap();
-            signals.iter().map(|signal| (signal.sequence.0, signal.revoked)).collect::<Vec<_>>()
+            signals.iter().map(|one| (one.sequence.0, one.signal.clone())).collect::<Vec<_>>()
         };
         let [one, two, three] = [revoked(1, 10), revoked(2, 100), revoked(3, 100)];
         assert_eq!(store.put_revocations(&[], &by(1), 3).unwrap(), Some(SignalSeq(0)));
         assert_eq!(store.put_revocations(&[one, two], &by(1), 3).unwrap(), Some(SignalSeq(2)));
         assert_eq!(store.put_revocations(&[two, three], &by(2), 3).unwrap(), Some(SignalSeq(3)));
-        assert_eq!(numbers(store, 0), [(1, one), (2, two), (3, three)]);
-        assert_eq!(numbers(store, 2), [(3, three)]);
+        assert_eq!(numbers(store, 0), [said(1, one), said(2, two), said(3, three)]);
+        assert_eq!(numbers(store, 2), [said(3, three)]);
         assert_eq!(store.signals(SignalSeq(0)).unwrap()[1].by, by(1), "the first to revoke it");
         assert_eq!(store.put_revocations(&[revoked(4, 100), revoked(5, 100)], &by(11), 3).unwrap(), None, "no room");
         assert_eq!(store.put_revocations(&[revoked(4, 100)], &by(11), 3).unwrap(), Some(SignalSeq(4)));

@@ -291,6 +291,21 @@ impl<S: Store> Store for Faulty<S> {
     ) -> Result<Option<SignalSeq>, StoreError> {
         self.write("put_revocations", |inner| inner.put_revocations(revoked, by, max))
     }
+    fn put_token_revocation(
+        &mut self,
+        meant: &TokensMeant,
+        expires_at_ms: u64,
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<(SignalSeq, TokensMeant), StoreError> {
+        self.write("put_token_revocation", |inner| inner.put_token_revocation(meant, expires_at_ms, by, max))
+    }
+    fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError> {
+        self.write("put_tokens", |inner| inner.put_tokens(tokens, now_ms))
+    }
+    fn tokens(&mut self, filter: &TokenFilter, now_ms: u64, limit: u32) -> Result<Vec<StoredToken>, StoreError> {
+        self.inner.tokens(filter, now_ms, limit)
+    }
     fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
         self.inner.signals(after)
     }

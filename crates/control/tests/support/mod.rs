@@ -292,6 +292,12 @@ impl Agent {
         Ok(self.client.issue_jwt_svid(request).await?.into_inner().token)
     }
 
+    pub async fn issue_tokens(&mut self, instance: &str, leaf: &[u8]) -> Result<Vec<mesh::IssuedToken>, tonic::Status> {
+        let (instance, leaf_der) = (instance.to_owned(), Bytes::copy_from_slice(leaf));
+        let asked = mesh::IssueTokensRequest { instance, artifact: Bytes::new(), leaf_der };
+        Ok(self.client.issue_tokens(asked).await?.into_inner().tokens)
+    }
+
     pub async fn follow(&mut self, revision: u64, root: Digest) -> Result<Stream, tonic::Status> {
         let hello = mesh::FollowHello {
             host: self.host.clone(),

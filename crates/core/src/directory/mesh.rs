@@ -21,7 +21,9 @@ use crate::{
     lifetimes::{INTERMEDIATE_DAYS, Lifetimes, ROOT_DAYS, SVID_SECONDS},
     operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
-    service::{EXCHANGES_MAX_DEFAULT, FirstContact, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec},
+    service::{
+        EXCHANGES_MAX_DEFAULT, FirstContact, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec, Tokens,
+    },
     sign_in::{SignIn, SignInName},
     state::SERVICES_MAX,
 };
@@ -45,6 +47,7 @@ const ISOLATE: [(&str, Isolate); 3] = [("auto", Isolate::Auto), ("required", Iso
 const PROTOCOL: [(&str, Protocol); 3] = [("http", Protocol::Http), ("grpc", Protocol::Grpc), ("tcp", Protocol::Tcp)];
 const RECORDED: [(&str, Recorded); 2] = [("best_effort", Recorded::BestEffort), ("always", Recorded::Always)];
 const FIRST_CONTACT: [(&str, FirstContact); 2] = [("mark", FirstContact::Mark), ("inspect", FirstContact::Inspect)];
+const TOKENS: [(&str, Tokens); 2] = [("optional", Tokens::Optional), ("required", Tokens::Required)];
 const STALENESS_MS: std::ops::RangeInclusive<u64> = 1_000..=86_400_000;
 const EXCHANGES: std::ops::RangeInclusive<u64> = 1..=1_000_000;
 
@@ -150,6 +153,7 @@ fn read_defaults(table: &Table<'_>) -> Defaults {
         max_staleness_seconds: staleness(table).unwrap_or(otherwise.max_staleness_seconds),
         recorded: table.word("recorded", &RECORDED).unwrap_or_default(),
         exchanges_max: whole("exchanges_max", EXCHANGES).unwrap_or(otherwise.exchanges_max),
+        tokens: table.word("tokens", &TOKENS).unwrap_or_default(),
     }
 }
 
@@ -297,6 +301,7 @@ fn read_service<'t>(
         contract: contract.as_ref().map(Contract::digest),
         first_contact: table.word("first_contact", &FIRST_CONTACT).unwrap_or_default(),
         without_contract: protocol.has_operations() && Contracts::is_waived(table),
+        tokens: table.word("tokens", &TOKENS).unwrap_or(defaults.tokens),
     };
     LocalService { run, port, env, instances, spec, contract }
 }
@@ -361,6 +366,7 @@ impl Default for Defaults {
             max_staleness_seconds: MAX_STALENESS_SECONDS_DEFAULT,
             recorded: Recorded::default(),
             exchanges_max: EXCHANGES_MAX_DEFAULT,
+            tokens: Tokens::default(),
         }
     }
 }

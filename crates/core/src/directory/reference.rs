@@ -169,6 +169,7 @@ pub(super) const DEFAULTS: &[Key] = &[
     key("max_staleness", "`\"1s\"` to `\"24h\"`", "`\"5m\"`", "For services that do not say."),
     key("recorded", "`\"best_effort\"` or `\"always\"`", "`\"best_effort\"`", "For services that do not say."),
     key("exchanges_max", "1 to 1000000", "10000", "For services that do not say."),
+    key("tokens", "`\"optional\"` or `\"required\"`", "`\"optional\"`", "For services that do not say."),
 ];
 
 pub(super) const SEAL: &[Key] =
@@ -288,6 +289,12 @@ pub(super) const SERVICE: &[Key] = &[
         "1 to 1000000",
         "`[defaults]`",
         "Most exchanges open at once in each of its proxies; beyond it 503.",
+    ),
+    key(
+        "tokens",
+        "`\"optional\"` or `\"required\"`",
+        "`[defaults]`",
+        "Whether a request is permitted only with an [access token](tokens.md) of the mesh, which the sidecars of callers that declare this service in `upstreams` attach by themselves.",
     ),
 ];
 

@@ -32,6 +32,10 @@ pub enum Act {
     RevokeIdentity,
     /// Another root of the trust domain, or one fewer.
     RotateAuthority,
+    /// The access tokens that were issued: who may ask whom for what.
+    ReadTokens,
+    /// Access tokens that are good for nothing from now on.
+    RevokeToken,
 }
 
 /// Why what a factor opens is closed to whom a provider vouched for.
@@ -59,13 +63,15 @@ pub struct AskedTo<'a> {
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::ReadLedger,
         Self::ReadDecisions,
         Self::ExportLedger,
         Self::InviteHost,
         Self::RevokeIdentity,
         Self::RotateAuthority,
+        Self::ReadTokens,
+        Self::RevokeToken,
     ];
 
     /// The act as the gate spells it.
@@ -77,12 +83,14 @@ impl Act {
             Self::InviteHost => "invite_host",
             Self::RevokeIdentity => "revoke_identity",
             Self::RotateAuthority => "rotate_authority",
+            Self::ReadTokens => "read_tokens",
+            Self::RevokeToken => "revoke_token",
         }
     }
 
     /// Whether it only reads. What was shown for reading is good for some minutes; what was shown for anything else, once.
     pub fn only_reads(self) -> bool {
-        matches!(self, Self::ReadLedger | Self::ReadDecisions | Self::ExportLedger)
+        matches!(self, Self::ReadLedger | Self::ReadDecisions | Self::ExportLedger | Self::ReadTokens)
     }
 }
 
@@ -95,6 +103,8 @@ impl fmt::Display for Act {
             Self::InviteHost => "inviting a host",
             Self::RevokeIdentity => "revoking an identity",
             Self::RotateAuthority => "rotating the authority",
+            Self::ReadTokens => "reading which access tokens there are",
+            Self::RevokeToken => "revoking access tokens",
         })
     }
 }

@@ -11,7 +11,8 @@
 //!
 //! Of `given`, `principal`, `action` and `service` are needed. The others say what else the request is like: `path`
 //! (`/`), `host` (`<service>.mesh`), `method` (the action's), `size` in bytes (not declared), `origin` (`127.0.0.1`), `now`
-//! (noon of Monday 2026-01-05 UTC, so that a test tells the same every day), `first_contact` (`false`).
+//! (noon of Monday 2026-01-05 UTC, so that a test tells the same every day), `first_contact` (`false`), `token` (the scope
+//! of the access token that comes with it: where the service demands tokens, the one that the principal would be issued).
 
 use std::{collections::BTreeMap, net::IpAddr, ops::Range};
 
@@ -28,6 +29,7 @@ use crate::{
     record::{Inputs, Outcome},
     service::Protocol,
     state::MeshState,
+    token::{Scope, ShownToken},
     view::{Local, view},
 };
 
@@ -105,7 +107,8 @@ pub fn run_cases(cases: &[Case], state: &MeshState, library: &Library) -> Result
         if !laws.contains_key(service) {
             laws.insert(service, law_of(service, state, library)?);
         }
-        let decision = laws[service].decide(&Query::of(&case.given));
+        let law = &laws[service];
+        let decision = law.decide(&Query::of(&law.with_token(&case.given)));
         let failure = failure(case, &decision);
         results.push(CaseResult { case: at, decision, failure });
     }
@@ -262,7 +265,19 @@ impl Reader<'_> {
     fn given(&mut self, value: &Value<'_>) -> Option<Inputs> {
         let members = self.members(
             value,
-            &["principal", "action", "service", "path", "host", "method", "size", "origin", "now", "first_contact"],
+            &[
+                "principal",
+                "action",
+                "service",
+                "path",
+                "host",
+                "method",
+                "size",
+                "origin",
+                "now",
+                "first_contact",
+                "token",
+            ],
         )?;
         let principal = self.needed(&members, "principal", value.span()).and_then(|value| self.principal(value));
         let action = self.needed(&members, "action", value.span()).and_then(|value| self.action(value));
@@ -278,12 +293,14 @@ impl Reader<'_> {
         let origin = members.get("origin").and_then(|value| self.origin(value));
         let now = members.get("now").and_then(|value| self.now(value));
         let first_contact = members.get("first_contact").and_then(|value| self.truth(value));
+        let token = members.get("token").and_then(|value| self.text(value)).map(Scope::parse);
         let (principal, action, service, path) = (principal?, action?, service?, path?);
         let (of_action, protocol) = match action.as_str() {
             "grpc:call" => ("POST", Protocol::Grpc),
             "tcp:connect" => ("CONNECT", Protocol::Tcp),
             http => (http.strip_prefix("http:").unwrap_or(http), Protocol::Http),
         };
+        let now = now.unwrap_or(NOW_DEFAULT);
         Some(Inputs {
             principal,
             host: host.unwrap_or_else(|| format!("{service}.mesh")).into(),
@@ -293,9 +310,10 @@ impl Reader<'_> {
             path: path.into(),
             size,
             origin: origin.unwrap_or(IpAddr::from([127, 0, 0, 1])),
-            now: now.unwrap_or(NOW_DEFAULT),
+            now,
             first_contact: first_contact.unwrap_or(false),
             operation: None,
+            token: token.map(|scope| ShownToken { id: None, fault: None, scope, issued_at: now }),
             action: action.into(),
         })
     }

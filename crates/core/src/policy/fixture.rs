@@ -8,6 +8,7 @@ use crate::{
     contract::{Contract, Operation},
     identity::{ServiceName, SpiffeId, TrustDomain},
     service::{Protocol, ServiceSpec},
+    token::ShownToken,
     view::{View, ViewPolicy},
 };
 
@@ -85,6 +86,7 @@ pub(super) struct Asked {
     pub(super) origin: std::net::IpAddr,
     pub(super) now: i64,
     pub(super) first_contact: bool,
+    pub(super) token: Option<ShownToken>,
 }
 
 impl Asked {
@@ -102,6 +104,7 @@ impl Asked {
             origin: [10, 0, 0, 7].into(),
             now: NOW,
             first_contact: false,
+            token: None,
         }
     }
 
@@ -127,6 +130,7 @@ impl Asked {
                 origin: self.origin,
                 now: self.now,
                 first_contact: self.first_contact,
+                token: self.token.as_ref(),
             },
         }
     }

@@ -29,6 +29,7 @@ use crate::{
     contract::{Contract, Matcher},
     identity::{RESERVED_SEGMENT, ServiceName, SpiffeId, TrustDomain},
     record::{Outcome, Reason},
+    service::{Protocol, Tokens},
     view::View,
 };
 
@@ -47,12 +48,15 @@ pub struct Law {
     contract: Option<Enforced>,
     /// The services that are let in by no policy.
     barred: HashSet<Box<str>, FxBuildHasher>,
+    pub(super) protocol: Protocol,
+    tokens: Tokens,
 }
 
 /// The contract of the service, made ready for deciding. All of it is found by the place of an operation.
 struct Enforced {
     matcher: Matcher,
     names: Vec<Arc<str>>,
+    methods: Vec<Arc<str>>,
     entities: Vec<Arc<EntityUID>>,
     /// The number of the operation, when some scope names it.
     keys: Vec<PathKey>,
@@ -82,9 +86,9 @@ struct Class {
 /// Where a query stands in the index. Queries at one place have the same candidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Place {
-    class: u32,
-    path: PathKey,
-    action: u8,
+    pub(super) class: u32,
+    pub(super) path: PathKey,
+    pub(super) action: u8,
 }
 
 /// What is known of a query before any policy is evaluated.
@@ -205,6 +209,8 @@ impl Law {
             service: view.service.clone(),
             declared: view.spec.is_some(),
             barred: view.barred.iter().map(|name| name.as_str().into()).collect(),
+            protocol: view.spec.as_ref().map_or(Protocol::default(), |spec| spec.protocol),
+            tokens: view.spec.as_ref().map_or(Tokens::default(), |spec| spec.tokens),
             by_scope,
             paths,
             classes_by_workload,
@@ -217,6 +223,36 @@ impl Law {
     /// The service whose requests it judges.
     pub fn service(&self) -> &ServiceName {
         &self.service
+    }
+
+    /// Whether nothing is permitted without a token.
+    pub fn demands_tokens(&self) -> bool {
+        self.tokens == Tokens::Required
+    }
+
+    /// The same law with tokens demanded.
+    #[cfg(test)]
+    pub(super) fn demanding_tokens(self: Arc<Self>) -> Self {
+        let mut law = Arc::into_inner(self).expect("nobody else holds it");
+        law.tokens = Tokens::Required;
+        law
+    }
+
+    /// The operations of the contract: method, name, and the path under which the index has it.
+    pub(super) fn operations(&self) -> Option<impl Iterator<Item = (&str, &Arc<str>, &u32)>> {
+        let contract = self.contract.as_ref()?;
+        Some(contract.methods.iter().zip(&contract.names).zip(&contract.keys).map(|((m, n), k)| (&**m, n, k)))
+    }
+
+    /// Every path that some scope names, and any other.
+    pub(super) fn named_paths(&self) -> Vec<PathKey> {
+        (ANY..=self.paths.len() as PathKey).collect()
+    }
+
+    /// The class of a principal that is a workload.
+    pub(super) fn class_of(&self, principal: &SpiffeId) -> Option<u32> {
+        let workload = self.workload(principal)?;
+        Some(self.classes_by_workload.get(workload).copied().unwrap_or(STRANGER))
     }
 
     /// The number of policies.
@@ -232,7 +268,7 @@ impl Law {
             Ok(standing) => {
                 let candidates = self.candidates(standing.place);
                 let decision = self.judge(&self.evaluate(&candidates, standing, query), candidates.reads);
-                self.of_operation(standing, decision)
+                self.of_request(standing, query, decision)
             }
         }
     }
@@ -248,6 +284,8 @@ impl Law {
     /// INVARIANT (contract-first): where there is a contract, no policy is asked about what is no operation of it.
     ///
     /// INVARIANT (barred-reaches-nobody): no policy is asked about what a quarantined or suspended service asks for.
+    ///
+    /// INVARIANT (bad-token-denies): what comes with a token that is not believed is denied, whether or not a token is demanded.
     pub(super) fn stand(&self, query: &Query<'_>) -> Result<Standing, Decision> {
         let refused = |reason| Err(Decision::denial(reason, Reads::NOTHING));
         if !self.declared || *query.service != self.service {
@@ -256,6 +294,9 @@ impl Law {
         let Some(workload) = self.workload(query.principal) else { return refused(Reason::NotAWorkload) };
         if self.barred.contains(workload) {
             return refused(Reason::CallerBarred);
+        }
+        if query.context.token.is_some_and(|token| token.fault.is_some()) {
+            return refused(Reason::TokenRefused);
         }
         let operation = match &self.contract {
             None => None,
@@ -288,9 +329,26 @@ impl Law {
         Some(self.contract.as_ref()?.names[operation?].clone())
     }
 
-    /// `decision`, which any operation at its place shares, as one of this operation.
-    pub(super) fn of_operation(&self, standing: Standing, decision: Decision) -> Decision {
-        Decision { operation: self.name_of(standing.operation), ..decision }
+    /// `decision`, which whatever stands at its place shares, as one of this request: of its operation, and with its token.
+    ///
+    /// INVARIANT (token-demanded): where a service demands tokens, nothing is permitted without one that is for what is asked.
+    pub(super) fn of_request(&self, standing: Standing, query: &Query<'_>, decision: Decision) -> Decision {
+        let decision = Decision { operation: self.name_of(standing.operation), ..decision };
+        if decision.outcome != Outcome::Permit {
+            return decision;
+        }
+        let missing = match query.context.token {
+            None if self.tokens == Tokens::Required => Reason::TokenMissing,
+            Some(token) if !token.scope.covers(self.scope_name(standing, query), query.action) => Reason::TokenScope,
+            _ => return decision,
+        };
+        Decision { outcome: missing.outcome(), reason: missing, policies: Arc::default(), ..decision }
+    }
+
+    /// The operation as scopes name it: of the contract; of gRPC also without one.
+    fn scope_name<'a>(&'a self, standing: Standing, query: &Query<'a>) -> Option<&'a str> {
+        let is_named = standing.operation.is_some() || query.action == Action::GrpcCall;
+        is_named.then(|| self.resource_name(standing, query).trim_start_matches('/'))
     }
 
     /// What policies read as the resource and as `context.request.operation`: the operation's name, or else the path.
@@ -514,6 +572,10 @@ impl Verdict {
 }
 
 impl Candidates {
+    pub(super) fn policies(&self) -> impl Iterator<Item = u32> {
+        self.policies.iter().copied()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.policies.len()
     }
@@ -525,6 +587,7 @@ impl Enforced {
         Self {
             matcher: Matcher::new(contract),
             names: contract.operations().iter().map(|operation| operation.name.clone()).collect(),
+            methods: contract.operations().iter().map(|operation| operation.method.clone()).collect(),
             entities: ids().map(|id| Arc::new(uid(&TYPES.operation, &[service.as_str(), &id].concat()))).collect(),
             keys: ids().map(|id| paths.get(&*id).copied().unwrap_or(ANY)).collect(),
         }
@@ -672,6 +735,11 @@ fn context(reads: Reads, operation: Option<&str>, query: &Query<'_>) -> CedarCon
     }
     if reads.any_of(Reads::FIRST_CONTACT) {
         members.push(("first_contact", asked.first_contact.into()));
+    }
+    if let Some(token) = asked.token.filter(|_| reads.any_of(Reads::TOKEN)) {
+        let scopes = Value::set(token.scope.words().iter().map(|word| (&**word).into()), None);
+        let issued_at = extension(cedar_policy::RestrictedExpression::new_datetime(datetime(token.issued_at)));
+        members.push(("token", record(vec![("scopes", scopes), ("issued_at", issued_at)])));
     }
     CedarContext::Value(Arc::new(members.into_iter().map(|(name, value)| (name.into(), value)).collect()))
 }
@@ -1062,7 +1130,8 @@ mod tests {
             (r#"principal in Role::"reader" && action in Action::"read""#, Reads::NOTHING),
             (r#"resource in [Service::"catalog", Service::"other"] || resource in Namespace::"shop""#, Reads::NOTHING),
             ("principal is Workload", Reads::NOTHING),
-            ("context has token", Reads::NOTHING),
+            ("context has device", Reads::NOTHING),
+            ("context has token", Reads::TOKEN),
             (r#"principal in Workload::"web""#, Reads::PRINCIPAL),
             (r#"resource in Operation::"catalog/x""#, Reads::PATH),
             ("context.time.hour > 7", Reads::CLOCK),

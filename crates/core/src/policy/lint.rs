@@ -468,7 +468,7 @@ mod tests {
             @id("h") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context.request.path like "items/*" };
             @id("i") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context.time.hour == 24 };
             @id("j") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context.time.weekday == 0 && true };
-            @id("k") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context has token };
+            @id("k") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context has device };
             @id("l") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context.request.path == "/a" } when { "/b" == context.request.path };
             @id("m") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context.request.protocol == "tcp" };
             @id("n") permit (principal in Role::"staff", action, resource in Service::"catalog") when { context.request.path == "/a//b" };

@@ -1,8 +1,8 @@
 //! Decisions that would be the same again.
 //!
 //! A decision is remembered under the candidates it came from and every part of the query that their conditions read;
-//! both are compared in full, never by hash alone: paths come from strangers. What depends on the second or the size
-//! of a body is not remembered. INVARIANT (remembered-equals-evaluated).
+//! both are compared in full, never by hash alone: paths come from strangers. What depends on the second, the size
+//! of a body or a token is not remembered. INVARIANT (remembered-equals-evaluated).
 
 use std::{
     hash::{BuildHasher, Hash, Hasher},
@@ -85,9 +85,9 @@ impl Judge {
             Ok(standing) => standing,
             Err(refusal) => return refusal,
         };
-        // Those of one place share a decision, whichever operation they are.
+        // Those of one place share a decision, whichever operation they are, and whatever token they come with.
         let decision = self.decide_at(standing, query);
-        self.law.of_operation(standing, decision)
+        self.law.of_request(standing, query, decision)
     }
 
     fn decide_at(&mut self, standing: Standing, query: &Query<'_>) -> Decision {
@@ -138,7 +138,7 @@ impl Judge {
 
     /// The key of `query`, whose resource has this name, for candidates that read `reads`; `None` when it must not be remembered.
     fn key<'a>(reads: Reads, resource: &'a str, query: &Query<'a>) -> Option<Read<&'a str>> {
-        if reads.any_of(Reads::NOW.and(Reads::SIZE)) {
+        if reads.any_of(Reads::NOW.and(Reads::SIZE).and(Reads::TOKEN)) {
             return None;
         }
         let text = |part: Reads, text: &'a str| if reads.any_of(part) { text } else { "" };

@@ -21,7 +21,7 @@ pub(super) enum Hierarchy {
     Whole,
 }
 
-const MEMBERS: [(Reads, &str); 13] = [
+const MEMBERS: [(Reads, &str); 14] = [
     (Reads::PRINCIPAL, "principal"),
     (Reads::PATH, "resource"),
     (Reads::METHOD, "request.method"),
@@ -35,6 +35,7 @@ const MEMBERS: [(Reads, &str); 13] = [
     (Reads::NOW, "time.now"),
     (Reads::CLOCK, "time.hour or time.weekday"),
     (Reads::FIRST_CONTACT, "first_contact"),
+    (Reads::TOKEN, "token"),
 ];
 
 impl Reads {
@@ -66,6 +67,8 @@ impl Reads {
     pub const FIRST_CONTACT: Self = Self(1 << 11);
     /// `context.origin.trust_domain`.
     pub const TRUST_DOMAIN: Self = Self(1 << 12);
+    /// `context.token`.
+    pub const TOKEN: Self = Self(1 << 13);
     /// Everything below `context.request`.
     pub const REQUEST: Self = Self(
         Self::METHOD.0 | Self::REQUEST_PATH.0 | Self::OPERATION.0 | Self::PROTOCOL.0 | Self::HOST.0 | Self::SIZE.0,
@@ -75,7 +78,8 @@ impl Reads {
     /// Everything below `context.time`.
     pub const TIME: Self = Self(Self::NOW.0 | Self::CLOCK.0);
     /// Everything below `context`.
-    pub const CONTEXT: Self = Self(Self::REQUEST.0 | Self::ORIGIN.0 | Self::TIME.0 | Self::FIRST_CONTACT.0);
+    pub const CONTEXT: Self =
+        Self(Self::REQUEST.0 | Self::ORIGIN.0 | Self::TIME.0 | Self::FIRST_CONTACT.0 | Self::TOKEN.0);
 
     #[cfg(test)]
     pub(super) const ALL: Self = Self(Self::CONTEXT.0 | Self::PRINCIPAL.0 | Self::PATH.0);
@@ -224,6 +228,7 @@ impl Walk {
             ["time", "hour" | "weekday", ..] => Reads::CLOCK,
             ["time", ..] => Reads::TIME,
             ["first_contact", ..] => Reads::FIRST_CONTACT,
+            ["token", ..] => Reads::TOKEN,
             // A member that the schema does not have can only be asked for with `has`: it is never there.
             _ => Reads::NOTHING,
         };

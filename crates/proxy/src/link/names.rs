@@ -98,7 +98,7 @@ mod tests {
     use countersign_core::{
         change::Revision,
         identity::{InstanceId, TrustDomain},
-        service::Protocol,
+        service::{Protocol, Tokens},
         view::VisibleService,
     };
 
@@ -107,7 +107,12 @@ mod tests {
 
     fn view(services: &[(&str, [u8; 4], u16)]) -> View {
         let visible = |(name, address, port): &(&str, [u8; 4], u16)| {
-            let visible = VisibleService { protocol: Protocol::Http, address: (*address).into(), port: *port };
+            let visible = VisibleService {
+                protocol: Protocol::Http,
+                address: (*address).into(),
+                port: *port,
+                tokens: Tokens::Optional,
+            };
             (ServiceName::parse(name).unwrap(), visible)
         };
         View {

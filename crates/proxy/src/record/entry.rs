@@ -4,11 +4,12 @@
 //! ```text
 //! entry    = length u32 · CRC-32 of the payload u32 · payload            (numbers little-endian)
 //! payload  = 0 · instance                                                 the first of a segment: whose it is
-//!          | 1 · head · edge · rest · end · operation                     a decision
+//!          | 1 · head · edge · rest · end · operation · token             a decision
 //!          | 2 · id [16] · end                                            what became of one written earlier
 //! head     = outcome u8 · reason u8 · judged u8 · protocol u8 · first contact u8 · id [16] · at_ms u64 · revision u64
 //! edge     = length u16 · principal · service · action                    (a string: length, then UTF-8)
 //! rest     = path · host · method · 0 | 1 + trace id [16] · judge_ns · now i64 · 4 + ip [4] | 6 + ip [16] · size + 1 · policies
+//! token    = 0 | 1 + fault + 1 u8 · 0 | 1 + id [16] · scope · issued i64
 //! end      = 0 | 1 + how u8 · status · duration_us · bytes_in · bytes_out
 //! ```
 
@@ -20,6 +21,7 @@ use countersign_core::{
     policy::Action,
     record::{DecisionRecord, EdgeCount, End, Ended, Inputs, Judged, Outcome, Reason},
     service::Protocol,
+    token::{Scope, ShownToken, TokenFault, TokenId},
 };
 
 use crate::decided::{Decided, DecisionId, TraceId};
@@ -112,7 +114,23 @@ pub(super) fn encode_decision(to: &mut Vec<u8>, decided: &Decided<'_>) {
     }
     ended(to, decided.ended.as_ref());
     text(to, decided.decision.operation.as_deref().unwrap_or_default());
+    token(to, query.context.token);
     frame(&mut to[begin..]);
+}
+
+fn token(to: &mut Vec<u8>, shown: Option<&ShownToken>) {
+    let Some(shown) = shown else { return to.push(0) };
+    to.push(1);
+    to.push(shown.fault.map_or(0, |fault| fault.place() as u8 + 1));
+    match shown.id {
+        Some(id) => {
+            to.push(1);
+            to.extend_from_slice(id.as_bytes());
+        }
+        None => to.push(0),
+    }
+    text(to, &shown.scope.to_string());
+    to.extend_from_slice(&shown.issued_at.to_le_bytes());
 }
 
 /// Appends what became of the decision of `id`, unsealed.
@@ -247,6 +265,7 @@ impl<'a> DecisionView<'a> {
         let ended = rest.ended()?;
         // A record of a version without contracts ends before it.
         let operation = rest.text().filter(|name| !name.is_empty()).map(Into::into);
+        let token = rest.token();
         Some(DecisionRecord {
             id: self.id.to_string().into(),
             at_ms: self.at_ms,
@@ -269,6 +288,7 @@ impl<'a> DecisionView<'a> {
                 now,
                 first_contact: self.first_contact,
                 operation,
+                token,
             },
             judged: self.judged,
             ended,
@@ -341,6 +361,24 @@ impl<'a> Cursor<'a> {
     fn text(&mut self) -> Option<&'a str> {
         let bytes = usize::try_from(self.number()?).ok()?;
         std::str::from_utf8(self.take(bytes)?).ok()
+    }
+
+    /// What came as a token; a record of a version without tokens ends before it.
+    fn token(&mut self) -> Option<ShownToken> {
+        if *self.take(1)? == [0] {
+            return None;
+        }
+        let fault = match self.take(1)?[0] {
+            0 => None,
+            place => Some(TokenFault::ALL.get(usize::from(place - 1)).copied()?),
+        };
+        let id = match self.take(1)? {
+            [0] => None,
+            _ => TokenId::from_bytes(self.take(16)?),
+        };
+        let scope = Scope::parse(self.text()?);
+        let issued_at = i64::from_le_bytes(*self.take(8)?.first_chunk()?);
+        Some(ShownToken { id, fault, scope, issued_at })
     }
 
     fn ended(&mut self) -> Option<Option<Ended>> {

@@ -8,5 +8,6 @@ mod plain;
 mod probe;
 mod proof;
 mod streams;
+mod tokens;
 mod upstream;
 mod workload;

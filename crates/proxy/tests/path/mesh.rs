@@ -1,7 +1,7 @@
 //! A small mesh in one process: an authority, sidecars with real listeners and threads, and workloads.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{SocketAddr, TcpListener},
     sync::{
         Arc, Mutex,
@@ -21,11 +21,12 @@ use countersign_core::{
     identity::{InstanceId, ServiceName, TrustDomain},
     record::{Ended, Judged, Outcome, Reason},
     route::Route,
-    service::{FirstContact, Protocol, Recorded as WhenRecorded, ServiceSpec},
+    service::{FirstContact, Protocol, Recorded as WhenRecorded, ServiceSpec, Tokens},
+    token::TokenFault,
     view::{View, ViewPolicy, ViewRoute, VisibleService},
 };
 use countersign_proxy::{
-    App, Door, Endpoint, Setup, Shared, Tracing,
+    App, Door, Endpoint, Setup, Shared, TokensByService, Tracing,
     decided::{Decided, DecisionId, Recorder, Shed},
     workers,
 };
@@ -112,6 +113,7 @@ pub struct Recorded {
     pub operation: Option<String>,
     pub trace_id: String,
     pub first_contact: bool,
+    pub fault: Option<TokenFault>,
 }
 
 struct Keep {
@@ -135,6 +137,7 @@ impl Recorder for Keep {
             operation: decided.decision.operation.as_deref().map(str::to_owned),
             trace_id: decided.trace_id.map(|id| id.to_string()).unwrap_or_default(),
             first_contact: decided.query.context.first_contact,
+            fault: decided.query.context.token.and_then(|token| token.fault),
         });
         Ok(())
     }
@@ -166,6 +169,8 @@ pub struct Plan {
     /// Of every service but `web`.
     pub contract: Option<Contract>,
     pub first_contact: FirstContact,
+    /// Of every service but `web`.
+    pub tokens: Tokens,
 }
 
 impl Plan {
@@ -179,11 +184,16 @@ impl Plan {
             recorded: WhenRecorded::default(),
             contract: None,
             first_contact: FirstContact::default(),
+            tokens: Tokens::default(),
         }
     }
 
     pub fn with_policy(&self, policy: &str) -> Self {
         Self { policy: policy.into(), ..self.clone() }
+    }
+
+    fn tokens_of(&self, service: &str) -> Tokens {
+        if service == "web" { Tokens::Optional } else { self.tokens }
     }
 
     pub fn view(&self, service: &str, revision: u64) -> View {
@@ -194,6 +204,8 @@ impl Plan {
             recorded: self.recorded,
             first_contact: self.first_contact,
             contract: contract.as_ref().map(Contract::digest),
+            tokens: self.tokens_of(service),
+            upstreams: if service == "web" { [name("catalog")].into() } else { BTreeSet::new() },
             ..ServiceSpec::new(*protocol)
         });
         let mut routes: BTreeMap<ServiceName, Vec<ViewRoute>> = BTreeMap::new();
@@ -216,7 +228,8 @@ impl Plan {
                 .enumerate()
                 .map(|(slot, (service, protocol))| {
                     let address = countersign_core::state::loopback(slot as u16);
-                    (name(service), VisibleService { protocol: *protocol, address, port: 80 })
+                    let tokens = self.tokens_of(service);
+                    (name(service), VisibleService { protocol: *protocol, address, port: 80, tokens })
                 })
                 .collect(),
             routes,
@@ -291,7 +304,7 @@ impl Sidecar {
 
     /// Knows who it is and what holds, and reaches `others`.
     pub async fn ready(&self, authority: &Authority, plan: &Plan, others: &[&Sidecar]) {
-        self.shared.set_svid(authority.svid(self.service));
+        self.shared.set_svid(authority.svid(self.service), TokensByService::default());
         self.shared.set_bundle(authority.bundle());
         self.apply(plan, 1).await;
         self.reaches(others);
@@ -372,7 +385,7 @@ pub async fn pair(plan: &Plan, callee: &'static str, app: SocketAddr) -> (Sideca
     let authority = Authority::new("root");
     let (web, callee) = (Sidecar::start("web", "1", None), Sidecar::start(callee, "1", Some(app)));
     for sidecar in [&web, &callee] {
-        sidecar.shared.set_svid(authority.svid(sidecar.service));
+        sidecar.shared.set_svid(authority.svid(sidecar.service), TokensByService::default());
         sidecar.shared.set_bundle(authority.bundle());
         sidecar.apply(plan, 1).await;
     }

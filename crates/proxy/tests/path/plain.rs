@@ -134,7 +134,7 @@ async fn what_was_not_processed_goes_to_another_instance() {
     let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (web, good, authority) = pair(&plan, "catalog", app.address).await;
     let bad = Sidecar::start("catalog", "2", Some(gone));
-    bad.shared.set_svid(authority.svid("catalog"));
+    bad.shared.set_svid(authority.svid("catalog"), Default::default());
     bad.shared.set_bundle(authority.bundle());
     bad.apply(&plan, 1).await;
     let unreachable = countersign_proxy::Endpoint {
@@ -204,8 +204,8 @@ async fn an_identity_is_renewed_without_a_failed_request() {
     let rotate = async {
         for _ in 0..5 {
             tokio::time::sleep(Duration::from_millis(250)).await;
-            catalog.shared.set_svid(authority.svid("catalog"));
-            web.shared.set_svid(authority.svid("web"));
+            catalog.shared.set_svid(authority.svid("catalog"), Default::default());
+            web.shared.set_svid(authority.svid("web"), Default::default());
         }
     };
     let (count, ()) = tokio::join!(load, rotate);

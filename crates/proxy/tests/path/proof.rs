@@ -8,7 +8,7 @@ use countersign_api::svid::X509Svid;
 use countersign_core::{
     record::End,
     service::Protocol::{self, Http},
-    signal::{Revocation, SignalSeq, Signals},
+    signal::{Revocation, Signal, SignalSeq, Signals},
 };
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, body::Incoming};
@@ -94,7 +94,7 @@ async fn an_authority_that_the_caller_trusts_no_longer_takes_its_callees_with_it
 async fn an_expired_svid_ends_what_is_open() {
     let Mesh { old, web, catalog, .. } = mesh().await;
     let until = time::OffsetDateTime::now_utc() + time::Duration::seconds(2);
-    web.shared.set_svid(old.svid_until("web", until));
+    web.shared.set_svid(old.svid_until("web", until), Default::default());
     tokio::time::sleep(Duration::from_millis(50)).await;
     let began = Instant::now();
     let mut body = events(&web).await;
@@ -107,7 +107,8 @@ async fn an_expired_svid_ends_what_is_open() {
 }
 
 fn revoking(svids: &[&X509Svid]) -> Signals {
-    let revoked = svids.iter().map(|svid| Revocation { serial: svid.serial().unwrap(), expires_at_ms: u64::MAX });
+    let of = |svid: &&X509Svid| Revocation { serial: svid.serial().unwrap(), expires_at_ms: u64::MAX };
+    let revoked = svids.iter().map(of).map(Signal::Certificate);
     let mut signals = Signals::default();
     signals.welcome(SignalSeq(1), revoked);
     signals
@@ -130,7 +131,7 @@ async fn a_caller_whose_svid_is_revoked_is_cut_off_before_that_is_acknowledged_a
     assert!(!goes_on(&mut cut, Duration::from_secs(2)).await);
     assert_eq!(web.get("http://catalog.mesh/").await.seen(), (503, Some("certificate-refused")), "no new connection");
     assert!(goes_on(&mut kept, Duration::from_millis(500)).await, "the other caller does not notice");
-    web.shared.set_svid(old.svid("web"));
+    web.shared.set_svid(old.svid("web"), Default::default());
     let back = async {
         while web.get("http://catalog.mesh/").await.status != 200 {
             tokio::time::sleep(Duration::from_millis(20)).await;

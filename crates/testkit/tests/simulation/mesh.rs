@@ -821,6 +821,7 @@ impl Proxy {
             origin: [10, 0, 0, 7].into(),
             now: (now_ms / 1000) as i64,
             first_contact: false,
+            token: None,
         };
         let service = &view.service;
         let query = Query { principal: &principal, action: Action::Http("GET"), service, path: "/", context };

@@ -1,0 +1,267 @@
+//! Access tokens for workloads: which each instance is issued, which there are, and taking them back. Only what a token says is kept;
+//! the token itself goes to the agent that asked and nowhere else, and is in no log.
+//!
+//! INVARIANT (token-follows-policy): a token is for the services that its caller declares, and for no operation that no policy in force
+//! may permit it.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use countersign_api::{
+    local::{Problem, RevokeTokensAs, RevokedBy, TokenFilter, TokenView, TokensRevoked},
+    mesh::IssuedToken,
+};
+use countersign_core::{
+    canonical::Digest,
+    change::Revision,
+    gate::act::Act,
+    identity::{InstanceId, ServiceName},
+    policy::{Grants, Library},
+    record::DecisionRecord,
+    signal::{Serial, TokensMeant},
+    token::{Claims, Confirmation, Scope, Thumbprint, TokenFault, TokenId},
+};
+use parking_lot::Mutex;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::{
+    Plane,
+    acts::{self, By},
+    audit::{self, Event},
+    authority::Authority,
+    identities::catch_up,
+    ledger::Head,
+    local_api::{problem, store_problem},
+    store::{Store, StoreError, StoredToken},
+};
+
+/// How long a token lives, as long as the certificate that it is bound to does.
+pub const TOKEN_LIFETIME: Duration = Duration::from_secs(5 * 60);
+/// Revocations of tokens that hold at the same time. With more, every token that was issued until then is revoked instead: nothing
+/// that was taken back is good again.
+pub const TOKENS_REVOKED_MAX: u32 = 65_536;
+/// Tokens that one question is answered with at most.
+pub const TOKENS_MAX: u32 = 10_000;
+/// Longest reason, in characters.
+const REASON_CHARS_MAX: usize = 256;
+
+/// What the tokens of each service are for, at one revision.
+#[derive(Default)]
+pub struct Granted {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    revision: Revision,
+    library: Library,
+    grants: Grants,
+    by_caller: BTreeMap<ServiceName, Arc<BTreeMap<ServiceName, Scope>>>,
+}
+
+/// A sign that somebody shows a token that is not theirs.
+#[derive(Debug, Clone)]
+pub struct Theft {
+    /// The token.
+    pub id: TokenId,
+    /// What was wrong with it.
+    pub fault: TokenFault,
+    /// The decision that says so.
+    pub decision: String,
+    /// Who showed it.
+    pub shown_by: String,
+    /// From where.
+    pub origin: String,
+}
+
+/// The certificate that tokens are asked to be bound to, as far as it is looked at.
+pub struct Leaf {
+    /// SHA-256 of its DER.
+    pub thumbprint: Thumbprint,
+    /// When it expires, in seconds since 1970.
+    pub not_after: i64,
+}
+
+impl Leaf {
+    /// Reads a certificate: its serial number, the SHA-256 of its key's SubjectPublicKeyInfo, and the rest.
+    pub fn read(der: &[u8]) -> Option<(Serial, Digest, Self)> {
+        let (_, certificate) = X509Certificate::from_der(der).ok()?;
+        let serial = Serial::from_der(certificate.raw_serial())?;
+        let key = Digest::of(certificate.public_key().raw);
+        let not_after = certificate.validity().not_after.timestamp();
+        Some((serial, key, Self { thumbprint: Thumbprint::of_certificate(der), not_after }))
+    }
+}
+
+impl Granted {
+    /// What the tokens of `caller` are for, by the service that demands them.
+    fn of(&self, head: &Head, caller: &ServiceName) -> Arc<BTreeMap<ServiceName, Scope>> {
+        let follower = &head.follower;
+        let mut inner = self.inner.lock();
+        let Inner { revision, library, grants, by_caller } = &mut *inner;
+        if *revision != follower.revision() {
+            *revision = follower.revision();
+            by_caller.clear();
+            // A text that cannot be read was not admitted; a law that needs one is not made.
+            let _ = library.take_up(follower.state(), |digest| follower.bodies().get(digest));
+            library.retain(|digest| follower.bodies().get(digest).is_some());
+            grants.retain(follower.state());
+        }
+        let known = by_caller.entry(caller.clone());
+        known.or_insert_with(|| Arc::new(grants.of(follower.state(), library, caller))).clone()
+    }
+}
+
+/// Signs the tokens that `instance`, which runs on `host`, needs now, bound to its certificate.
+pub async fn issue(
+    plane: &Plane,
+    authority: &Authority,
+    host: &ServiceName,
+    instance: &InstanceId,
+    leaf: &Leaf,
+) -> Result<Vec<IssuedToken>, StoreError> {
+    let granted = plane.granted.of(&plane.ledger.head(), &instance.service());
+    if granted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let now_ms = plane.clock.now_ms();
+    let of_instance = TokenFilter { instance: Some(instance.clone()), ..TokenFilter::default() };
+    let held = plane.storage.run("tokens", move |store| store.tokens(&of_instance, now_ms, TOKENS_MAX)).await?;
+    let (subject, issuer) = (authority.trust_domain().workload(&instance.service()), authority.token_issuer());
+    let issued_at = (now_ms / 1000).cast_signed();
+    let expires_at = (issued_at + TOKEN_LIFETIME.as_secs().cast_signed()).min(leaf.not_after);
+    let (mut stored, mut issued) = (Vec::new(), Vec::new());
+    for (service, scope) in &*granted {
+        let audience = authority.trust_domain().workload(service);
+        let id = new_id(now_ms);
+        let same = |claims: &&Claims| claims.audience == audience && claims.confirmation.certificate == leaf.thumbprint;
+        let family = held.iter().map(|one| &one.claims).find(same).map_or(id, |claims| claims.family);
+        let claims = Claims {
+            issuer: issuer.clone(),
+            subject: subject.clone(),
+            audience,
+            client_id: subject.clone(),
+            issued_at,
+            expires_at,
+            id,
+            scope: scope.clone(),
+            confirmation: Confirmation { certificate: leaf.thumbprint },
+            instance: instance.clone(),
+            family,
+        };
+        let (token, expires_at_ms) = (authority.sign_token(&claims), expires_at.unsigned_abs() * 1000);
+        issued.push(IssuedToken { service: service.to_string(), token, expires_at_ms });
+        stored.push(StoredToken { claims, host: host.clone() });
+    }
+    let count = stored.len() as u64;
+    plane.storage.run("put_tokens", move |store| store.put_tokens(&stored, now_ms)).await?;
+    plane.metrics.tokens_issued.inc_by(count);
+    Ok(issued)
+}
+
+/// 80 random bits after the time: nobody guesses the id of a token.
+fn new_id(now_ms: u64) -> TokenId {
+    let mut random = [0; 10];
+    aws_lc_rs::rand::fill(&mut random).expect("INVARIANT: the system's random source does not fail");
+    TokenId::new(now_ms, random)
+}
+
+/// Those that `filter` means, the newest first.
+pub async fn list(plane: &Plane, filter: TokenFilter) -> Result<Vec<TokenView>, StoreError> {
+    let now_ms = plane.clock.now_ms();
+    let found = plane.storage.run("tokens", move |store| store.tokens(&filter, now_ms, TOKENS_MAX)).await?;
+    let signals = plane.publisher.signals();
+    let view = |StoredToken { claims, host }: StoredToken| {
+        let revoked = signals.is_token_revoked(&claims);
+        Some(TokenView {
+            id: claims.id,
+            family: claims.family,
+            service: claims.audience.service()?,
+            subject: claims.subject,
+            instance: claims.instance,
+            host,
+            scope: claims.scope,
+            certificate: claims.confirmation.certificate,
+            issued_at_ms: claims.id.issued_at_ms(),
+            expires_at_ms: claims.expires_at.unsigned_abs() * 1000,
+            revoked,
+        })
+    };
+    Ok(found.into_iter().filter_map(view).collect())
+}
+
+/// Makes the tokens that are meant and were issued until now good for nothing, if the gate lets whoever asks.
+pub async fn revoke(plane: &Plane, asked: RevokeTokensAs, by: By<'_>) -> Result<TokensRevoked, Problem> {
+    let RevokeTokensAs { meant, reason, shown } = asked;
+    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
+        let help = format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"laptop stolen\"`");
+        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
+    }
+    let opened = acts::pass(plane, Act::RevokeToken, by, &shown).await?;
+    let actor = opened.operator.map_or_else(|| "local".to_owned(), |operator| operator.to_string());
+    put_revocation(plane, meant, actor, reason).await.map_err(|error| store_problem(&error))
+}
+
+/// Answers a theft: what was stolen, and all that was or will be renewed from it until its holder has asked for another, is revoked.
+pub async fn answer_theft(plane: &Plane, theft: Theft) {
+    let filter = TokenFilter { id: Some(theft.id), ..TokenFilter::default() };
+    let now_ms = plane.clock.now_ms();
+    let found = plane.storage.run("tokens", move |store| store.tokens(&filter, now_ms, 1)).await;
+    let claims = match found {
+        Ok(found) => found.into_iter().next().map(|one| one.claims),
+        Err(error) => return tracing::error!(%error, token.id = %theft.id, "a stolen token could not be looked up"),
+    };
+    // One that has expired is worth nothing to anybody; one that is revoked is known.
+    let Some(claims) = claims.filter(|claims| !plane.publisher.signals().is_token_revoked(claims)) else { return };
+    let Theft { id, fault, decision, shown_by, origin } = theft;
+    plane.metrics.thefts.inc();
+    let reason = format!("shown by {shown_by}: {}", fault.as_str());
+    tracing::error!(
+        token.id = %id, token.family = %claims.family, fault = fault.as_str(), shown_by, origin, decision,
+        "a stolen access token was shown; its family is revoked"
+    );
+    plane.tell(Event::TokenStolen {
+        id: id.to_string(),
+        subject: claims.subject.to_string(),
+        shown_by: audit::cut(shown_by),
+        origin,
+        fault: fault.as_str(),
+        decision,
+    });
+    let revoked = put_revocation(plane, TokensMeant::Family(claims.family), "countersign".to_owned(), reason).await;
+    if let Err(error) = revoked {
+        tracing::error!(%error, token.id = %id, "a stolen token could not be revoked");
+    }
+}
+
+/// The sign of a theft that a record shows, if any.
+pub fn theft_of(record: &DecisionRecord) -> Option<Theft> {
+    let token = record.inputs.token.as_ref()?;
+    let fault = token.fault.filter(|fault| fault.is_theft())?;
+    Some(Theft {
+        id: token.id?,
+        fault,
+        decision: record.id.to_string(),
+        shown_by: record.inputs.principal.to_string(),
+        origin: record.inputs.origin.to_string(),
+    })
+}
+
+async fn put_revocation(
+    plane: &Plane,
+    meant: TokensMeant,
+    by: String,
+    reason: String,
+) -> Result<TokensRevoked, StoreError> {
+    let by = RevokedBy { at_ms: plane.clock.now_ms(), by, reason };
+    // Clocks of control planes may differ by as much as a token may come from the future.
+    let expires_at_ms = by.at_ms + TOKEN_LIFETIME.as_millis() as u64 + 60_000;
+    let (given, told) = (meant.clone(), by.clone());
+    let put = move |store: &mut dyn Store| store.put_token_revocation(&given, expires_at_ms, &by, TOKENS_REVOKED_MAX);
+    let (signal, in_force) = plane.storage.run("put_token_revocation", put).await?;
+    catch_up(plane).await?;
+    plane.metrics.token_revocations.inc();
+    tracing::warn!(by = told.by, reason = told.reason, signal = signal.0, meant = %in_force, "access tokens were revoked");
+    let (by, reason, meant) = (told.by, audit::cut(told.reason), in_force.to_string());
+    plane.tell(Event::TokensRevoked { by, reason, signal: signal.0, meant });
+    Ok(TokensRevoked { signal, meant: in_force })
+}

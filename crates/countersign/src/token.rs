@@ -1,0 +1,215 @@
+//! `token list`, `show`: the access tokens that were issued and have not expired; the tokens themselves are nowhere. `token revoke`:
+//! from now on nobody believes them, and what was permitted with one is cut.
+
+use std::time::Duration;
+
+use clap::{ArgGroup, Args, Subcommand};
+
+use countersign_api::local::{RevokeTokensAs, SignalWaited, TokenFilter, TokenView, TokensRevoked};
+use countersign_core::{
+    gate::act::Act,
+    identity::{InstanceId, ServiceName},
+    signal::TokensMeant,
+    token::{Thumbprint, TokenId},
+};
+
+use crate::{
+    cli::span,
+    client::{Client, query},
+    error::{Done, Failure},
+    mesh_finder::Place,
+    operator::Asker,
+    render::{self, Output, Paint, cell},
+};
+
+/// What can be done with access tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenVerb {
+    /// List those that have not expired
+    List {
+        /// Which ones.
+        #[command(flatten)]
+        which: Which,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Show one
+    Show {
+        /// Its id
+        id: TokenId,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Make some good for nothing from now on, and cut what was permitted with them
+    ///
+    /// Those that were issued until now are meant. A workload whose token is revoked gets another at once, as long as it may
+    /// have one: what was copied is worth nothing, and the service goes on. `service suspend` takes a service out.
+    Revoke {
+        /// Which ones.
+        #[command(flatten)]
+        meant: Meant,
+        /// Why, for whoever reads of it later
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        /// How long to wait until every connected proxy enforces it
+        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
+        timeout: Duration,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+}
+
+/// Which tokens are listed: those for which all of it holds.
+#[derive(Debug, Clone, Args)]
+pub struct Which {
+    /// Those about this service, as the caller
+    #[arg(long, value_name = "SERVICE")]
+    subject: Option<ServiceName>,
+    /// Those for this service, as the callee
+    #[arg(long, value_name = "SERVICE")]
+    service: Option<ServiceName>,
+    /// Those of this instance
+    #[arg(long, value_name = "INSTANCE", value_parser = InstanceId::parse)]
+    instance: Option<InstanceId>,
+    /// Those that this host holds
+    #[arg(long, value_name = "HOST")]
+    host: Option<ServiceName>,
+}
+
+/// Which tokens are revoked: one of these.
+#[derive(Debug, Clone, Args)]
+#[command(group = ArgGroup::new("meant").required(true).multiple(false))]
+pub struct Meant {
+    /// The one with this id
+    #[arg(long, value_name = "ID", group = "meant")]
+    id: Option<TokenId>,
+    /// That one and all that were renewed from it
+    #[arg(long, value_name = "ID", group = "meant")]
+    family: Option<TokenId>,
+    /// Those about this service, as the caller
+    #[arg(long, value_name = "SERVICE", group = "meant")]
+    subject: Option<ServiceName>,
+    /// Those for this service, as the callee
+    #[arg(long, value_name = "SERVICE", group = "meant")]
+    service: Option<ServiceName>,
+    /// Those of this instance
+    #[arg(long, value_name = "INSTANCE", group = "meant", value_parser = InstanceId::parse)]
+    instance: Option<InstanceId>,
+    /// Those bound to this certificate: SHA-256 of its DER, base64url
+    #[arg(long, value_name = "THUMBPRINT", group = "meant")]
+    key: Option<Thumbprint>,
+    /// Every one
+    #[arg(long, group = "meant")]
+    all: bool,
+}
+
+impl Meant {
+    fn meant(self) -> TokensMeant {
+        let Self { id, family, subject, service, instance, key, all: _ } = self;
+        // One of them is given: the parser sees to it.
+        id.map(TokensMeant::Id)
+            .or(family.map(TokensMeant::Family))
+            .or(subject.map(TokensMeant::Subject))
+            .or(service.map(TokensMeant::Audience))
+            .or(instance.map(TokensMeant::Instance))
+            .or(key.map(TokensMeant::Key))
+            .unwrap_or(TokensMeant::All)
+    }
+}
+
+/// Lists them.
+pub async fn list(place: &Place, which: Which, asker: &Asker, output: Output) -> Done {
+    let Which { subject, service, instance, host } = which;
+    let found = ask(place, &TokenFilter { id: None, subject, service, instance, host }, asker).await?;
+    render::answer(output, &found, |found, paint| match found.is_empty() {
+        true => "none that has not expired: no service demands them, or none that does is declared as an upstream\n"
+            .to_owned(),
+        false => table(found, paint),
+    })
+}
+
+/// Shows one.
+pub async fn show(place: &Place, id: TokenId, asker: &Asker, output: Output) -> Done {
+    let filter = TokenFilter { id: Some(id), ..TokenFilter::default() };
+    let found = ask(place, &filter, asker).await?.into_iter().next();
+    let found = found.ok_or_else(|| {
+        Failure::new(format!("no access token that has not expired has the id {id}"))
+            .help("`countersign token list` shows them")
+    })?;
+    render::answer(output, &found, |one, paint| {
+        let now_ms = render::now_ms();
+        let lines = [
+            ("id", one.id.to_string()),
+            ("family", one.family.to_string()),
+            ("subject", one.subject.to_string()),
+            ("service", one.service.to_string()),
+            ("scope", render::tame(&one.scope.to_string())),
+            ("instance", one.instance.to_string()),
+            ("host", one.host.to_string()),
+            ("bound to", one.certificate.to_string()),
+            ("issued", render::distance(one.issued_at_ms, now_ms)),
+            ("expires", render::distance(one.expires_at_ms, now_ms)),
+            ("revoked", if one.revoked { "yes" } else { "no" }.to_owned()),
+        ];
+        lines.iter().map(|(name, value)| format!("{} {value}\n", paint.dim(&format!("{name:<8}")))).collect()
+    })
+}
+
+/// Revokes some, and waits until every connected proxy enforces it.
+pub async fn revoke(
+    place: &Place,
+    meant: Meant,
+    reason: String,
+    timeout: Duration,
+    asker: &Asker,
+    output: Output,
+) -> Done {
+    let control = Client::control(place);
+    let asked = RevokeTokensAs { meant: meant.meant(), reason, shown: asker.shown() };
+    let revoked: TokensRevoked = control.post("/v1/tokens/revoke", &asked).await?;
+    let timeout = query([("timeout_ms", Some(timeout.as_millis().to_string()))]);
+    let waited: SignalWaited = control.get(&format!("/v1/signals/{}/wait{timeout}", revoked.signal.0)).await?;
+    render::answer(output, &revoked, |revoked, paint| {
+        format!("{} {}, by signal {}\n", paint.good("revoked:"), revoked.meant, revoked.signal.0)
+    })?;
+    if waited.enforced {
+        if output == Output::Text {
+            println!("{} all {} proxies enforce it", Paint::stdout().good("enforced:"), waited.connected);
+        }
+        return Ok(());
+    }
+    let missing: Vec<&str> = waited.missing.iter().take(10).map(InstanceId::as_str).collect();
+    let what = format!("{} of {} proxies do not enforce it yet", waited.missing.len(), waited.connected);
+    Err(Failure::new(what)
+        .cause(missing.join(", "))
+        .help("the revocation stands; proxies that are cut off answer 503 when what they hold is too old"))
+}
+
+async fn ask(place: &Place, filter: &TokenFilter, asker: &Asker) -> Result<Vec<TokenView>, Failure> {
+    let asked = query([
+        ("id", filter.id.map(|id| id.to_string())),
+        ("subject", filter.subject.as_ref().map(ServiceName::to_string)),
+        ("service", filter.service.as_ref().map(ServiceName::to_string)),
+        ("instance", filter.instance.as_ref().map(InstanceId::to_string)),
+        ("host", filter.host.as_ref().map(ServiceName::to_string)),
+    ]);
+    asker.opens(Client::control(place), Act::ReadTokens).await?.get(&format!("/v1/tokens{asked}")).await
+}
+
+fn table(tokens: &[TokenView], paint: Paint) -> String {
+    let now_ms = render::now_ms();
+    let row = |one: &TokenView| {
+        vec![
+            cell(one.id),
+            cell(&one.instance),
+            cell(&one.service),
+            cell(render::tame(&one.scope.to_string())),
+            cell(render::distance(one.expires_at_ms, now_ms)),
+            cell(if one.revoked { "revoked" } else { "" }),
+        ]
+    };
+    render::table(&["ID", "INSTANCE", "FOR", "SCOPE", "EXPIRES", ""], tokens.iter().map(row), paint)
+}
