@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import pathlib
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import envoy
 import pytest
 
 from conftest import BINARY, HERE, ROOT
@@ -34,17 +36,17 @@ def free_port():
 class Edge:
     """A mesh with an Envoy as a workload of it."""
 
-    def __init__(self, directory, isolate):
+    def __init__(self, directory, isolate, edge=None):
         self.directory = directory
         self.isolated = isolate == "auto"
         assert documented("toml") in (ROOT / "README.md").read_text()
-        self.edge = documented("toml").replace('"envoy"', f'"{ENVOY}"')
+        self.edge = edge or documented("toml").replace('"envoy"', f'"{ENVOY}"')
         bootstrap = documented("yaml")
         # In namespaces of its own every port is free, and an Envoy finds its socket where the data directory would be.
         self.port, self.admin, client = (8443, 9901, 8080) if self.isolated else (free_port(), free_port(), free_port())
         if not self.isolated:
             bootstrap = bootstrap.replace("8443", str(self.port)).replace("9901", str(self.admin))
-            bootstrap = bootstrap.replace("workload.sock", "agent/edge-1.sock")
+            bootstrap = bootstrap.replace("workload.sock", "workload.sock" if edge else "agent/edge-1.sock")
         (directory / "envoy.yaml").write_text(bootstrap)
         self.client_port = client
         client = f'[services.client]\nrun = ["{sys.executable}", "{CLIENT}", "serve"]\nport = {client}\n'
@@ -80,6 +82,14 @@ class Edge:
             return None
         assert answer["id"] == f"spiffe://{DOMAIN}/edge" and answer["status"] == "HTTP/1.1 200 OK"
         return answer["serial"]
+
+    def start_envoy(self, program):
+        """As somebody starts it who is not the agent."""
+        words = [program, "--config-path", "envoy.yaml", "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
+        return subprocess.Popen(words, cwd=self.directory, stdout=self.log, stderr=subprocess.STDOUT)
+
+    def processes(self):
+        return json.loads(self.command("-o", "json", "workload", "list"))["processes"]
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)
@@ -118,4 +128,33 @@ def test_an_envoy_believes_nobody_while_its_service_is_suspended_and_ends_with_i
         (edge.directory / "mesh.toml").write_text(edge.rest)
         edge.until("it is gone", lambda: edge.attempt() is None)
     finally:
+        edge.stop()
+
+
+def test_an_envoy_that_the_agent_did_not_start_is_the_service_that_registers_it(tmp_path):
+    program = pathlib.Path(envoy.__file__).with_name("_bin") / "envoy"
+    selectors = [f"unix:uid:{os.getuid()}", f"unix:path:{program.resolve()}"]
+    registered = f"[services.edge]\n[[services.edge.attest]]\nselectors = {json.dumps(selectors)}\n"
+    edge = Edge(tmp_path, "off", registered.replace(str(program.resolve()), "/usr/bin/another"))
+    started = []
+    try:
+        run = json.loads((tmp_path / ".countersign/run.json").read_text())
+        assert run["sds"] == run["workload_api"] == f"unix://{tmp_path}/.countersign/workload.sock"
+        started.append(edge.start_envoy(program))
+        [refused] = edge.until("it is refused", edge.processes)
+        assert "instance" not in refused and set(selectors) < set(refused["selectors"])
+        assert edge.attempt() is None
+        (tmp_path / "mesh.toml").write_text(edge.rest + registered)
+        first = edge.until("the Envoy answers", edge.attempt)
+        [attested] = [one for one in edge.processes() if "instance" in one]
+        assert attested["pid"] == started[0].pid and attested["instance"].startswith("edge/p")
+        edge.command("identity", "revoke", "--serial", first, "--reason", "copied")
+        edge.until("another certificate", lambda: (serial := edge.attempt()) and serial != first)
+        (tmp_path / "mesh.toml").write_text(edge.rest + edge.edge)
+        edge.until("it believes nobody", lambda: edge.attempt() is None)
+        edge.until("it is nobody", lambda: not [one for one in edge.processes() if "instance" in one])
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
         edge.stop()

@@ -1,11 +1,17 @@
 """Identities for a workload, asked for with PyPI's `spiffe` and bare grpcio; and a workload that proposes with its own."""
 
+import hashlib
 import json
+import os
+import pathlib
+import shutil
 import subprocess
+import sys
+import time
 
 import pytest
 
-from conftest import BINARY
+from conftest import BINARY, HERE
 from small import small_mesh
 
 
@@ -27,6 +33,46 @@ def test_software_written_for_spiffe_works_unchanged(tmp_path, isolate):
     }
     for said, expected in zip(refused, ["not meant for `somebody-else`", "no key of its trust domain", "PERMISSION_DENIED"], strict=True):
         assert expected in said
+
+
+def test_software_that_the_agent_did_not_start_is_known_by_its_user_and_its_program(tmp_path):
+    program = pathlib.Path(sys.executable).resolve()
+    selectors = [f"unix:uid:{os.getuid()}", f"unix:path:{program}", f"unix:sha256:{hashlib.sha256(program.read_bytes()).hexdigest()}"]
+    registered = f"[services.batch]\n[services.batch.attest]\nselectors = {json.dumps(selectors)}\n"
+    with small_mesh(tmp_path, "auto", "workload_api.py", "once", more=registered) as lines:
+        assert json.loads(next(lines))["id"] == "spiffe://foreign.example/asker"
+        run_file = tmp_path / ".countersign/run.json"
+        while not run_file.exists():
+            time.sleep(0.1)
+        socket = json.loads(run_file.read_text())["workload_api"]
+
+        def once(interpreter):
+            environment = {**os.environ, "SPIFFE_ENDPOINT_SOCKET": socket, "PYTHONPATH": os.pathsep.join(sys.path)}
+            ask = [interpreter, HERE / "clients/workload_api.py", "once"]
+            return subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=60)
+
+        said = json.loads(once(sys.executable).stdout)
+        assert (said["id"], said["jwt"], said["validated"]) == ("spiffe://foreign.example/batch",) * 3
+        # The same content at another path, run by the same user, is nobody.
+        elsewhere = tmp_path / "python"
+        shutil.copy(program, elsewhere)
+        refused = [BINARY, "-C", tmp_path, "-o", "json", "workload", "list"]
+        asking = subprocess.Popen(
+            [elsewhere, HERE / "clients/workload_api.py", "once"],
+            env={**os.environ, "SPIFFE_ENDPOINT_SOCKET": socket, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHOME": sys.base_prefix},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while True:
+                found = json.loads(subprocess.run(refused, check=True, capture_output=True, text=True).stdout)["processes"]
+                if strangers := [one for one in found if f"unix:path:{elsewhere}" in one["selectors"]]:
+                    break
+                time.sleep(0.1)
+            assert "instance" not in strangers[0]
+        finally:
+            asking.kill()
+            asking.wait()
 
 
 def test_software_written_for_spiffe_has_another_identity_when_its_own_is_revoked(tmp_path):

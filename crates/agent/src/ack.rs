@@ -82,6 +82,12 @@ impl Acknowledgements {
         state.acknowledged_unsaid.remove(instance);
     }
 
+    /// An instance without a proxy ended, of which control knows by the identity that it was issued.
+    pub(crate) fn ended(&self, instance: &InstanceId, reason: &str) {
+        self.state.lock().down_unsaid.insert(instance.clone(), reason.into());
+        self.news.notify_one();
+    }
+
     /// An instance's proxy enforces `revision`; or still does, because of `error`.
     pub(crate) fn enforces(&self, instance: &InstanceId, revision: Revision, error: &str) {
         let mut state = self.state.lock();

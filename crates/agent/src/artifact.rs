@@ -23,7 +23,7 @@ use countersign_core::canonical::Digest;
 use crate::launch::program;
 
 /// Largest file that is read, in bytes.
-const FILE_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const FILE_BYTES_MAX: u64 = 1 << 30;
 /// Scripts whose interpreter is a script, one inside the other: as many as the kernel follows.
 const INTERPRETERS_MAX: usize = 4;
 /// Longest `#!` line that the kernel reads, in bytes.
@@ -52,7 +52,7 @@ pub struct Part {
 
 /// Tells whether a file is still the one that was read, untouched.
 #[derive(Debug, PartialEq, Eq)]
-struct Stamp {
+pub(crate) struct Stamp {
     device: u64,
     inode: u64,
     size: u64,
@@ -146,24 +146,34 @@ impl Part {
         if stamp.size > FILE_BYTES_MAX {
             return Err(MeasureError::TooLarge(path.to_owned()));
         }
-        let mut context = Context::new(&SHA256);
-        let mut buffer = vec![0; READ_BYTES];
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(read) => context.update(&buffer[..read]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(unreadable(e)),
-            }
-        }
-        let mut digest = [0; 32];
-        digest.copy_from_slice(context.finish().as_ref());
-        Ok(Self { name: path.into(), digest: Digest(digest), read: Some(stamp) })
+        let digest = digest_of(&mut file).map_err(unreadable)?;
+        Ok(Self { name: path.into(), digest, read: Some(stamp) })
     }
 }
 
+/// SHA-256 of the rest of a file.
+pub(crate) fn digest_of(file: &mut File) -> io::Result<Digest> {
+    let mut context = Context::new(&SHA256);
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => context.update(&buffer[..read]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    let mut digest = [0; 32];
+    digest.copy_from_slice(context.finish().as_ref());
+    Ok(Digest(digest))
+}
+
 impl Stamp {
-    fn of(metadata: &fs::Metadata) -> Self {
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(crate) fn of(metadata: &fs::Metadata) -> Self {
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),

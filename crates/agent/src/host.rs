@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 use crate::{
     AgentEvent, ack::Acknowledgements, discovery::Discovery, fresh::Fresh, held::Held, identity::now,
     isolate::Isolation, join::Issued, link::ControlAddress, probe::Probes, report::Reports, signals::Heard,
-    telemetry::Telemetry, views::Views,
+    telemetry::Telemetry, views::Views, workload_api::peer::Peer,
 };
 
 /// Events that a slow listener may fall behind before it misses some.
@@ -63,6 +63,8 @@ pub(crate) struct Host {
     pub(crate) telemetry: Option<Telemetry>,
     pub(crate) fresh: Fresh,
     pub(crate) events: broadcast::Sender<AgentEvent>,
+    /// The launchers that were started here.
+    launchers: Mutex<Vec<Peer>>,
 }
 
 /// Whether control was found.
@@ -125,7 +127,21 @@ impl Host {
             probes: Probes::default(),
             telemetry: parts.telemetry,
             events: broadcast::Sender::new(EVENTS_KEPT),
+            launchers: Mutex::default(),
         }
+    }
+
+    /// A launcher was started: what descends from it is a workload of this agent.
+    pub(crate) fn launches(&self, launcher: u32) {
+        let mut launchers = self.launchers.lock();
+        launchers.retain(Peer::is_alive);
+        launchers.extend(Peer::of_pid(launcher));
+    }
+
+    /// Whether a process was started by this agent, or by what it started.
+    pub(crate) fn launched(&self, peer: &Peer) -> bool {
+        let launchers = self.launchers.lock();
+        peer.has_ancestor(|pid| launchers.iter().any(|launcher| launcher.pid() == pid && launcher.is_alive()))
     }
 
     /// Tells whoever listens. Nobody need.

@@ -14,7 +14,7 @@
 //! | `discovery` | where every service runs right now |
 //! | `signals` | what control revoked |
 //! | `identity` | keys and certificates, renewed at half life |
-//! | `workload_api` | the SPIFFE Workload API, on a socket for each instance |
+//! | `workload_api` | the SPIFFE Workload API and Envoy's SDS, on a socket for each instance and one for what the agent did not start |
 //! | `workloads` | instances: a launcher, a workload and a sidecar each, supervised |
 //! | `ack` | what control must know of this host's instances |
 //! | `report` | decision records on their way to control |
@@ -24,7 +24,14 @@
 //! | `local_api` | `agent.sock` |
 //! | [`isolate`], [`launch`], [`harden`] | namespaces of their own for workloads |
 
-use std::{collections::BTreeMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use countersign_api::run_file::RunService;
 use countersign_core::{
@@ -43,6 +50,7 @@ use crate::{
     link::ControlAddress,
     report::Reports,
     signals::Heard,
+    workload_api::registered::{self, Registered},
     workloads::Workloads,
 };
 
@@ -75,6 +83,7 @@ mod workloads;
 pub use join::{IssuedError, JoinError, JoinTokenError, KeptError};
 pub use link::ControlAddressError;
 pub use telemetry::{Source, Telemetry, Told};
+pub use workload_api::registered::SOCKET_PATH_BYTES_MAX;
 
 /// What an agent is told.
 #[derive(Debug, Clone)]
@@ -101,6 +110,8 @@ pub struct AgentConfig {
     pub exit_with_workload: bool,
     /// What is wanted of proxies beyond their records; `None`: nothing, and it costs nothing.
     pub telemetry: Option<Telemetry>,
+    /// Where processes that the agent did not start ask for identities; `None`: nowhere. Its directory says which users reach it.
+    pub workload_socket: Option<PathBuf>,
 }
 
 /// A service on this host: how it is started, which stays here, and what it declares.
@@ -304,6 +315,7 @@ pub struct Agent {
     host: Arc<Host>,
     workloads: Arc<Workloads>,
     tasks: Vec<JoinHandle<()>>,
+    workload_socket: Option<PathBuf>,
 }
 
 /// Starts an agent: joins unless it has joined before, takes up the state it last verified, and starts the workloads.
@@ -319,6 +331,12 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
     keep::directory(&dir).map_err(&unusable)?;
     let socket = config.data_dir.join(countersign_api::run_file::AGENT_SOCKET);
     let listener = local_api::bind(&config.data_dir, &dir).map_err(|source| StartError::Socket { socket, source })?;
+    let workload_socket = config.workload_socket.clone();
+    let asked = workload_socket
+        .as_deref()
+        .map(registered::bind)
+        .transpose()
+        .map_err(|source| StartError::Socket { socket: workload_socket.clone().unwrap_or_default(), source })?;
     let isolation = isolation(&config).await?;
     let address = match config.address {
         Some(given) => given,
@@ -355,15 +373,20 @@ pub async fn start(config: AgentConfig) -> Result<Agent, StartError> {
         tracing::error!(error = link::chain(&error), "what this host held is not used; it begins cold");
     }
     let workloads = Arc::new(Workloads::new(host.clone(), config.exit_with_workload));
-    let tasks = vec![
+    let registered = Arc::new(Registered::new(host.clone()));
+    let mut tasks = vec![
         tokio::spawn(follow::follow(host.clone(), for_control)),
         tokio::spawn(follow::keep_held(host.clone())),
         tokio::spawn(follow::keep_signals(host.clone())),
         tokio::spawn(identity::keep_agent_fresh(host.clone())),
-        tokio::spawn(local_api::serve(listener, workloads.clone())),
+        tokio::spawn(local_api::serve(listener, workloads.clone(), registered.clone())),
     ];
+    if let Some(listener) = asked {
+        tasks.push(tokio::spawn(workload_api::serve(listener, host.clone(), registered.clone())));
+        tasks.push(tokio::spawn(registered.sweep()));
+    }
     workloads.set(config.workloads).await;
-    Ok(Agent { host, workloads, tasks })
+    Ok(Agent { host, workloads, tasks, workload_socket })
 }
 
 async fn isolation(config: &AgentConfig) -> Result<Isolation, StartError> {
@@ -403,6 +426,11 @@ impl Agent {
     /// others, or it ended. Returns those that ended, and why. Waits for control as long as it takes.
     pub async fn ready(&self) -> Vec<(InstanceId, String)> {
         self.workloads.ready().await
+    }
+
+    /// Where processes that it did not start ask for identities.
+    pub fn workload_socket(&self) -> Option<&Path> {
+        self.workload_socket.as_deref()
     }
 
     /// Events from now on.

@@ -16,12 +16,12 @@ use axum::{
     serve::IncomingStream,
 };
 use countersign_api::{
-    local::{Problem, WorkloadView},
+    local::{Problem, ProcessView, WorkloadView},
     run_file::AGENT_SOCKET,
 };
 use tokio::net::UnixListener;
 
-use crate::workloads::Workloads;
+use crate::{workload_api::registered::Registered, workloads::Workloads};
 
 /// Who opened a connection, as the kernel says.
 #[derive(Debug, Clone, Copy)]
@@ -53,11 +53,13 @@ pub(crate) fn bind(data_dir: &Path, dir: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers until dropped.
-pub(crate) async fn serve(listener: UnixListener, workloads: Arc<Workloads>) {
+pub(crate) async fn serve(listener: UnixListener, workloads: Arc<Workloads>, registered: Arc<Registered>) {
     let routes = Router::new()
         .route("/v1/workloads", get(show_workloads))
-        .layer(middleware::from_fn(only_own_uid))
         .with_state(workloads)
+        .route("/v1/processes", get(show_processes))
+        .with_state(registered)
+        .layer(middleware::from_fn(only_own_uid))
         .into_make_service_with_connect_info::<Peer>();
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the agent's local socket failed");
@@ -66,6 +68,10 @@ pub(crate) async fn serve(listener: UnixListener, workloads: Arc<Workloads>) {
 
 async fn show_workloads(State(workloads): State<Arc<Workloads>>) -> Json<Vec<WorkloadView>> {
     Json(workloads.views())
+}
+
+async fn show_processes(State(registered): State<Arc<Registered>>) -> Json<Vec<ProcessView>> {
+    Json(registered.views())
 }
 
 /// The mode of the socket says it already; root, and whoever was handed an open connection, hear it from here.

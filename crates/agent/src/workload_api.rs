@@ -6,12 +6,23 @@
 //!
 //! | furniture | holds |
 //! |---|---|
+//! | [`attest`] | what can be told of a process that the agent did not start |
 //! | [`authority`] | what clients on a unix socket call the other end |
 //! | [`peer`] | the process at the other end of a connection |
+//! | [`registered`] | the socket for processes that the agent did not start |
 //! | [`material`] | the identities of one instance, fetched when somebody asks |
 //! | [`sds`] | the same identities for an Envoy: its Secret Discovery Service |
 
-use std::{convert::Infallible, io, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    io,
+    os::fd::OwnedFd,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use countersign_api::{
@@ -27,13 +38,15 @@ use countersign_api::{
 };
 use countersign_core::{change::Revision, identity::ServiceName, jwt_svid, ledger::Follower, state::Barred};
 use futures_util::{Stream, StreamExt};
+use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::UnixListener,
-    sync::{Semaphore, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    time::Sleep,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, metadata::MetadataMap, transport::server::Connected};
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap, transport::server::Connected};
 
 use crate::{
     host::Host,
@@ -46,13 +59,17 @@ use crate::{
     },
 };
 
+mod attest;
 mod authority;
 pub(crate) mod material;
 pub(crate) mod peer;
+pub(crate) mod registered;
 mod sds;
 
 /// Connections to one socket at the same time at most: a local user that opens more waits.
 const CONNECTIONS_MAX: usize = 256;
+/// How long whoever has no identity may keep a connection.
+const STRANGER_WITHIN: Duration = Duration::from_secs(10);
 /// Requests of one connection at the same time at most.
 const STREAMS_MAX: u32 = 32;
 /// Longest request, in bytes.
@@ -63,9 +80,18 @@ const FIRST_WITHIN: Duration = Duration::from_secs(10);
 const ATTEST_EVERY: Duration = Duration::from_secs(1);
 
 /// Who may come through one socket.
+#[tonic::async_trait]
 pub(crate) trait Door: Send + Sync + 'static {
+    /// Connections of one user at the same time at most.
+    fn connections_per_user_max(&self) -> usize {
+        CONNECTIONS_MAX
+    }
+
+    /// Looks at who has connected, before anything is read of it.
+    async fn meet(&self, _peer: &Arc<Peer>) {}
+
     /// What `peer` may have now; `PERMISSION_DENIED` when it has no identity.
-    fn admit(&self, peer: &Peer) -> Result<Arc<Material>, Status>;
+    fn admit(&self, peer: &Arc<Peer>) -> Result<Arc<Material>, Status>;
 }
 
 /// Whether processes of `service` have an identity at all, as far as this host knows.
@@ -91,7 +117,7 @@ pub(crate) async fn serve(listener: OwnedFd, host: Arc<Host>, door: Arc<dyn Door
         Err(error) => return tracing::error!(%error, "the socket for workloads cannot be used"),
     };
     let (accepted, incoming) = mpsc::channel(1);
-    let accepting = accept(listener, accepted);
+    let accepting = accept(listener, door.clone(), accepted);
     let api = Api { host, door };
     let secrets = SecretDiscoveryServiceServer::new(api.clone()).max_decoding_message_size(sds::MESSAGE_BYTES_MAX);
     let api = SpiffeWorkloadApiServer::new(api).max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -111,8 +137,9 @@ pub(crate) async fn serve(listener: OwnedFd, host: Arc<Host>, door: Arc<dyn Door
     }
 }
 
-async fn accept(listener: UnixListener, accepted: mpsc::Sender<Connection>) {
+async fn accept(listener: UnixListener, door: Arc<dyn Door>, accepted: mpsc::Sender<Connection>) {
     let open = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let users = Arc::new(Users { open: Mutex::default(), max: door.connections_per_user_max() });
     loop {
         let Ok(permit) = open.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
@@ -123,15 +150,62 @@ async fn accept(listener: UnixListener, accepted: mpsc::Sender<Connection>) {
                 continue;
             }
         };
-        match Peer::of(&stream) {
-            Ok(peer) => {
-                let connection = Connection { stream: WithAuthority::new(stream), peer: Arc::new(peer), _open: permit };
-                if accepted.send(connection).await.is_err() {
-                    return;
-                }
-            }
+        let peer = match Peer::of(&stream) {
+            Ok(peer) => Arc::new(peer),
             // It has ended already, or the kernel does not say who it is.
-            Err(error) => tracing::info!(%error, "who opened a connection cannot be told; it is closed"),
+            Err(error) => {
+                tracing::info!(%error, "who opened a connection cannot be told; it is closed");
+                continue;
+            }
+        };
+        let Some(seat) = Seat::take(&users, peer.uid()) else {
+            tracing::debug!(uid = peer.uid(), "a user has too many connections; another is closed");
+            continue;
+        };
+        let (door, accepted) = (door.clone(), accepted.clone());
+        tokio::spawn(async move {
+            door.meet(&peer).await;
+            let is_stranger = door.admit(&peer).is_err_and(|status| status.code() == Code::PermissionDenied);
+            let until = is_stranger.then(|| Box::pin(tokio::time::sleep(STRANGER_WITHIN)));
+            let stream = WithAuthority::new(stream);
+            let _ = accepted.send(Connection { stream, peer, until, _seat: seat, _open: permit }).await;
+        });
+    }
+}
+
+/// The connections that each user has open.
+struct Users {
+    open: Mutex<BTreeMap<u32, usize>>,
+    max: usize,
+}
+
+/// One connection of a user.
+struct Seat {
+    users: Arc<Users>,
+    uid: u32,
+}
+
+impl Seat {
+    /// None: the user has as many as it may.
+    fn take(users: &Arc<Users>, uid: u32) -> Option<Self> {
+        let mut open = users.open.lock();
+        let taken = open.entry(uid).or_default();
+        if *taken >= users.max {
+            return None;
+        }
+        *taken += 1;
+        Some(Self { users: users.clone(), uid })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut open = self.users.open.lock();
+        if let Some(taken) = open.get_mut(&self.uid) {
+            *taken -= 1;
+            if *taken == 0 {
+                open.remove(&self.uid);
+            }
         }
     }
 }
@@ -140,7 +214,10 @@ async fn accept(listener: UnixListener, accepted: mpsc::Sender<Connection>) {
 struct Connection {
     stream: WithAuthority<tokio::net::UnixStream>,
     peer: Arc<Peer>,
-    _open: tokio::sync::OwnedSemaphorePermit,
+    /// When it ends whatever is open on it: whoever opened it had no identity then.
+    until: Option<Pin<Box<Sleep>>>,
+    _seat: Seat,
+    _open: OwnedSemaphorePermit,
 }
 
 impl Connected for Connection {
@@ -153,25 +230,24 @@ impl Connected for Connection {
 impl tokio::io::AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
+        cx: &mut Context<'_>,
         buf: &mut tokio::io::ReadBuf<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
+    ) -> Poll<io::Result<()>> {
+        if self.until.as_mut().is_some_and(|until| until.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl tokio::io::AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-        buf: &[u8],
-    ) -> std::task::Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -46,7 +46,7 @@
 //!
 //! Of it, [`crate::device`] answers commands on other machines.
 //!
-//! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`.
+//! `GET /v1/workloads` on `agent.sock` answers `[`[`WorkloadView`]`]`, `GET /v1/processes` `[`[`ProcessView`]`]`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -64,6 +64,7 @@ use countersign_core::{
     gate::{Author, Requires, act::Act},
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
+    registration::Selector,
     signal::{Serial, SignalSeq, TokensMeant},
     state::MeshState,
     token::{Scope, Thumbprint, TokenId},
@@ -1213,6 +1214,18 @@ pub struct WorkloadView {
     pub restarts: u32,
     /// Why it is not running.
     pub last_exit: Option<String>,
+}
+
+/// One process that asked an agent for an identity and that the agent did not start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessView {
+    /// Its number.
+    pub pid: u32,
+    /// The instance that it is; absent when no service registers it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<InstanceId>,
+    /// What it is known by.
+    pub selectors: BTreeSet<Selector>,
 }
 
 impl fmt::Debug for Invitation {

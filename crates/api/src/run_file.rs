@@ -33,6 +33,10 @@ pub struct RunFile {
     pub pipelines: Option<String>,
     /// The origin of the ledger: the first line of its checkpoints and the name of the key that signs them.
     pub ledger_origin: Option<String>,
+    /// Where processes that no agent started ask for SPIFFE identities: `unix:///…/workload.sock`.
+    pub workload_api: Option<String>,
+    /// Where Envoys that no agent started ask for their secrets: the same socket.
+    pub sds: Option<String>,
     /// Every service of the mesh directory that runs on this machine.
     pub services: BTreeMap<ServiceName, RunService>,
 }

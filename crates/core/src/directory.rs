@@ -594,6 +594,50 @@ l = { port = 12, contract = 7 }
         assert!(contract_files(toml).iter().all(|path| !path.contains("secret") && !path.starts_with(['/', '.'])));
     }
 
+    #[test]
+    fn registrations_are_read_as_one_table_or_several_and_every_mistake_of_them_is_told() {
+        let read = |text: &str| format!("trust_domain = \"shop.example\"\n{text}");
+        let one = read("[services.edge.attest]\nselectors = [\"unix:uid:7\", \"unix:path:/usr/bin/envoy\"]\n");
+        let several = read(
+            "[[services.edge.attest]]\nselectors = [\"unix:uid:7\"]\nhost = \"h1\"\n[[services.edge.attest]]\nselectors = [\"systemd:id:e.service\"]\n",
+        );
+        for (text, expected) in [(one, 1), (several, 2)] {
+            let given = files(&[("mesh.toml", &text)]);
+            let directory = parse(&given).unwrap_or_else(|_| panic!("{}", told(&given)));
+            let edge = &directory.services[&ServiceName::parse("edge").unwrap()];
+            assert_eq!((edge.spec.attest.len(), &edge.run, edge.port), (expected, &None, None));
+            let plan = plan(&directory, &MeshState::default(), Revision(0)).unwrap();
+            let text = String::from_utf8(crate::canonical::encode(&plan.change_set)).unwrap();
+            assert_eq!(serde_json::from_str::<crate::change::ChangeSet>(&text).unwrap(), plan.change_set);
+        }
+        let wrong = "\
+trust_domain = \"shop.example\"
+[services.a]
+attest = [{ selectors = [\"unix:path:/usr/bin/python3\"] }, { selectors = [\"uid:7\", \"unix:uid:7\"] }, { selector = [] }]
+[services.b]
+attest = { selectors = [\"unix:uid:7\", \"unix:uid:8\"] }
+[services.c]
+attest = { selectors = [], host = \"H 1\" }
+[services.d]
+attest = { selectors = [] }
+[services.e]
+attest = []
+[services.f]
+attest = \"unix:uid:7\"
+";
+        expect_test::expect![[r#"
+            mesh.toml:3:13 a program alone is nobody: whoever may run it would be this service (say who runs it as well: `unix:uid:`, `unix:gid:`, `systemd:id:`, `cgroup:` or `container:`)
+            mesh.toml:3:74 `uid:7` is not a selector (write `unix:uid:1000`, `unix:gid:1000`, `systemd:id:envoy.service`, `cgroup:/…`, `container:…`, `unix:path:/usr/bin/envoy` or `unix:sha256:…`; `countersign workload list` shows those of who asked)
+            mesh.toml:3:100 `selectors` is missing (say what is known of such a process: selectors = ["unix:uid:1000", "unix:path:/usr/bin/envoy"])
+            mesh.toml:3:102 unknown key `selector` (did you mean `selectors`?)
+            mesh.toml:5:12 no process has both `unix:uid:7` and `unix:uid:8` (write a registration for each)
+            mesh.toml:7:35 `H 1` is not a service name: only `a`-`z`, `0`-`9` and `-` are allowed
+            mesh.toml:9:12 a registration has 1 to 16 selectors (say what is known of such a process: `unix:uid:1000` and `unix:path:/usr/bin/envoy`)
+            mesh.toml:11:10 a service has 1 to 16 registrations (leave `attest` out where there is none)
+            mesh.toml:13:10 `attest` must be a table, not a string
+        "#]].assert_eq(&told(&files(&[("mesh.toml", wrong)])));
+    }
+
     const SMALL: &str = "\
 trust_domain = \"shop.example\"
 [services]

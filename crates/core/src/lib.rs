@@ -29,6 +29,7 @@
 //! | [`signal`] | what holds at once and for a while: certificates that are revoked |
 //! | [`token`] | access tokens: what they say, whom they are bound to, and why one is not believed |
 //! | [`record`] | the record of one decision |
+//! | [`registration`] | which processes are a service although no agent started them |
 
 pub mod assurance;
 pub mod canonical;
@@ -49,6 +50,7 @@ pub mod path;
 pub mod pipeline;
 pub mod policy;
 pub mod record;
+pub mod registration;
 pub mod route;
 pub mod service;
 pub mod sign_in;

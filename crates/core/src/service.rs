@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{canonical::Digest, identity::ServiceName};
+use crate::{canonical::Digest, identity::ServiceName, registration::Registration};
 
 /// What a service speaks behind its sidecar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Default)]
@@ -90,6 +90,9 @@ pub struct ServiceSpec {
     /// Whether its callers need an access token. The default is not written.
     #[serde(default, skip_serializing_if = "Tokens::are_optional")]
     pub tokens: Tokens,
+    /// The processes that are instances of it although no agent started them.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub attest: BTreeSet<Registration>,
 }
 
 fn is_default(given: &FirstContact) -> bool {
@@ -117,6 +120,7 @@ impl ServiceSpec {
             without_contract: false,
             first_contact: FirstContact::default(),
             tokens: Tokens::default(),
+            attest: BTreeSet::new(),
         }
     }
 }

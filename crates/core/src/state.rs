@@ -18,6 +18,7 @@ use crate::{
     lifetimes::Lifetimes,
     operator::{EnrolledFactor, FACTORS_MAX, Operator, QUORUM_MAX, REASON_BYTES_MAX, Recovery, Seal},
     pipeline::{self, Issuer, IssuerName, PIPELINES_MAX, Pipeline, PipelineName},
+    registration::REGISTRATIONS_MAX,
     route::Route,
     service::ServiceSpec,
     sign_in::{self, SIGN_INS_MAX, SignIn, SignInName},
@@ -165,6 +166,9 @@ pub enum FoldError {
     /// None, or too many, executables and images.
     #[error("a deployment names 1 to {ARTIFACTS_MAX} executables or images")]
     Artifacts,
+    /// Too many ways to be one service.
+    #[error("a service has at most {REGISTRATIONS_MAX} registrations")]
+    Registrations,
     /// A standing that it cannot come from.
     #[error("service {name} is {is}: {what}")]
     Standing {
@@ -207,6 +211,9 @@ impl MeshState {
         let known = |removed: bool| if removed { Ok(()) } else { Err(FoldError::Unknown(change.subject())) };
         match change {
             Change::CreateMesh { .. } => unreachable!("matched above"),
+            Change::DeclareService { spec, .. } if spec.attest.len() > REGISTRATIONS_MAX => {
+                return Err(FoldError::Registrations);
+            }
             Change::DeclareService { name, spec } => match self.services.get_mut(name) {
                 Some(service) => service.spec = spec.clone(),
                 None => {

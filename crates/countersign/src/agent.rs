@@ -9,7 +9,9 @@ use std::{
 
 use clap::Args;
 
-use countersign_agent::{AgentConfig, Isolate, StartError, WorkloadSpec};
+use countersign_agent::{
+    AgentConfig, Isolate, SOCKET_PATH_BYTES_MAX, StartError, WorkloadSpec, isolate::WORKLOAD_SOCKET,
+};
 use countersign_core::{
     directory::{self, Directory},
     identity::ServiceName,
@@ -49,6 +51,33 @@ pub struct AgentArguments {
     /// The name of this host [default: its host name]
     #[arg(long, value_name = "NAME")]
     pub host: Option<ServiceName>,
+    /// Where processes that it did not start ask
+    #[command(flatten)]
+    pub socket: WorkloadSocketArguments,
+}
+
+/// Where processes that an agent did not start ask for identities.
+#[derive(Debug, Args)]
+pub struct WorkloadSocketArguments {
+    /// Where processes that the agent did not start ask for identities: its directory says which users reach it
+    /// [default: workload.sock in the data directory, which only this user reaches]
+    #[arg(long, value_name = "PATH")]
+    workload_socket: Option<PathBuf>,
+}
+
+impl WorkloadSocketArguments {
+    /// Where it is; nowhere, when nothing was said and the data directory lies too deep for a socket.
+    pub fn place(self, place: &Place) -> Result<Option<PathBuf>, Failure> {
+        let usual = self.workload_socket.is_none();
+        let path = self.workload_socket.unwrap_or_else(|| place.data_dir.join(WORKLOAD_SOCKET));
+        let path = std::path::absolute(&path)
+            .map_err(|e| Failure::new(format!("could not find `{}`", path.display())).because(&e))?;
+        if usual && path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            tracing::warn!(path = %path.display(), "processes that the agent did not start cannot ask: the path of the socket is too long");
+            return Ok(None);
+        }
+        Ok(Some(path))
+    }
 }
 
 /// Runs until it is told to stop.
@@ -68,6 +97,7 @@ pub async fn agent(arguments: AgentArguments, global: &Global, telemetry: &Telem
     place.create_data_dir()?;
     let told = serve::until_told()?;
     let mut workloads = workloads(&directory, dir);
+    let workload_socket = arguments.socket.place(&place)?;
     workloads.retain(|workload| wanted.is_empty() || wanted.contains(&workload.service));
     let teller =
         Teller::new(global.output, workloads.iter().map(|workload| (workload.service.clone(), workload.instances)));
@@ -83,6 +113,7 @@ pub async fn agent(arguments: AgentArguments, global: &Global, telemetry: &Telem
         executable: executable(),
         exit_with_workload: false,
         telemetry: telemetry.of_agent(Some(&directory.trust_domain)),
+        workload_socket,
     })
     .await?;
     let mut events = agent.events();
@@ -108,7 +139,7 @@ pub async fn start(config: AgentConfig) -> Result<countersign_agent::Agent, Fail
                 "make a new join token with `countersign host invite` where the control plane runs, and give it with `--join`"
             }
             StartError::Dir { .. } | StartError::Socket { .. } => {
-                "the data directory must be yours and writable; see `countersign doctor`"
+                "the data directory, and that of `--workload-socket`, must be yours and writable for you alone; see `countersign doctor`"
             }
             StartError::Isolation(_) => "see `countersign doctor`, or accept workloads that are not separated: `isolate = \"auto\"`",
             StartError::Kept { .. } | StartError::Anchor(_) => "remove that directory and join again with a new token",
@@ -118,10 +149,11 @@ pub async fn start(config: AgentConfig) -> Result<countersign_agent::Agent, Fail
     })
 }
 
-/// How this host runs the services of `directory`, which lies at `dir`.
+/// How this host runs the services of `directory`, which lies at `dir`. What is only attested needs no sidecar.
 pub fn workloads(directory: &Directory, dir: &Path) -> Vec<WorkloadSpec> {
     let services = directory.services.iter();
     services
+        .filter(|(_, service)| service.run.is_some() || service.port.is_some())
         .map(|(name, service)| WorkloadSpec {
             service: name.clone(),
             spec: service.spec.clone(),

@@ -29,7 +29,7 @@ use crate::{
     run, service, session, status, store,
     telemetry::{self, Telemetry},
     token::{self, TokenVerb},
-    up,
+    up, workloads,
 };
 
 /// A zero-trust service mesh: every request is judged while it lives.
@@ -88,6 +88,9 @@ pub enum Command {
     /// Access tokens that sidecars show each other
     #[command(subcommand)]
     Token(token::TokenVerb),
+    /// What runs on this host, and what asked its agent for an identity
+    #[command(subcommand)]
+    Workload(WorkloadVerb),
     /// Write a small mesh directory that `up` runs
     Init(InitArguments),
     /// Show what `apply` would change
@@ -175,6 +178,13 @@ pub enum HostVerb {
         asker: operator::Asker,
     },
     /// List them, and the services that each may run
+    List,
+}
+
+/// What can be asked about what runs on this host.
+#[derive(Debug, Subcommand)]
+pub enum WorkloadVerb {
+    /// List what the agent of this host started, the processes that it attested, and those that it refused lately
     List,
 }
 
@@ -405,6 +415,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             ask(host::invite(&place(&global)?, invite, &asker, output))
         }
         Command::Host(HostVerb::List) => ask(host::list(&place(&global)?, output)),
+        Command::Workload(WorkloadVerb::List) => ask(workloads::list(&here(&global)?, output)),
         Command::Identity(IdentityVerb::List { which }) => ask(identity::list(&place(&global)?, which, output)),
         Command::Identity(IdentityVerb::Show { serial }) => ask(identity::show(&place(&global)?, serial, output)),
         Command::Identity(IdentityVerb::Revoke { which, reason, timeout, asker }) => {

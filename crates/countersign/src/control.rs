@@ -211,6 +211,8 @@ pub fn run_file(place: &Place, control: &Control) -> RunFile {
         dashboard: control.dashboard().map(str::to_owned),
         pipelines: control.pipelines.clone(),
         ledger_origin: control.ledger_origin(),
+        workload_api: None,
+        sds: None,
         services: Default::default(),
     }
 }

@@ -48,6 +48,7 @@ mod token;
 mod up;
 mod watch;
 mod workload;
+mod workloads;
 
 use std::{ffi::OsString, process::ExitCode};
 

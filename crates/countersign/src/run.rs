@@ -79,6 +79,7 @@ pub async fn run(arguments: Run, global: &Global, telemetry: &Telemetry) -> Resu
         executable: agent::executable(),
         exit_with_workload: true,
         telemetry: telemetry.of_agent(None),
+        workload_socket: None,
     })
     .await;
     let code = match agent {

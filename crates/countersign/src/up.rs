@@ -91,6 +91,9 @@ pub struct Up {
     /// Whom it signs in beside operators
     #[command(flatten)]
     pub sign_in: SignInArguments,
+    /// Where processes that it did not start ask
+    #[command(flatten)]
+    pub socket: agent::WorkloadSocketArguments,
     /// Leave the mesh as it is when its directory is saved
     #[arg(long)]
     pub no_watch: bool,
@@ -143,6 +146,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
         // Whoever saves a file has shown nothing by it: what needs a factor waits for one.
         who: Who { operator: arguments.operator, ..Who::default() },
         started,
+        workload_socket: arguments.socket.place(&place)?,
     };
     let result = tokio::select! {
         result = mesh.begin(directory, global) => match result {
@@ -173,6 +177,7 @@ struct Mesh<'a> {
     address: Option<IpAddr>,
     who: Who,
     started: Instant,
+    workload_socket: Option<PathBuf>,
 }
 
 impl Mesh<'_> {
@@ -206,6 +211,7 @@ impl Mesh<'_> {
             executable: agent::executable(),
             exit_with_workload: false,
             telemetry: self.telemetry.of_agent(Some(&directory.trust_domain)),
+            workload_socket: self.workload_socket.clone(),
         })
         .await?;
         Ok((agent, teller))
@@ -238,7 +244,13 @@ impl Mesh<'_> {
     }
 
     fn run_file(&self, agent: &Agent) -> RunFile {
-        RunFile { services: agent.run_services(), ..control::run_file(self.place, self.control) }
+        let asked = agent.workload_socket().map(|path| format!("unix://{}", path.display()));
+        RunFile {
+            services: agent.run_services(),
+            workload_api: asked.clone(),
+            sds: asked,
+            ..control::run_file(self.place, self.control)
+        }
     }
 
     async fn announce(&self, agent: &Agent, teller: &Teller, ended: usize) -> Done {

@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::MetadataExt,
     },
+    sync::OnceLock,
 };
 
 use nix::{
@@ -19,6 +20,8 @@ use rustix::{
 };
 use tokio::net::UnixStream;
 
+use crate::workload_api::attest::Observed;
+
 /// Ancestors that are looked at: a process is not nested deeper than this without a purpose.
 const ANCESTORS_MAX: usize = 256;
 
@@ -27,23 +30,41 @@ const ANCESTORS_MAX: usize = 256;
 pub(crate) struct Peer {
     pid: u32,
     pidfd: OwnedFd,
+    /// The user that it was when it connected.
+    uid: u32,
+    /// What it is, where somebody looked: once, when it connected.
+    pub(crate) observed: OnceLock<Observed>,
 }
 
 impl Peer {
     /// Who opened the connection: by SO_PEERPIDFD where the kernel has it (Linux 6.5), before that by a pidfd of the number that the
     /// process had when it connected, opened at once: only a number that is used again within that moment deceives it.
     pub(crate) fn of(stream: &UnixStream) -> io::Result<Self> {
-        let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+        let credentials = stream.peer_cred()?;
+        let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
         let pid = pid.ok_or_else(|| io::Error::other("it is not of this process namespace"))?;
         let pidfd = match getsockopt(&stream.as_fd(), sockopt::PeerPidfd) {
             Ok(pidfd) => pidfd,
-            Err(Errno::ENOPROTOOPT) => {
-                let process = Pid::from_raw(pid.cast_signed()).ok_or(rustix::io::Errno::SRCH)?;
-                pidfd_open(process, PidfdFlags::empty())?
-            }
+            Err(Errno::ENOPROTOOPT) => pidfd_of(pid)?,
             Err(error) => return Err(error.into()),
         };
-        Ok(Self { pid, pidfd })
+        Ok(Self { pid, pidfd, uid: credentials.uid(), observed: OnceLock::new() })
+    }
+
+    /// The process that has this number now.
+    pub(crate) fn of_pid(pid: u32) -> io::Result<Self> {
+        let uid = fs::metadata(format!("/proc/{pid}"))?.uid();
+        Ok(Self { pid, pidfd: pidfd_of(pid)?, uid, observed: OnceLock::new() })
+    }
+
+    /// Its number, which is its own as long as it is alive.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The user that it was when it connected.
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
     }
 
     /// Whether what was just read of `/proc/<pid>` was read of this process: it is still there.
@@ -55,9 +76,14 @@ impl Peer {
 
     /// Whether it is process `ancestor`, or descends from it.
     pub(crate) fn descends_from(&self, ancestor: u32) -> bool {
+        self.has_ancestor(|pid| pid == ancestor)
+    }
+
+    /// Whether it is, or descends from, one that is meant.
+    pub(crate) fn has_ancestor(&self, is_meant: impl Fn(u32) -> bool) -> bool {
         let mut pid = self.pid;
         for _ in 0..ANCESTORS_MAX {
-            if pid == ancestor {
+            if is_meant(pid) {
                 return self.is_alive();
             }
             match parent(pid) {
@@ -79,11 +105,20 @@ pub(crate) fn mounts_of(process: &str) -> io::Result<u64> {
     Ok(fs::metadata(format!("/proc/{process}/ns/mnt"))?.ino())
 }
 
-/// proc(5): the fourth field of `/proc/<pid>/stat`. The name before it, in parentheses, may hold spaces and parentheses.
+fn pidfd_of(pid: u32) -> io::Result<OwnedFd> {
+    let process = Pid::from_raw(pid.cast_signed()).ok_or(rustix::io::Errno::SRCH)?;
+    Ok(pidfd_open(process, PidfdFlags::empty())?)
+}
+
 fn parent(pid: u32) -> Option<u32> {
+    field_of_stat(pid, 4)?.parse().ok()
+}
+
+/// proc(5): a field of `/proc/<pid>/stat`, the third or a later one. The name before it, in parentheses, may hold spaces and parentheses.
+pub(crate) fn field_of_stat(pid: u32, field: usize) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok()
+    rest.split(' ').nth(field.checked_sub(3)?).map(str::to_owned)
 }
 
 #[cfg(test)]

@@ -421,6 +421,7 @@ impl Instance {
             Some(launcher) => launcher,
             None => {
                 let mut prepared = isolate::prepare(spec.clone()).await?;
+                host.launches(prepared.pid);
                 prepared.stdout.take().into_iter().for_each(|stdout| output.read(stdout));
                 prepared.stderr.take().into_iter().for_each(|stderr| output.read(stderr));
                 if let Some(note) = &prepared.note {

@@ -1,10 +1,17 @@
 //! A workload that asks for its identities, and strangers who do. This program is that workload too: as software written for SPIFFE
 //! (`asks`), and as an Envoy (`asks-as-envoy`).
 
-use std::{collections::BTreeSet, path::Path, process::ExitCode, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::atomic::Ordering,
+    time::Duration,
+};
 
-use countersign_agent::AgentEvent;
+use countersign_agent::{Agent, AgentConfig, AgentEvent, WorkloadSpec, start};
 use countersign_api::{
+    mesh::follow_request::Message,
     sds::{
         BuildVersion, DiscoveryRequest, Node, SECRET_TYPE, Secret, SemanticVersion, SpiffeCertValidatorConfig,
         secret::Type, secret_discovery_service_client::SecretDiscoveryServiceClient,
@@ -14,15 +21,21 @@ use countersign_api::{
         X509BundlesRequest, X509svidRequest, spiffe_workload_api_client::SpiffeWorkloadApiClient,
     },
 };
-use countersign_core::{canonical::Digest, change::Change};
+use countersign_core::{
+    canonical::Digest,
+    change::Change,
+    registration::Registration,
+    service::{Protocol, ServiceSpec},
+};
 use hyper_util::rt::TokioIo;
-use prost::Message;
+use prost::Message as _;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt};
 use tonic::{
     Code, Request, Status,
     transport::{Channel, Endpoint},
 };
 
-use crate::{control::declare, event, ground, name, until, workload};
+use crate::{Ground, WITHIN, control::declare, event, ground, name, until, workload};
 
 async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
     SpiffeWorkloadApiClient::new(channel(socket).await)
@@ -252,4 +265,120 @@ pub async fn a_process_that_the_agent_did_not_launch_has_no_identity() {
     refused(client.fetch_jwtsvid(twice).await, Code::InvalidArgument).await;
     assert!(!ground.control.issued.lock().iter().any(|issued| issued.contains(" for ")));
     agent.stop(Duration::ZERO).await;
+}
+
+/// What registers this very program, of this very user.
+fn registered(service: &str) -> Change {
+    let program = std::env::current_exe().unwrap().canonicalize().unwrap();
+    let uid = rustix::process::getuid().as_raw();
+    let selectors = [format!("unix:uid:{uid}"), format!("unix:path:{}", program.display())];
+    let selectors = selectors.iter().map(|selector| selector.parse().unwrap()).collect();
+    let attest = [Registration::new(selectors, Some(name("h1"))).unwrap()].into();
+    Change::DeclareService { name: name(service), spec: ServiceSpec { attest, ..ServiceSpec::new(Protocol::Http) } }
+}
+
+/// An agent with a socket for what it did not start.
+async fn start_with_socket(ground: &Ground, workloads: Vec<WorkloadSpec>) -> (Agent, PathBuf) {
+    let socket = ground.dir.path().join("workload.sock");
+    let config = ground.config(Some(ground.control.token()), workloads);
+    let agent = start(AgentConfig { workload_socket: Some(socket.clone()), ..config }).await.unwrap();
+    (agent, socket)
+}
+
+/// PROVES (attested-by-selectors)
+pub async fn a_process_that_the_agent_did_not_start_is_the_service_that_registers_it_and_nobody_without() {
+    let ground = ground().await;
+    ground.control.append(vec![declare("web")], &[]);
+    ground.control.svid_seconds.store(4, Ordering::Relaxed);
+    let (agent, socket) = start_with_socket(&ground, vec![]).await;
+    let mut stranger = client(&socket).await;
+    until_some("it is refused", async || {
+        let refused = stranger.fetch_x509_bundles(with_header(X509BundlesRequest {})).await.unwrap_err();
+        // Before this host knows its mesh it says so.
+        (refused.code() == Code::PermissionDenied).then_some(refused)
+    })
+    .await;
+    ground.control.append(vec![registered("edge")], &[]);
+    let mut asks = tokio::process::Command::new(std::env::current_exe().unwrap());
+    asks.arg("asks").env(ENDPOINT_VARIABLE, format!("unix://{}", socket.display()));
+    asks.stdout(std::process::Stdio::piped()).kill_on_drop(true);
+    // The change is on its way to this host: who asks before it is there is refused.
+    let (mut process, mut lines) = until_some("it is registered", async || {
+        let mut process = asks.spawn().unwrap();
+        let mut lines = tokio::io::BufReader::new(process.stdout.take().unwrap()).lines();
+        let said = lines.next_line().await.unwrap()?;
+        assert_eq!(said, format!("validated spiffe://{}/edge", ground.control.trust_domain));
+        Some((process, lines))
+    })
+    .await;
+    let mut seen = BTreeSet::new();
+    while seen.len() < 3 {
+        let said = lines.next_line().await.unwrap().unwrap();
+        if let Some(svid) = said.strip_prefix(&format!("svid spiffe://{}/edge true ", ground.control.trust_domain)) {
+            assert!(seen.insert(svid.to_owned()), "an SVID was told twice");
+        }
+    }
+    let downs = || {
+        let said = ground.control.said.lock();
+        let down = |message: &&Message| matches!(message, Message::Down(down) if down.instance.starts_with("edge/p"));
+        said.iter().filter(down).count()
+    };
+    assert_eq!(downs(), 0);
+    ground.control.append(vec![declare("edge")], &[]);
+    let ended = loop {
+        let said = lines.next_line().await.unwrap().unwrap();
+        if !said.starts_with("svid ") {
+            break said;
+        }
+    };
+    assert_eq!(ended, "ended PermissionDenied");
+    until("control hears that it is none any more", || downs() >= 1).await;
+    process.kill().await.unwrap();
+    agent.stop(Duration::ZERO).await;
+}
+
+pub async fn what_the_agent_started_is_nobody_else_on_the_socket_of_the_host() {
+    let ground = ground().await;
+    ground.control.append(vec![declare("web"), registered("edge")], &[]);
+    let mut spec = workload("web", "");
+    spec.run = Some(vec![std::env::current_exe().unwrap().display().to_string(), "asks".into()]);
+    let socket = ground.dir.path().join("workload.sock");
+    spec.env.insert(ENDPOINT_VARIABLE.into(), format!("unix://{}", socket.display()));
+    let (agent, _) = start_with_socket(&ground, vec![spec]).await;
+    let mut events = agent.events();
+    let said = event(&mut events, |event| match event {
+        AgentEvent::Output { line, .. } if line.contains("PermissionDenied") => Some(line.clone()),
+        _ => None,
+    })
+    .await;
+    assert!(said.contains("the agent started this process"), "{said}");
+    assert!(!ground.control.issued.lock().iter().any(|issued| issued.starts_with("edge/")));
+    agent.stop(Duration::ZERO).await;
+}
+
+pub async fn one_user_does_not_keep_others_from_the_socket_of_the_host() {
+    const CONNECTIONS_PER_USER_MAX: usize = 64;
+    let ground = ground().await;
+    ground.control.append(vec![registered("edge")], &[]);
+    let (agent, socket) = start_with_socket(&ground, vec![]).await;
+    let mut held = Vec::new();
+    for _ in 0..CONNECTIONS_PER_USER_MAX {
+        held.push(tokio::net::UnixStream::connect(&socket).await.unwrap());
+    }
+    let mut one_more = tokio::net::UnixStream::connect(&socket).await.unwrap();
+    assert_eq!(one_more.read(&mut [0]).await.unwrap_or(0), 0, "it is closed");
+    drop(held);
+    agent.stop(Duration::ZERO).await;
+}
+
+/// Tries until there is something.
+async fn until_some<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    let begun = std::time::Instant::now();
+    loop {
+        if let Some(found) = attempt().await {
+            return found;
+        }
+        assert!(begun.elapsed() < WITHIN, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

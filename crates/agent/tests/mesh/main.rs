@@ -42,8 +42,11 @@ use crate::{
     control::{Control, Served, declare, name},
     identities::{
         a_process_that_the_agent_did_not_launch_has_no_identity,
+        a_process_that_the_agent_did_not_start_is_the_service_that_registers_it_and_nobody_without,
         a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh,
         an_envoy_has_its_secrets_until_its_service_is_suspended_and_again_when_it_is_resumed,
+        one_user_does_not_keep_others_from_the_socket_of_the_host,
+        what_the_agent_started_is_nobody_else_on_the_socket_of_the_host,
     },
 };
 
@@ -118,6 +121,9 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh
         an_envoy_has_its_secrets_until_its_service_is_suspended_and_again_when_it_is_resumed
         a_process_that_the_agent_did_not_launch_has_no_identity
+        a_process_that_the_agent_did_not_start_is_the_service_that_registers_it_and_nobody_without
+        what_the_agent_started_is_nobody_else_on_the_socket_of_the_host
+        one_user_does_not_keep_others_from_the_socket_of_the_host
     };
     libtest_mimic::run(arguments, trials).exit_code()
 }
@@ -235,6 +241,7 @@ fn config(data_dir: PathBuf, control: SocketAddr, join: Option<String>, workload
         executable: std::env::current_exe().unwrap(),
         exit_with_workload: false,
         telemetry: None,
+        workload_socket: None,
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{
     lifetimes::{INTERMEDIATE_DAYS, Lifetimes, ROOT_DAYS, SVID_SECONDS},
     operator::{QUORUM_MAX, Seal},
     pipeline::{Issuer, IssuerName, Pipeline, PipelineName},
+    registration::{REGISTRATIONS_MAX, Registration, Selector},
     service::{
         EXCHANGES_MAX_DEFAULT, FirstContact, MAX_STALENESS_SECONDS_DEFAULT, Protocol, Recorded, ServiceSpec, Tokens,
     },
@@ -250,7 +251,7 @@ fn read_service<'t>(
     let run = read_run(table);
     let instances = table.whole("instances", 1..=u64::from(INSTANCES_MAX)).unwrap_or(1) as u32;
     if table.get("run").is_none() {
-        if table.get("port").is_none() {
+        if table.get("port").is_none() && table.get("attest").is_none() {
             let help = "give `run = [\"program\", \"argument\"]`, or the `port` where it listens on 127.0.0.1";
             table.mistake(
                 table.at.clone(),
@@ -302,8 +303,61 @@ fn read_service<'t>(
         first_contact: table.word("first_contact", &FIRST_CONTACT).unwrap_or_default(),
         without_contract: protocol.has_operations() && Contracts::is_waived(table),
         tokens: table.word("tokens", &TOKENS).unwrap_or(defaults.tokens),
+        attest: read_attest(table),
     };
     LocalService { run, port, env, instances, spec, contract }
+}
+
+/// One table, or several.
+fn read_attest(table: &Table<'_>) -> BTreeSet<Registration> {
+    let Some(value) = table.get("attest") else { return BTreeSet::new() };
+    let given = value.get_ref().as_array().map_or_else(|| vec![value], |several| several.iter().collect());
+    if given.is_empty() || given.len() > REGISTRATIONS_MAX {
+        let what = format!("a service has 1 to {REGISTRATIONS_MAX} registrations");
+        table.mistake(value.span(), what, "leave `attest` out where there is none");
+    }
+    given.into_iter().filter_map(|one| read_registration(table, one)).collect()
+}
+
+fn read_registration<'t>(service: &Table<'t>, given: &'t Spanned<DeValue<'t>>) -> Option<Registration> {
+    let table = as_table(service.source(), "attest", given)?;
+    let table = Table::new(service.source(), table, given.span(), reference::ATTEST);
+    if table.get("selectors").is_none() {
+        let help = "say what is known of such a process: selectors = [\"unix:uid:1000\", \"unix:path:/usr/bin/envoy\"]";
+        table.mistake(table.at.clone(), "`selectors` is missing", help);
+        return None;
+    }
+    let mut selectors = BTreeSet::new();
+    let mut is_whole = true;
+    for selector in table.strings("selectors")? {
+        match selector.value.parse::<Selector>() {
+            Ok(parsed) => drop(selectors.insert(parsed)),
+            Err(error) => {
+                is_whole = false;
+                let what = format!("`{}` is not a selector", shortened(selector.value));
+                table.mistake(selector.at, what, error.help());
+            }
+        }
+    }
+    let host = match table.string("host") {
+        None => None,
+        Some(given) => match ServiceName::parse(given.value) {
+            Ok(host) => Some(host),
+            Err(error) => {
+                table.mistake(given.at, error.to_string(), Help(None));
+                return None;
+            }
+        },
+    };
+    match Registration::new(selectors, host) {
+        Ok(registration) => Some(registration),
+        Err(error) if is_whole => {
+            table.mistake(table.at_key("selectors"), error.to_string(), error.help());
+            None
+        }
+        // What is left of them says nothing.
+        Err(_) => None,
+    }
 }
 
 fn read_run(table: &Table<'_>) -> Option<Vec<String>> {

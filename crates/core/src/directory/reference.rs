@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 13] {
+pub fn reference() -> [Section; 14] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -61,6 +61,12 @@ pub fn reference() -> [Section; 13] {
             table: "[services.NAME]",
             says: "A service. NAME is one DNS label: `a`-`z`, `0`-`9` and `-`. Its workloads are `spiffe://TRUST_DOMAIN/NAME`.",
             keys: SERVICE,
+        },
+        Section {
+            file: mesh,
+            table: "[[services.NAME.attest]]",
+            says: "Processes that are this service although no agent started them: those with all of the selectors. At most 16 for a service; of several\nservices that a process could be, it is the one that says most of it. [workload-api.md](workload-api.md#processes-that-the-agent-did-not-start)",
+            keys: ATTEST,
         },
         Section {
             file: mesh,
@@ -265,6 +271,12 @@ pub(super) const SERVICE: &[Key] = &[
         "The first exchange of a caller by one operation (without a contract: method and class of path) is marked in its record and reported. With `\"inspect\"` it \
          must also be small and plain, or is refused (`first-contact`): [onboarding.md](onboarding.md#first-contact).",
     ),
+    key(
+        "attest",
+        "array of tables",
+        "none",
+        "Processes that are this service although no agent started them: see below. With it neither `run` nor `port` is needed.",
+    ),
     key("namespace", "name", "none", "Groups services for policies: `resource in Namespace::\"…\"`."),
     key(
         "sensitivity",
@@ -296,6 +308,17 @@ pub(super) const SERVICE: &[Key] = &[
         "`[defaults]`",
         "Whether a request is permitted only with an [access token](tokens.md) of the mesh, which the sidecars of callers that declare this service in `upstreams` attach by themselves.",
     ),
+];
+
+pub(super) const ATTEST: &[Key] = &[
+    key(
+        "selectors",
+        "array of strings",
+        "required",
+        "What such a process has, all of it: `unix:uid:1000`, `unix:gid:1000`, `systemd:id:envoy.service`, `cgroup:/…` or `container:…`, \
+         at least one of which says who runs it; beside these `unix:path:/usr/bin/envoy` and `unix:sha256:…`.",
+    ),
+    key("host", "host", "any", "The only host on which it holds."),
 ];
 
 pub(super) const ROLES: &[Key] = &[key("roles", "table", "", "")];

@@ -10,11 +10,8 @@ use crate::{
     host::Host,
     isolate::{Launcher, WORKLOAD_SOCKET},
     keep,
-    workload_api::{self, Door, material::Material, peer::Peer},
+    workload_api::{self, Door, material::Material, peer::Peer, registered::SOCKET_PATH_BYTES_MAX},
 };
-
-/// Longest path of a unix socket, in bytes (unix(7)).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// One life of a launcher, and all that descends from it.
 struct Launched {
@@ -29,7 +26,7 @@ struct Launched {
 impl Door for Launched {
     /// INVARIANT (attested-by-launch): only a process that lives in the mounts of this launch, or descends from its launcher, has the
     /// identity of the instance; and only while its service is declared and not suspended.
-    fn admit(&self, peer: &Peer) -> Result<Arc<Material>, Status> {
+    fn admit(&self, peer: &Arc<Peer>) -> Result<Arc<Material>, Status> {
         let is_ours = match self.mounts {
             Some(mounts) => peer.lives_in_mounts(mounts),
             None => peer.descends_from(self.launcher),
