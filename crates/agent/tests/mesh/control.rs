@@ -154,6 +154,8 @@ fn signing(name: &str, own: &TrustDomain) -> CertificateParams {
 fn leaf(id: &SpiffeId, seconds: i64) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
+    // As the real authority says it: the crate `spiffe` reads no leaf without.
+    params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.subject_alt_names = vec![uri(id)];

@@ -1,5 +1,5 @@
 //! A workload that asks for its identities, and strangers who do. This program is that workload too: as software written for SPIFFE
-//! (`asks`), and as an Envoy (`asks-as-envoy`).
+//! (`asks`), as an Envoy (`asks-as-envoy`), and with the crate `spiffe` (`asks-by-crate`).
 
 use std::{
     collections::BTreeSet,
@@ -333,6 +333,64 @@ pub async fn a_process_that_the_agent_did_not_start_is_the_service_that_register
     };
     assert_eq!(ended, "ended PermissionDenied");
     until("control hears that it is none any more", || downs() >= 1).await;
+    process.kill().await.unwrap();
+    agent.stop(Duration::ZERO).await;
+}
+
+/// What software does that is written with the crate `spiffe`: says each SVID as it comes, the leaf in hexadecimal digits.
+pub fn crate_main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let source = spiffe::X509Source::new().await.unwrap();
+        let tokens = spiffe::JwtSource::new().await.unwrap();
+        let token = tokens.fetch_jwt_svid(["orders"]).await.unwrap();
+        println!("jwt {} {}", token.spiffe_id(), token.audience().join(" "));
+        let mut updates = source.updated();
+        let mut last = String::new();
+        loop {
+            let svid = source.svid().unwrap();
+            let said = format!("svid {} {}", svid.spiffe_id(), hex::encode(svid.leaf().as_bytes()));
+            if said != std::mem::replace(&mut last, said.clone()) {
+                println!("{said}");
+            }
+            updates.changed().await.unwrap();
+        }
+    })
+}
+
+pub async fn the_crate_of_spiffe_follows_three_rotations_and_a_revocation() {
+    let ground = ground().await;
+    ground.control.append(vec![registered("edge")], &[]);
+    ground.control.svid_seconds.store(4, Ordering::Relaxed);
+    let (agent, socket) = start_with_socket(&ground, vec![]).await;
+    let mut asks = tokio::process::Command::new(std::env::current_exe().unwrap());
+    asks.arg("asks-by-crate").env(ENDPOINT_VARIABLE, format!("unix://{}", socket.display()));
+    let mut process = asks.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut lines = tokio::io::BufReader::new(process.stdout.take().unwrap()).lines();
+    let id = format!("spiffe://{}/edge", ground.control.trust_domain);
+    assert_eq!(lines.next_line().await.unwrap().unwrap(), format!("jwt {id} orders"));
+    let mut next = async || {
+        let said = lines.next_line().await.unwrap().unwrap();
+        hex::decode(said.strip_prefix(&format!("svid {id} ")).unwrap()).unwrap()
+    };
+    let mut seen = BTreeSet::new();
+    for _ in 0..4 {
+        assert!(seen.insert(next().await), "an SVID was told twice");
+    }
+    // From here on another one comes when the last is taken back, and not by time.
+    ground.control.svid_seconds.store(3600, Ordering::Relaxed);
+    let lasts = |leaf: &[u8]| {
+        let (_, leaf) = x509_parser::parse_x509_certificate(leaf).unwrap();
+        leaf.validity().time_to_expiration().is_some_and(|left| left.whole_seconds() > 1000)
+    };
+    let held = loop {
+        let leaf = next().await;
+        if lasts(&leaf) {
+            break leaf;
+        }
+    };
+    ground.control.revoke(&held);
+    assert_ne!(next().await, held);
     process.kill().await.unwrap();
     agent.stop(Duration::ZERO).await;
 }

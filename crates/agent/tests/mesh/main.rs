@@ -1,6 +1,6 @@
 //! A whole agent against a control plane that can be stopped and told to lie, with sidecars that write down what they are
 //! told. This program is its own launcher (`launch`), sidecar (`sidecar`), for the tests that kill one agent (`agent`), and a workload that
-//! asks for its identities (`asks`, `asks-as-envoy`).
+//! asks for its identities (`asks`, `asks-as-envoy`, `asks-by-crate`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,6 +46,7 @@ use crate::{
         a_workload_asks_for_its_identities_until_its_service_is_taken_out_of_the_mesh,
         an_envoy_has_its_secrets_until_its_service_is_suspended_and_again_when_it_is_resumed,
         one_user_does_not_keep_others_from_the_socket_of_the_host,
+        the_crate_of_spiffe_follows_three_rotations_and_a_revocation,
         what_the_agent_started_is_nobody_else_on_the_socket_of_the_host,
     },
 };
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         Some("agent") => agent(),
         Some("asks") => identities::main(),
         Some("asks-as-envoy") => identities::envoy_main(),
+        Some("asks-by-crate") => identities::crate_main(),
         _ => tests(&Arguments::from_args()),
     }
 }
@@ -124,6 +126,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         a_process_that_the_agent_did_not_start_is_the_service_that_registers_it_and_nobody_without
         what_the_agent_started_is_nobody_else_on_the_socket_of_the_host
         one_user_does_not_keep_others_from_the_socket_of_the_host
+        the_crate_of_spiffe_follows_three_rotations_and_a_revocation
     };
     libtest_mimic::run(arguments, trials).exit_code()
 }
