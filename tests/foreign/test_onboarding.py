@@ -50,7 +50,8 @@ def until(what, holds):
 def test_a_new_service_is_found_by_nobody_and_reaches_nobody_until_it_is_approved(directory):  # noqa: F811
     codes = enrolled(directory)
     mesh, policies = directory / "mesh.toml", directory / "policies/shop.cedar"
-    mesh.write_text(mesh.read_text() + SERVICE)
+    called = 'upstreams = ["greeter"]'
+    mesh.write_text(mesh.read_text().replace(called, called.replace("]", ', "shop"]'), 1) + SERVICE)
     policies.write_text(POLICIES)
     applied = countersign(directory, "apply", "--otp", next(codes))
     assert json.loads(applied.stdout)["outcome"] == "applied", applied
