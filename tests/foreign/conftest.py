@@ -19,7 +19,7 @@ MESH = """
 trust_domain = "foreign.example"
 
 [defaults]
-tokens = "required"
+tokens = "{tokens}"
 
 [services.client]
 run = ["{python}", "services/idle.py"]
@@ -56,12 +56,13 @@ POLICIES = {
 class Mesh:
     """A running mesh and its directory."""
 
-    def __init__(self, directory, database, environment=None):
+    def __init__(self, directory, database, environment=None, tokens="optional"):
         self.directory = directory
         self.database = database
         shutil.copytree(HERE / "services", directory / "services")
         (directory / "policies").mkdir()
-        (directory / "mesh.toml").write_text(MESH.format(python=sys.executable, db_port=database.port if database else 5432))
+        port = database.port if database else 5432
+        (directory / "mesh.toml").write_text(MESH.format(python=sys.executable, db_port=port, tokens=tokens))
         for name in POLICIES:
             self.write_policy(name)
         self.log = open(directory / "up.log", "w")
