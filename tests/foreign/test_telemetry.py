@@ -254,6 +254,9 @@ def test_a_collector_that_does_not_answer_is_a_warning_and_no_more(tmp_path, col
         }
         mesh = Mesh(tmp_path, None, environment)
         try:
+            end = time.monotonic() + 20
+            while call(mesh, "client", "http://web.mesh/")[0] != 200:  # until it is known where its instance is
+                assert time.monotonic() < end, (tmp_path / "up.log").read_text()
             for _ in range(3):
                 began = time.monotonic()
                 status, seen = call(mesh, "client", "http://web.mesh/")
