@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use countersign_api::local::{IdentityFilter, IdentityView, RevokeAs, Revoked, SignalWaited};
+use countersign_api::local::{IdentityFilter, IdentityView, RevokeAs, Revoked};
 use countersign_core::{
     canonical::Digest,
     identity::{InstanceId, ServiceName, SpiffeId},
@@ -19,6 +19,7 @@ use crate::{
     mesh_finder::Place,
     operator::Asker,
     render::{self, Output, Paint, cell},
+    signal,
 };
 
 /// What can be done with identities.
@@ -137,8 +138,7 @@ pub async fn revoke(
     let control = Client::control(place);
     let asked = RevokeAs { identities: which.filter(), reason, shown: asker.shown() };
     let revoked: Revoked = control.post("/v1/identities/revoke", &asked).await?;
-    let timeout = query([("timeout_ms", Some(timeout.as_millis().to_string()))]);
-    let waited: SignalWaited = control.get(&format!("/v1/signals/{}/wait{timeout}", revoked.signal.0)).await?;
+    let waited = signal::wait(&control, revoked.signal, timeout).await?;
     render::answer(output, &revoked, |revoked, paint| {
         let count = revoked.identities.len();
         format!(
@@ -148,18 +148,7 @@ pub async fn revoke(
             table(&revoked.identities, paint)
         )
     })?;
-    if waited.enforced {
-        if output == Output::Text {
-            let connected = waited.connected;
-            println!("{} all {connected} proxies enforce it", Paint::stdout().good("enforced:"));
-        }
-        return Ok(());
-    }
-    let missing: Vec<&str> = waited.missing.iter().take(10).map(InstanceId::as_str).collect();
-    let what = format!("{} of {} proxies do not enforce it yet", waited.missing.len(), waited.connected);
-    Err(Failure::new(what)
-        .cause(missing.join(", "))
-        .help("the revocation stands; proxies that are cut off answer 503 when what they hold is too old"))
+    signal::say(&waited, output)
 }
 
 async fn ask(control: &Client, filter: &IdentityFilter) -> Result<Vec<IdentityView>, Failure> {

@@ -40,6 +40,7 @@ mod serve;
 mod service;
 mod session;
 mod sign;
+mod signal;
 mod status;
 mod store;
 mod telemetry;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
 
-use countersign_api::local::{RevokeTokensAs, SignalWaited, TokenFilter, TokenView, TokensRevoked};
+use countersign_api::local::{RevokeTokensAs, TokenFilter, TokenView, TokensRevoked};
 use countersign_core::{
     gate::act::Act,
     identity::{InstanceId, ServiceName},
@@ -20,6 +20,7 @@ use crate::{
     mesh_finder::Place,
     operator::Asker,
     render::{self, Output, Paint, cell},
+    signal,
 };
 
 /// What can be done with access tokens.
@@ -170,22 +171,11 @@ pub async fn revoke(
     let control = Client::control(place);
     let asked = RevokeTokensAs { meant: meant.meant(), reason, shown: asker.shown() };
     let revoked: TokensRevoked = control.post("/v1/tokens/revoke", &asked).await?;
-    let timeout = query([("timeout_ms", Some(timeout.as_millis().to_string()))]);
-    let waited: SignalWaited = control.get(&format!("/v1/signals/{}/wait{timeout}", revoked.signal.0)).await?;
+    let waited = signal::wait(&control, revoked.signal, timeout).await?;
     render::answer(output, &revoked, |revoked, paint| {
         format!("{} {}, by signal {}\n", paint.good("revoked:"), revoked.meant, revoked.signal.0)
     })?;
-    if waited.enforced {
-        if output == Output::Text {
-            println!("{} all {} proxies enforce it", Paint::stdout().good("enforced:"), waited.connected);
-        }
-        return Ok(());
-    }
-    let missing: Vec<&str> = waited.missing.iter().take(10).map(InstanceId::as_str).collect();
-    let what = format!("{} of {} proxies do not enforce it yet", waited.missing.len(), waited.connected);
-    Err(Failure::new(what)
-        .cause(missing.join(", "))
-        .help("the revocation stands; proxies that are cut off answer 503 when what they hold is too old"))
+    signal::say(&waited, output)
 }
 
 async fn ask(place: &Place, filter: &TokenFilter, asker: &Asker) -> Result<Vec<TokenView>, Failure> {
