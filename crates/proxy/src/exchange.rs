@@ -276,6 +276,8 @@ pub(crate) struct Sending {
     pub(crate) intent: Intent,
     pub(crate) kind: Kind,
     pub(crate) target: ServiceName,
+    /// It is declared, demands a token, and none is there.
+    pub(crate) lacks_token: bool,
     pub(crate) rule: Option<Arc<Rule>>,
     pub(crate) method: Method,
     pub(crate) path_and_query: PathAndQuery,
@@ -328,9 +330,6 @@ fn route_outbound(
     let target = rule.and_then(|rule| rule.pick(fastrand::u32(..))).cloned().unwrap_or(named);
     outgoing.describe(|span| span.service = target.to_string());
     let visible = view.visible(&target).ok_or(Refusal::UnknownService)?;
-    if is_declared && visible.tokens == Tokens::Required && !worker.shared.holds_token(&target, worker.now_ms()) {
-        return Err(Refusal::NoToken);
-    }
     if (intent == Intent::Tunnel) != (visible.protocol == Protocol::Tcp) {
         return Err(Refusal::WrongProtocol);
     }
@@ -339,11 +338,13 @@ fn route_outbound(
         span.protocol = kind.as_str().into();
         span.method = method.to_string();
     });
+    let lacks_token =
+        is_declared && visible.tokens == Tokens::Required && !worker.shared.holds_token(&target, worker.now_ms());
     let mut headers = parts.headers;
     hygiene::request(&mut headers);
     headers.remove(header::HOST);
     outgoing.trace.write(&mut headers);
-    Ok(Sending { intent, kind, target, rule: rule.cloned(), method, path_and_query, headers, body })
+    Ok(Sending { intent, kind, target, lacks_token, rule: rule.cloned(), method, path_and_query, headers, body })
 }
 
 /// The host that the request line (or `:authority`) and `Host` agree on. RFC 9113, 8.3.1: they must not differ.

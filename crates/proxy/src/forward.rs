@@ -182,6 +182,9 @@ struct Failed {
 
 /// Forwards an exchange of our workload to an instance of its target.
 pub(crate) async fn to_mesh(worker: &Rc<Worker>, outgoing: &Rc<Outgoing>, sending: Sending) -> Result<Reply, Refusal> {
+    if sending.lacks_token && !worker.shared.first_token(&sending.target, worker.now_ms()).await {
+        return Err(Refusal::NoToken);
+    }
     let timeout = match (&sending.rule, sending.kind) {
         (Some(rule), _) if rule.timeout.is_some() => rule.timeout,
         (_, Kind::Http) if sending.intent == Intent::Message => Some(ANSWER_TIMEOUT),

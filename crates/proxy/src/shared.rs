@@ -29,7 +29,7 @@ use countersign_core::{
 use http::HeaderValue;
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::{
     contact::{Edges, Keeper},
@@ -59,6 +59,9 @@ pub struct App {
     /// Makes a TCP socket, not yet connected, in the workload's namespace.
     pub socket: Box<dyn Fn() -> io::Result<socket2::Socket> + Send + Sync>,
 }
+
+/// How long a request may wait for the first access token for its service.
+const FIRST_TOKEN_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a listener is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -103,6 +106,7 @@ pub struct Shared {
     signals: ArcSwap<Signals>,
     authorities: ArcSwap<Authorities>,
     tokens: ArcSwap<Attached>,
+    token_news: watch::Sender<()>,
     library: Mutex<Library>, // one view is compiled at a time
     fresh_at_ms: AtomicU64,  // on `began`'s clock, plus one; 0: never
     began: Instant,
@@ -196,6 +200,7 @@ impl Shared {
             signals: ArcSwap::default(),
             authorities: ArcSwap::default(),
             tokens: ArcSwap::default(),
+            token_news: watch::Sender::new(()),
             library: Mutex::default(),
             fresh_at_ms: AtomicU64::new(0),
             began: Instant::now(),
@@ -278,6 +283,7 @@ impl Shared {
             };
             Attached { now: Arc::new(OfCertificate { certificate, tokens: tokens.clone() }), before }
         });
+        self.token_news.send_replace(());
     }
 
     /// The access token for a request to `service` on a connection that was opened with `certificate`.
@@ -285,6 +291,20 @@ impl Shared {
         let attached = self.tokens.load();
         let of = [&attached.now, &attached.before].into_iter().find(|of| of.certificate == *certificate)?;
         of.tokens.get(service).map(|token| token.value.clone())
+    }
+
+    /// Waits for the first access token for `service`: of a mesh that has just started, or an upstream that was just declared, it is on
+    /// its way. One that expired is not waited for: it should have been renewed long before. Whether there is one.
+    pub(crate) async fn first_token(&self, service: &ServiceName, now_ms: u64) -> bool {
+        let mut news = self.token_news.subscribe();
+        let comes = async {
+            while !self.tokens.load().now.tokens.contains_key(service) {
+                // It cannot fail: the sender lies in `self`.
+                let _ = news.changed().await;
+            }
+        };
+        let _ = tokio::time::timeout(FIRST_TOKEN_WITHIN, comes).await;
+        self.holds_token(service, now_ms)
     }
 
     /// Whether there is an access token for `service` that has not expired.

@@ -272,3 +272,14 @@ async fn no_request_is_lost_and_none_carries_the_token_of_another_certificate_wh
     };
     tokio::join!(calls, renewals);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_waits_for_the_first_token_for_its_service() {
+    let mesh = Mesh::new(Tokens::Required).await;
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        mesh.let_web_call();
+    };
+    let (answer, ()) = tokio::join!(mesh.web.get("http://catalog.mesh/"), later);
+    assert_eq!(answer.seen(), (200, None));
+}
