@@ -24,11 +24,14 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::{
+    der_parser::Oid,
+    prelude::{FromDer, GeneralName, X509Certificate},
+};
 
 use countersign_core::{
     canonical::Digest,
-    identity::{SpiffeId, TrustDomain},
+    identity::{InstanceId, ServiceName, SpiffeId, TrustDomain},
     jws,
     signal::{Serial, Signals},
     token::Authorities,
@@ -116,8 +119,15 @@ pub struct VerifiedPeer {
     id: SpiffeId,
     not_after: i64, // seconds since 1970
     serial: Option<Serial>,
+    instance: Option<InstanceId>,
+    host: Option<ServiceName>,
     leaf_sha256: Digest,
 }
+
+/// `uid` of a subject (RFC 4519, 2.39): in our SVIDs the instance.
+pub const UID_OID: &[u64] = &[0, 9, 2342, 19_200_300, 100, 1, 1];
+/// `host` of a subject (RFC 4524, 2.9): in our SVIDs the host that it was issued to.
+pub const HOST_OID: &[u64] = &[0, 9, 2342, 19_200_300, 100, 1, 9];
 
 /// Why a chain is not the SVID of a peer we accept.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -393,6 +403,16 @@ impl VerifiedPeer {
         self.serial
     }
 
+    /// The instance that its SVID was issued for, as the authority says; `None` for whoever is none, and in older SVIDs.
+    pub fn instance(&self) -> Option<&InstanceId> {
+        self.instance.as_ref()
+    }
+
+    /// The host that its SVID was issued to, as the authority says.
+    pub fn host(&self) -> Option<&ServiceName> {
+        self.host.as_ref()
+    }
+
     /// SHA-256 of its leaf certificate: what a token is bound to (RFC 8705, `x5t#S256`).
     pub fn leaf_sha256(&self) -> Digest {
         self.leaf_sha256
@@ -560,6 +580,8 @@ struct Leaf {
     not_before: i64,
     not_after: i64,
     serial: Option<Serial>,
+    instance: Option<InstanceId>,
+    host: Option<ServiceName>,
     sha256: Digest,
 }
 
@@ -586,12 +608,21 @@ impl Leaf {
             not_before: validity.not_before.timestamp(),
             not_after: validity.not_after.timestamp(),
             serial: Serial::from_der(certificate.raw_serial()),
+            instance: named(&certificate, UID_OID).and_then(|name| InstanceId::parse(name).ok()),
+            host: named(&certificate, HOST_OID).and_then(|name| ServiceName::parse(name).ok()),
             sha256: Digest::of(der),
         })
     }
 
     fn into_peer(self) -> VerifiedPeer {
-        VerifiedPeer { id: self.id, not_after: self.not_after, serial: self.serial, leaf_sha256: self.sha256 }
+        VerifiedPeer {
+            id: self.id,
+            not_after: self.not_after,
+            serial: self.serial,
+            instance: self.instance,
+            host: self.host,
+            leaf_sha256: self.sha256,
+        }
     }
 }
 
@@ -601,6 +632,14 @@ fn read<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, PeerRefu
         Ok(_) => Err(PeerRefused::Unreadable("bytes follow the certificate".into())),
         Err(e) => Err(PeerRefused::Unreadable(e.to_string())),
     }
+}
+
+/// The one attribute of the subject that has this type.
+fn named<'a>(certificate: &'a X509Certificate<'_>, oid: &[u64]) -> Option<&'a str> {
+    let oid = Oid::from(oid).ok()?;
+    let mut found = certificate.subject().iter_by_oid(&oid);
+    let one = found.next()?;
+    if found.next().is_some() { None } else { one.as_str().ok() }
 }
 
 fn uri_sans<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, PeerRefused> {

@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 use countersign_api::{
     local::{AuthorityStep, AuthorityView, CertificateView, RootView},
     mesh,
-    svid::{Bundle, SvidError, TlsIdentity, TokenAuthorities, X509Svid, pem},
+    svid::{Bundle, HOST_OID, SvidError, TlsIdentity, TokenAuthorities, UID_OID, X509Svid, pem},
 };
 use countersign_core::{
     canonical::Digest,
@@ -588,6 +588,11 @@ impl Authority {
             params.not_before = at(now_ms.saturating_sub(CLOCK_SKEW.as_millis() as u64));
             params.not_after = at(expires_at_ms);
             params.distinguished_name = name(&serial.to_string());
+            // So that the other end of a connection knows what signals are about.
+            let of = [(UID_OID, instance.map(InstanceId::as_str)), (HOST_OID, host.map(ServiceName::as_str))];
+            for (oid, said) in of.into_iter().filter_map(|(oid, said)| Some((oid, said?))) {
+                params.distinguished_name.push(DnType::CustomDnType(oid.to_vec()), said);
+            }
             params.subject_alt_names = vec![uri(id)];
             params.is_ca = IsCa::ExplicitNoCa;
             params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
