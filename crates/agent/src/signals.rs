@@ -90,9 +90,19 @@ mod tests {
         assert!(heard.take_in(&revoking(5, 6, 8), 0).is_err());
         let short = mesh::Revocation { serial: vec![7; 3].into(), expires_at_ms: 100 };
         heard.take_in(&mesh::Signals { revoked: vec![short], ..revoking(1, 2, 0) }, 0).unwrap_err();
+        let says = |kind: &str| {
+            let json = format!(
+                r#"{{"subject":"host:vm","kind":"{kind}","value":"80","source":"local","issued_at_ms":1,"expires_at_ms":100}}"#
+            );
+            mesh::Signals { stated: vec![mesh::Statement { json }], ..mesh::Signals::default() }
+        };
+        let unknown = heard.take_in(&mesh::Signals { after: 1, sequence: 2, ..says("mood") }, 0).unwrap_err();
+        assert!(unknown.to_string().contains("`mood`"), "what is not understood is not passed over: {unknown}");
+        heard.take_in(&mesh::Signals { after: 1, sequence: 2, ..says("risk") }, 0).unwrap();
         heard.write().unwrap();
         let again = Heard::load(dir.path()).now();
-        assert_eq!((again.sequence().0, again.revoked().len()), (1, 1));
+        assert_eq!((again.sequence().0, again.revoked().len()), (2, 1));
+        assert_eq!(again.risk(&"host:vm".parse().unwrap(), 99), 80);
         std::fs::write(dir.path().join("signals"), b"\xff").unwrap();
         assert!(Heard::load(dir.path()).now().is_empty());
     }

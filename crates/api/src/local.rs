@@ -20,6 +20,10 @@
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
 //! | `GET /v1/tokens?…` | query string of [`TokenFilter`] | `[`[`TokenView`]`]`: access tokens that have not expired, newest first |
 //! | `POST /v1/tokens/revoke` | [`RevokeTokensAs`] | [`TokensRevoked`] |
+//! | `GET /v1/signals?…` | query string of [`SignalFilter`] | `[`[`SignalView`]`]`: what is said, newest first |
+//! | `POST /v1/signals` | [`SendSignalAs`] | [`SignalSent`] |
+//! | `POST /v1/signals/clear` | [`ClearSignalsAs`] | [`SignalSent`]; 404 when nothing is said |
+//! | `GET /v1/risks?…` | query string of [`RiskFilter`] | `[`[`RiskView`]`]`, the highest first |
 //! | `GET /v1/signals/{number}/wait?timeout_ms=N` | | [`SignalWaited`] |
 //! | `GET /v1/ledger` | | newline-delimited [`LedgerLine`]s, all entries in order |
 //! | `GET /v1/ledger/bodies` | | newline-delimited JSON strings: every text that an entry ever referred to |
@@ -65,7 +69,10 @@ use countersign_core::{
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
     record::{DecisionRecord, EdgeCount, Outcome},
     registration::Selector,
-    signal::{Serial, SignalSeq, TokensMeant},
+    signal::{
+        Serial, SignalSeq, TokensMeant,
+        statement::{Kind, Source, Statement, Subject},
+    },
     state::MeshState,
     token::{Scope, Thumbprint, TokenId},
 };
@@ -1079,6 +1086,94 @@ pub struct TokensRevoked {
     pub signal: SignalSeq,
     /// What it means: more than was asked for when too many revocations hold at the same time.
     pub meant: TokensMeant,
+}
+
+/// Asks that something be said of a subject for a while, and shows what the gate asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SendSignalAs {
+    /// Of whom.
+    pub subject: Subject,
+    /// About what.
+    pub kind: Kind,
+    /// What: of `risk` a number from 0 to 100, of `posture` `compliant` or `not_compliant`, of `management` `managed` or `unmanaged`.
+    pub value: String,
+    /// In which time a risk falls by half; absent: it stays until it ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub half_life_ms: Option<u64>,
+    /// For how long: one second to 30 days.
+    pub lifetime_ms: u64,
+    /// Why: at most 256 characters.
+    pub reason: String,
+    /// Who asks.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// Asks that what is said of a subject be taken back, and shows what the gate asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClearSignalsAs {
+    /// Of whom.
+    pub subject: Subject,
+    /// About what.
+    pub kind: Kind,
+    /// By whom; by anybody when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// Why: at most 256 characters.
+    pub reason: String,
+    /// Who asks.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// What was said, or taken back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalSent {
+    /// The number of the last signal of it.
+    pub signal: SignalSeq,
+    /// How many statements it was.
+    pub statements: u32,
+}
+
+/// Which statements are asked for: those for which all of it holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignalFilter {
+    /// Of this subject.
+    pub subject: Option<Subject>,
+    /// Of this kind.
+    pub kind: Option<Kind>,
+}
+
+/// A statement that holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalView {
+    /// Its number.
+    pub signal: SignalSeq,
+    /// What is said, of whom, by whom and until when.
+    #[serde(flatten)]
+    pub statement: Statement,
+    /// Why.
+    pub reason: String,
+}
+
+/// Whose risk is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RiskFilter {
+    /// Of this subject; of all of which some is said when absent.
+    pub subject: Option<Subject>,
+}
+
+/// The risk of a subject.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RiskView {
+    /// Of whom.
+    pub subject: Subject,
+    /// 0 to 100.
+    pub risk: u8,
+    /// Why, in a sentence with numbers.
+    pub why: String,
 }
 
 /// The end of waiting for a signal.

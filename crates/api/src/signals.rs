@@ -1,7 +1,7 @@
 //! Signals as they travel.
 
 use countersign_core::signal::{
-    Gap, Revocation, Serial, Signal, SignalSeq, Signals, TokenRevocation, TokensMeantError,
+    Gap, Revocation, Serial, Signal, SignalSeq, Signals, TokenRevocation, TokensMeantError, statement::Statement,
 };
 
 use crate::mesh;
@@ -18,6 +18,9 @@ pub enum SignalsRefused {
     /// It is not understood which tokens were revoked, and it is not passed over either.
     #[error(transparent)]
     Tokens(#[from] TokensMeantError),
+    /// It is not understood what was said of whom, and it is not passed over either.
+    #[error("a statement is not understood: {0}")]
+    Statement(String),
 }
 
 /// The message that says all that hold.
@@ -41,7 +44,11 @@ pub fn take_in(signals: &mut Signals, message: &mesh::Signals) -> Result<(), Sig
         let (issued_until_ms, expires_at_ms) = (one.issued_until_ms, one.expires_at_ms);
         Ok(Signal::Tokens(TokenRevocation { meant, issued_until_ms, expires_at_ms }))
     });
-    let said = revoked.chain(tokens).collect::<Result<Vec<_>, SignalsRefused>>()?;
+    let stated = message.stated.iter().map(|one| {
+        let statement: Result<Statement, _> = serde_json::from_str(&one.json);
+        statement.map(Signal::Stated).map_err(|error| SignalsRefused::Statement(error.to_string()))
+    });
+    let said = revoked.chain(tokens).chain(stated).collect::<Result<Vec<_>, SignalsRefused>>()?;
     match message.full {
         true => signals.welcome(SignalSeq(message.sequence), said),
         false => signals.extend(SignalSeq(message.after), SignalSeq(message.sequence), said)?,
@@ -56,6 +63,11 @@ fn message(after: u64, sequence: u64, signals: impl IntoIterator<Item = Signal>)
             Signal::Certificate(Revocation { serial, expires_at_ms }) => {
                 let serial = serial.as_bytes().to_vec().into();
                 message.revoked.push(mesh::Revocation { serial, expires_at_ms });
+            }
+            Signal::Stated(statement) if !statement.concerns_proxies() => {}
+            Signal::Stated(statement) => {
+                let json = serde_json::to_string(&statement).expect("INVARIANT: a statement is plain JSON");
+                message.stated.push(mesh::Statement { json });
             }
             Signal::Tokens(TokenRevocation { meant, issued_until_ms, expires_at_ms }) => {
                 let meant = meant.to_string();

@@ -148,6 +148,7 @@ fn judge_vouched(plane: &Plane, act: Act, session: &Session) -> Answer {
         assurance: &Assurance::default(),
         signed_in: true,
         origin: Origin::Network(session.address),
+        risk: 0,
         now_seconds: mfa::seconds(plane.clock.now_ms()),
     };
     plane.gate.answer_act(&asked, &head)
@@ -190,8 +191,8 @@ async fn tell(plane: &Plane, asked: &Asked, by: By<'_>) -> Result<(), Problem> {
     let passed = Event::Passed { operator: asked.operator.clone(), act: asked.act, from: by.into() };
     match asked.act {
         Act::ReadLedger => return Ok(()),
-        Act::RevokeIdentity | Act::RevokeToken | Act::RotateAuthority => plane.tell(passed),
-        Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens | Act::InviteHost => {
+        Act::RevokeIdentity | Act::RevokeToken | Act::SendSignal | Act::RotateAuthority => plane.tell(passed),
+        Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens | Act::ReadSignals | Act::InviteHost => {
             plane.audit.keep(plane.clock.now_ms(), passed).await?;
         }
     }
@@ -219,6 +220,7 @@ fn judge(plane: &Plane, asked: &Asked, by: By<'_>, proof: Option<Proof>) -> Answ
     let mut assurance = Assurance::default();
     proof.into_iter().for_each(|proof| assurance.add(proof));
     let author = Author::Operator(asked.operator.clone());
+    let now_seconds = mfa::seconds(plane.clock.now_ms());
     let asked = AskedTo {
         author: &author,
         act: asked.act,
@@ -229,7 +231,8 @@ fn judge(plane: &Plane, asked: &Asked, by: By<'_>, proof: Option<Proof>) -> Answ
             By::Socket(_) => Origin::Socket,
             By::Session(Session { address, .. }) => Origin::Network(*address),
         },
-        now_seconds: mfa::seconds(plane.clock.now_ms()),
+        risk: plane.gate.risk_of(&author, now_seconds),
+        now_seconds,
     };
     plane.gate.answer_act(&asked, &head)
 }

@@ -39,7 +39,7 @@ use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
     jwt_svid,
-    signal::Serial,
+    signal::{Serial, statement::Subject},
 };
 
 use crate::{
@@ -51,6 +51,7 @@ use crate::{
     ledger::{Ledger, PAGE_ENTRIES},
     publish::Joined,
     registry,
+    signals::{Noticed, notice},
     store::StoreError,
     tokens::{self, Leaf},
 };
@@ -464,10 +465,16 @@ async fn hear(mut said: Streaming<mesh::FollowRequest>, leaving: &Leaving) {
         };
         let message = match message {
             Said::Report(report) => {
-                let Taken { probes, thefts } = plane.decisions.take(report);
-                let authority = plane.authority();
+                let (authority, now_ms) = (plane.authority(), plane.clock.now_ms());
+                let own = authority.as_ref().map(|authority| authority.trust_domain());
+                let Taken { probes, thefts, trying } = plane.decisions.take(report, own, now_ms);
                 for (authority, record) in authority.iter().flat_map(|one| probes.iter().map(move |p| (one, p))) {
-                    plane.telemetry.hear_record(authority.trust_domain(), host, record, plane.clock.now_ms());
+                    plane.telemetry.hear_record(authority.trust_domain(), host, record, now_ms);
+                }
+                for workload in trying {
+                    let plane = plane.clone();
+                    let subject = Subject::Workload(workload);
+                    tokio::spawn(async move { notice(&plane, subject, Noticed::ManyDenials).await });
                 }
                 for theft in thefts {
                     let plane = plane.clone();

@@ -106,6 +106,8 @@ pub enum Event {
     AuthorityStepped { by: String, step: &'static str, number: u32, sha256: Digest, cut: usize },
     /// Access tokens were made good for nothing.
     TokensRevoked { by: String, reason: String, signal: u64, meant: String },
+    /// Something was said of a workload, a host or an operator, or taken back.
+    Stated { by: String, reason: String, signal: u64, subject: String, kind: &'static str, value: String },
     /// An access token was shown by somebody whose it is not.
     TokenStolen { id: String, subject: String, shown_by: String, origin: String, fault: &'static str, decision: String },
     /// A join token was shown a second time.
@@ -403,6 +405,14 @@ mod tests {
                 cut: 0,
             },
             Event::TokensRevoked { by: "alice".into(), reason: HOSTILE.into(), signal: 2, meant: "all".into() },
+            Event::Stated {
+                by: "operator:alice".into(),
+                reason: HOSTILE.into(),
+                signal: 3,
+                subject: "workload:web".into(),
+                kind: "risk",
+                value: "80".into(),
+            },
             Event::TokenStolen {
                 id: "01".into(),
                 subject: "spiffe://shop.example/web".into(),

@@ -20,6 +20,7 @@ use countersign_core::{
     change::ChangeSet,
     countersignature::{self, Countersignature, CountersignatureRefused, Signed},
     identity::{FactorId, OperatorName},
+    signal::statement::Subject,
 };
 
 use crate::{
@@ -27,6 +28,7 @@ use crate::{
     audit::Event,
     local_api::{problem, store_problem},
     mfa,
+    signals::{self, Noticed},
     store::{Document, StoreError},
 };
 
@@ -169,13 +171,13 @@ impl Uncounted {
 
 /// Keeps the count of signatures that a key of `operator` showed, if it rose: one that did not may have been cloned.
 pub async fn count(plane: &Plane, operator: &OperatorName, factor: &FactorId, found: u32) -> Result<(), Problem> {
-    keep_count(plane, factor, found).await.map_err(|why| {
-        if matches!(why, Uncounted::Refused(_)) {
-            tracing::error!(%operator, %why, "a key may have been cloned");
-            plane.tell(Event::KeyCloned { operator: operator.clone() });
-        }
-        why.problem()
-    })
+    let Err(why) = keep_count(plane, factor, found).await else { return Ok(()) };
+    if matches!(why, Uncounted::Refused(_)) {
+        tracing::error!(%operator, %why, "a key may have been cloned");
+        plane.tell(Event::KeyCloned { operator: operator.clone() });
+        signals::notice(plane, Subject::Operator(operator.clone()), Noticed::KeyCloned).await;
+    }
+    Err(why.problem())
 }
 
 async fn keep_count(plane: &Plane, factor: &FactorId, found: u32) -> Result<(), Uncounted> {

@@ -10,10 +10,14 @@ use countersign_api::{
     local::{Problem, RecordFilter, TailEvent},
     mesh,
 };
-use countersign_core::record::{DecisionRecord, EdgeCount, Judged, Outcome};
+use countersign_core::{
+    identity::{ServiceName, TrustDomain},
+    record::{DecisionRecord, EdgeCount, Judged, Outcome},
+};
 
 use crate::{
     clock::Clock,
+    denials::Denials,
     local_api::{problem, store_problem},
     metrics::Metrics,
     publish::Publisher,
@@ -39,6 +43,8 @@ pub struct Taken {
     pub probes: Vec<DecisionRecord>,
     /// The stolen tokens that were shown.
     pub thefts: Vec<Theft>,
+    /// The workloads that are denied in many ways.
+    pub trying: Vec<ServiceName>,
 }
 
 /// Takes reports in and answers questions about them.
@@ -48,6 +54,7 @@ pub struct Decisions {
     storage: Storage,
     publisher: Arc<Publisher>,
     metrics: Arc<Metrics>,
+    denials: Denials,
 }
 
 impl Decisions {
@@ -55,16 +62,18 @@ impl Decisions {
     pub fn start(storage: Storage, publisher: Arc<Publisher>, metrics: Arc<Metrics>, clock: Clock) -> Self {
         let (reports, waiting) = mpsc::channel(REPORTS_MAX);
         tokio::spawn(write_down(waiting, storage.clone(), metrics.clone(), clock));
-        Self { reports, tail: broadcast::Sender::new(TAIL_EVENTS_MAX), storage, publisher, metrics }
+        let (tail, denials) = (broadcast::Sender::new(TAIL_EVENTS_MAX), Denials::default());
+        Self { reports, tail, storage, publisher, metrics, denials }
     }
 
-    /// Takes one report in, and returns what of it is not only kept.
-    pub fn take(&self, report: mesh::Report) -> Taken {
+    /// Takes one report in, and returns what of it is not only kept. `own` is our trust domain, once there is one.
+    pub fn take(&self, report: mesh::Report, own: Option<&TrustDomain>, now_ms: u64) -> Taken {
         let mut records: Vec<DecisionRecord> = report.records_json.iter().filter_map(parse).collect();
         let edges: Vec<EdgeCount> = report.edges_json.iter().filter_map(parse).collect();
         let thefts = records.iter().filter_map(tokens::theft_of).collect();
         let unread = report.records_json.len() - records.len();
         let probes = records.extract_if(.., |record| record.judged == Judged::AsProbe).collect();
+        let trying = own.map_or_else(Vec::new, |own| self.denials.take(&records, own, now_ms));
         let denials = records.iter().filter(|record| record.outcome != Outcome::Permit).count();
         self.metrics.denials.inc_by(denials as u64);
         let mut shed = report.shed + unread as u64;
@@ -80,7 +89,7 @@ impl Decisions {
             self.metrics.shed.inc_by(shed);
             tell(TailEvent::Shed(shed));
         }
-        Taken { probes, thefts }
+        Taken { probes, thefts, trying }
     }
 
     /// Records as they come in.

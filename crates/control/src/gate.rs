@@ -24,6 +24,7 @@ use countersign_core::{
     identity::{OperatorName, TrustDomain},
     pipeline::{self, MESH_ISSUER},
     policy::{self, Factor, Library, ParsedPolicy, PolicyError},
+    signal::{Signals, statement::Subject},
     state::{MeshState, PolicyRef},
 };
 
@@ -42,6 +43,8 @@ pub struct Gate {
     library: Mutex<Library>,
     /// The change gate that was last in force.
     change_gate: Mutex<Option<InForce>>,
+    /// What is said of operators, among others.
+    signals: Mutex<Signals>,
 }
 
 /// A change gate, ready to judge, and the policies that it was made of.
@@ -215,8 +218,21 @@ impl Gate {
             asked_at_seconds: petitioner.asked_at_seconds,
             approvals: &petitioner.approvals,
             origin: petitioner.from.map_or(Origin::Socket, Origin::Network),
+            risk: self.risk_of(author, now_seconds),
             now_seconds,
         })
+    }
+
+    /// Goes by these signals from now on.
+    pub fn heed(&self, signals: Signals) {
+        *self.signals.lock() = signals;
+    }
+
+    /// The risk of whoever asks, as signals say.
+    pub fn risk_of(&self, author: &Author, now_seconds: i64) -> u8 {
+        let Some(operator) = author.operator() else { return 0 };
+        let now_ms = u64::try_from(now_seconds).unwrap_or(0) * 1000;
+        self.signals.lock().risk(&Subject::Operator(operator.clone()), now_ms)
     }
 
     /// What the change gate of the mesh at `head` says to an act that changes nothing.

@@ -39,6 +39,7 @@ pub async fn catch_up(plane: &Plane) -> Result<(), StoreError> {
 /// Tells everybody, this process first: from now on nobody is let in by what is revoked.
 fn take_in(plane: &Plane, new: &[StoredSignal]) {
     let signals = plane.publisher.signal(new, plane.clock.now_ms());
+    plane.gate.heed(signals.clone());
     if let Some(identity) = &*plane.identity.borrow() {
         let is_our_own = identity.svid().serial().is_some_and(|serial| signals.is_revoked(&serial));
         identity.heed(signals);
@@ -116,7 +117,7 @@ fn views(
     let signals = store.signals(SignalSeq(0))?;
     let of_certificate = |one: StoredSignal| match one.signal {
         Signal::Certificate(revoked) => Some((revoked.serial, one.by)),
-        Signal::Tokens(_) => None,
+        Signal::Tokens(_) | Signal::Stated(_) => None,
     };
     let revoked: HashMap<_, _> = signals.into_iter().filter_map(of_certificate).collect();
     let view = |one: IssuedSerial| IdentityView {

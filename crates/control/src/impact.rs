@@ -169,6 +169,7 @@ mod tests {
     use countersign_core::{
         identity::{InstanceId, TrustDomain},
         record::Judged,
+        risk::Condition,
         service::{Protocol, ServiceSpec},
     };
 
@@ -207,6 +208,7 @@ permit (principal == Workload::"web", action in [Action::"http:GET", Action::"ht
                 first_contact: false,
                 operation: None,
                 token: None,
+                condition: Condition::default(),
             },
             judged: Judged::AtStart,
             ended: None,

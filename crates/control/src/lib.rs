@@ -15,6 +15,7 @@
 //! | [`oidc`] | verifies tokens of OpenID Connect providers | decides what they are good for |
 //! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
 //! | [`identities`] | the SVIDs that were issued, and taking them back | signs one |
+//! | [`signals`] | what is said of workloads, hosts and operators | decides by it |
 //! | [`onboarding`] | what has to be there before a service is let in | lets it in |
 //! | [`telemetry`] | verifies that the telemetry of each sidecar arrives | keeps any |
 //! | [`enrol`] | trades a join token for an agent's SVID | keeps a token |
@@ -26,6 +27,7 @@
 //! | [`mark`] | notices a store that was restored from an older copy | repairs it |
 //! | `replicas` | takes up what other control planes of one store wrote | writes to the ledger |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
+//! | [`denials`] | notices who is denied in many ways | denies anything |
 //! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
 //! | [`site`] | pages and JSON for browsers, the local API for commands on other machines | enforces a rule in a browser |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
@@ -58,8 +60,9 @@ use countersign_api::{
 use countersign_core::{
     change::Revision,
     gate::Answer,
-    identity::{ServiceName, TrustDomain},
+    identity::{InstanceId, ServiceName, TrustDomain},
     ledger::Entry,
+    signal::statement::Subject,
 };
 
 pub mod acts;
@@ -71,6 +74,7 @@ pub mod ceremony;
 pub mod checkpoint;
 pub mod clock;
 pub mod decisions;
+pub mod denials;
 pub mod enrol;
 pub mod gate;
 pub mod identities;
@@ -90,6 +94,7 @@ pub mod registry;
 mod replicas;
 mod rotation;
 pub mod sealing;
+pub mod signals;
 pub mod site;
 pub mod store;
 pub mod telemetry;
@@ -114,6 +119,7 @@ use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
 use publish::Publisher;
 use registry::Registry;
+use signals::Noticed;
 use site::{Site, SiteConfig, SiteError, guard::Attempts, live::Listeners, standing::Standing};
 use store::{
     Storage, Store, StoreError,
@@ -135,6 +141,8 @@ const SOCKET_PATH_BYTES_MAX: usize = 107 - ".new".len();
 const CHANGES_KEPT: usize = 256;
 /// Silent instances that a warning names.
 const SILENT_NAMED_MAX: usize = 3;
+/// Instances whose risk one second raises because their telemetry has become silent: where more do, it is not about them.
+const SILENT_NOTICED_MAX: usize = 64;
 /// How long open connections have to end when the control plane stops.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
 
@@ -879,11 +887,26 @@ async fn beat(plane: Arc<Plane>) {
             tracing::warn!(%error, "instances could not be written down");
         }
         let turned = plane.telemetry.sweep(&plane.publisher.reached(), now_ms);
+        let noticed: Vec<_> = turned.iter().take(SILENT_NOTICED_MAX).map(telemetry::Turned::about).collect();
         turned.into_iter().filter_map(telemetry::Turned::tell).for_each(|event| plane.tell(event));
+        if !noticed.is_empty() {
+            tokio::spawn(notice_silence(plane.clone(), noticed));
+        }
         let (keeping, is_shared) = (plane.clone(), plane.storage.is_shared());
         let kept = plane.storage.run("telemetry", move |store| keeping.telemetry.keep(store, is_shared, now_ms)).await;
         if let Err(error) = kept {
             tracing::warn!(%error, "what arrived of telemetry could not be written down");
+        }
+    }
+}
+
+/// Raises the risk of instances whose telemetry is silent, and takes it back of those whose telemetry arrives again.
+async fn notice_silence(plane: Arc<Plane>, noticed: Vec<(InstanceId, bool)>) {
+    for (instance, is_silent) in noticed {
+        let subject = Subject::Instance(instance);
+        match is_silent {
+            true => signals::notice(&plane, subject, Noticed::Silence).await,
+            false => signals::notice_end(&plane, &subject, Noticed::Silence).await,
         }
     }
 }

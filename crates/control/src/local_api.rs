@@ -20,11 +20,12 @@ use tokio::{
 
 use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, Checked,
-    CheckpointView, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink,
-    GateOutcome, GateRefusal, IdentityFilter, IdentityView, InstanceView, Invitation, InviteAs, LedgerLine, Mesh,
-    OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
-    RecordFilter, Reseal, RevokeAs, RevokeTokensAs, Revoked, SealedAnew, ServiceView, SessionView, SessionsEnded,
-    Shown, SignalWaited, Status, StepAs, Stepped, TailEvent, TokenFilter, TokenView, TokensRevoked, Waited,
+    CheckpointView, ClearSignalsAs, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment,
+    EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter, IdentityView, InstanceView, Invitation, InviteAs,
+    LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
+    RECOVERED_HEADER, RecordFilter, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew,
+    SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited,
+    Status, StepAs, Stepped, TailEvent, TokenFilter, TokenView, TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -46,7 +47,7 @@ use crate::{
     mfa::{self, CodeRefused, EnrolsFrom},
     onboarding,
     proposals::{self, Answering},
-    recover, rotation, sealing,
+    recover, rotation, sealing, signals,
     site::{
         self,
         session::{self, Session, Who},
@@ -137,7 +138,10 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/identities/revoke", post(revoke_identities))
         .route("/v1/tokens", get(list_tokens))
         .route("/v1/tokens/revoke", post(revoke_tokens))
+        .route("/v1/signals", get(list_signals).post(send_signal))
+        .route("/v1/signals/clear", post(clear_signals))
         .route("/v1/signals/{number}/wait", get(wait_for_signal))
+        .route("/v1/risks", get(list_risks))
         .route("/v1/ledger", get(ledger))
         .route("/v1/ledger/bodies", get(ledger_bodies))
         .route("/v1/ledger/checkpoint", get(checkpoint))
@@ -722,6 +726,44 @@ async fn revoke_tokens(
 ) -> Answered<TokensRevoked> {
     let operator = asked.shown.operator.clone();
     Ok(Json(tokens::revoke(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn list_signals(
+    State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
+    session: Option<Extension<Session>>,
+    Query(filter): Query<SignalFilter>,
+) -> Answered<Vec<SignalView>> {
+    reads(&plane, Act::ReadSignals, session.as_deref(), &headers).await?;
+    Ok(Json(signals::list(&plane, filter).await.map_err(stored)?))
+}
+
+async fn send_signal(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<SendSignalAs>,
+) -> Answered<SignalSent> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(signals::send(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn clear_signals(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<ClearSignalsAs>,
+) -> Answered<SignalSent> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(signals::clear(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn list_risks(
+    State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
+    session: Option<Extension<Session>>,
+    Query(RiskFilter { subject }): Query<RiskFilter>,
+) -> Answered<Vec<RiskView>> {
+    reads(&plane, Act::ReadSignals, session.as_deref(), &headers).await?;
+    Ok(Json(signals::risks(&plane, subject)))
 }
 
 async fn wait_for_signal(

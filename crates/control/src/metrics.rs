@@ -40,6 +40,8 @@ pub struct Metrics {
     pub revoked: Counter,
     /// Access tokens that were issued.
     pub tokens_issued: Counter,
+    /// Statements about workloads, hosts and operators.
+    pub statements: Counter,
     /// Revocations of access tokens.
     pub token_revocations: Counter,
     /// Access tokens that were shown by somebody whose they are not.
@@ -97,6 +99,7 @@ impl Default for Metrics {
         let (denials, shed, applied) = (Counter::default(), Counter::default(), Counter::default());
         let revoked = Counter::default();
         let (tokens_issued, token_revocations, thefts) = (Counter::default(), Counter::default(), Counter::default());
+        let statements = Counter::default();
         let levels = Levels::default();
         let mut registry = Registry::with_prefix("countersign_control");
         let r = &mut registry;
@@ -119,6 +122,7 @@ impl Default for Metrics {
         r.register("telemetry_silent", "Instances whose telemetry is silent", levels.silent.clone());
         r.register("tokens_issued", "Access tokens issued to workloads", tokens_issued.clone());
         r.register("token_revocations", "Revocations of access tokens", token_revocations.clone());
+        r.register("statements", "Statements about workloads, hosts and operators", statements.clone());
         r.register("tokens_stolen", "Access tokens shown by somebody whose they are not", thefts.clone());
         Self {
             registry,
@@ -131,6 +135,7 @@ impl Default for Metrics {
             revoked,
             tokens_issued,
             token_revocations,
+            statements,
             thefts,
             levels,
         }

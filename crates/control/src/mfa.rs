@@ -21,6 +21,7 @@ use countersign_core::{
     gate::{Author, OWNER},
     identity::{FactorId, OperatorName},
     operator::{EnrolledFactor, Operator},
+    signal::statement::Subject,
     state::MeshState,
 };
 
@@ -31,6 +32,7 @@ use crate::{
     gate::Petitioner,
     local_api::{problem, store_problem},
     proposals,
+    signals::{self, Noticed},
     store::{Document, StoreError, StoredCodes},
 };
 
@@ -242,6 +244,7 @@ pub async fn prove(plane: &Plane, operator: &OperatorName, shown: &Shown) -> Res
     if let Err(why) = accepted {
         tracing::info!(%operator, kind = kind.as_str(), %why, "a code was refused");
         plane.tell(Event::FactorRefused { operator: operator.clone(), factor: kind, why: audit::cut(why.to_string()) });
+        signals::notice(plane, Subject::Operator(operator.clone()), Noticed::FactorRefused).await;
         return Err(why);
     }
     let who = operator.clone();

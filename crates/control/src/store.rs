@@ -14,7 +14,7 @@ use countersign_core::{
     change::Revision,
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
-    signal::{Revocation, Serial, Signal, SignalSeq, TokenRevocation, TokensMeant},
+    signal::{Revocation, Serial, Signal, SignalSeq, TokenRevocation, TokensMeant, statement::Statement},
     token::Claims,
 };
 
@@ -198,8 +198,16 @@ fn tokens_to_text(meant: &TokensMeant) -> String {
     format!("tokens:{meant}")
 }
 
+/// A statement as a column holds it: what no other of its kind, subject and source has.
+fn statement_to_text(one: &Statement) -> String {
+    format!("stated:{} {} {}", one.kind(), one.subject, one.source)
+}
+
 /// A signal as it was kept; `None` when this version does not know its kind.
-fn signal_of_text(what: &str, expires_at_ms: u64, at_ms: u64) -> Option<Signal> {
+fn signal_of_text(what: &str, statement: Option<&str>, expires_at_ms: u64, at_ms: u64) -> Option<Signal> {
+    if what.starts_with("stated:") {
+        return serde_json::from_str(statement?).ok().map(Signal::Stated);
+    }
     Some(match what.strip_prefix("tokens:") {
         Some(meant) => {
             Signal::Tokens(TokenRevocation { meant: meant.parse().ok()?, issued_until_ms: at_ms, expires_at_ms })
@@ -512,6 +520,14 @@ pub trait Store: Send {
         by: &RevokedBy,
         max: u32,
     ) -> Result<(SignalSeq, TokensMeant), StoreError>;
+    /// Gives each statement the next number, in place of what its source said of the same before and later than that, and forgets those
+    /// that have ended; returns the number of the last signal. `None`, and nothing is done, when more than `max` would be kept.
+    fn put_statements(
+        &mut self,
+        statements: &[Statement],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError>;
     /// Notes access tokens before they are handed out, and forgets those that have expired.
     fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError>;
     /// Access tokens that `filter` asks for and that have not expired at `now_ms`, the newest first, at most `limit`.

@@ -293,6 +293,11 @@ impl Open {
 }
 
 impl Turned {
+    /// Which instance, and whether its telemetry is silent now.
+    pub fn about(&self) -> (InstanceId, bool) {
+        (self.instance.clone(), self.silent_since_ms.is_some())
+    }
+
     /// Says so, once.
     pub fn tell(self) -> Option<audit::Event> {
         let Self { instance, host, silent_since_ms } = self;

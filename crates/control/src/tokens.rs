@@ -14,10 +14,10 @@ use countersign_core::{
     canonical::Digest,
     change::Revision,
     gate::act::Act,
-    identity::{InstanceId, ServiceName},
+    identity::{InstanceId, ServiceName, SpiffeId},
     policy::{Grants, Library},
     record::DecisionRecord,
-    signal::{Serial, TokensMeant},
+    signal::{Serial, TokensMeant, statement::Subject},
     token::{Claims, Confirmation, Scope, Thumbprint, TokenFault, TokenId},
 };
 use parking_lot::Mutex;
@@ -31,6 +31,7 @@ use crate::{
     identities::catch_up,
     ledger::Head,
     local_api::{problem, store_problem},
+    signals::{self, Noticed},
     store::{Store, StoreError, StoredToken},
 };
 
@@ -213,6 +214,9 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
     // One that has expired is worth nothing to anybody; one that is revoked is known.
     let Some(claims) = claims.filter(|claims| !plane.publisher.signals().is_token_revoked(claims)) else { return };
     let Theft { id, fault, decision, shown_by, origin } = theft;
+    // A partner's workload may be called as one of ours is.
+    let ours = |id: &SpiffeId| id.trust_domain() == claims.subject.trust_domain();
+    let thief = SpiffeId::parse(&shown_by).ok().filter(ours).and_then(|id| id.service());
     plane.metrics.thefts.inc();
     let reason = format!("shown by {shown_by}: {}", fault.as_str());
     tracing::error!(
@@ -230,6 +234,9 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
     let revoked = put_revocation(plane, TokensMeant::Family(claims.family), "countersign".to_owned(), reason).await;
     if let Err(error) = revoked {
         tracing::error!(%error, token.id = %id, "a stolen token could not be revoked");
+    }
+    for subject in [Some(Subject::Instance(claims.instance)), thief.map(Subject::Workload)].into_iter().flatten() {
+        signals::notice(plane, subject, Noticed::Theft(fault)).await;
     }
 }
 

@@ -12,9 +12,9 @@ use std::{
 };
 
 use countersign_api::local::{
-    Applied, Apply, ApplyAs, Checked, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome, IdentityFilter,
-    Invitation, Invite, InviteAs, Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail, ProposalState,
-    RevokeAs, Revoked, Shown,
+    Applied, Apply, ApplyAs, Checked, ClearSignalsAs, Code, Confirm, Enrol, Enrolled, Enrolment, GateOutcome,
+    IdentityFilter, Invitation, Invite, InviteAs, Mesh, OPERATOR_HEADER, Opened, Problem, Proposal, ProposalDetail,
+    ProposalState, RevokeAs, Revoked, RiskView, Shown, SignalSent,
 };
 use countersign_api::mesh::follow_event::Event;
 use countersign_control::{clock::Clock, mfa, start_with_clock};
@@ -26,6 +26,7 @@ use countersign_core::{
     operator::EnrolledFactor,
     policy::Factor,
     service::{Protocol, ServiceSpec},
+    signal::statement::{Kind, Subject},
 };
 use countersign_testkit::authenticator::App;
 use support::{Plane, config, declare, name, trust_domain};
@@ -610,6 +611,58 @@ async fn identities_are_revoked_by_who_may_with_a_code_that_is_good_once() {
 /// PROVES (let-in-by-somebody)
 /// PROVES (nothing-joins-blind)
 /// PROVES (barred-is-not-found)
+#[tokio::test]
+async fn codes_that_fail_raise_the_risk_of_their_operator_which_the_gate_goes_by_and_which_falls() {
+    let mesh = Clocked::start().await;
+    mesh.plane.create(&["web", "catalog"]).await;
+    mesh.put_up(
+        "@id(\"all\") permit (principal, action, resource);
+        @id(\"code\") @step_up(\"mfa\") @max_age(\"300\") forbid (principal, action, resource);
+        @id(\"at-risk\") @countersign(\"1\") forbid (principal, action in Action::\"registrations\", resource)
+        when { context has risk.operator && context.risk.operator >= 20 };",
+    )
+    .await;
+    let (alice, _) = mesh.enrol("alice", None).await;
+    let bob = mesh.another(&alice, "bob", "owner").await;
+    mesh.apply(vec![declare("one")], &mesh.shown(&alice)).await.unwrap();
+    let wrong = Shown { otp: Some(Code("000000".into())), ..named("alice") };
+    for _ in 0..2 {
+        mesh.pass(60);
+        assert_eq!(outcome(&mesh.apply(vec![declare("two")], &wrong).await.unwrap_err()), GateOutcome::StepUp);
+    }
+    let risk = async |shown: &Shown| -> RiskView {
+        let opened: Opened = mesh.plane.post("/v1/acts/read_signals", shown).await.unwrap();
+        let operator = opened.operator.unwrap();
+        let headers = [(OPERATOR_HEADER, operator.as_str())];
+        let found = mesh.plane.send_with("GET", "/v1/risks?subject=operator:alice", &headers, Vec::new()).await;
+        serde_json::from_slice::<Vec<RiskView>>(&found.1).unwrap().remove(0)
+    };
+    let (of_bob, clears) = (mesh.shown(&bob), "/v1/signals/clear");
+    let found = risk(&of_bob).await;
+    assert!((20..=28).contains(&found.risk), "two of 15: {found:?}");
+    assert!(found.why.contains("countersign/factor-refused said"), "{found:?}");
+    let refused = mesh.apply(vec![declare("two")], &mesh.shown(&alice)).await.unwrap_err();
+    assert_eq!(outcome(&refused), GateOutcome::NeedsCountersign, "what was enough before is not");
+    mesh.apply(vec![declare("three")], &mesh.shown(&bob)).await.expect("bob is at no risk");
+
+    let asked = |shown: Shown| ClearSignalsAs {
+        subject: Subject::Operator(operator("alice")),
+        kind: Kind::Risk,
+        source: None,
+        reason: "it was she".into(),
+        shown,
+    };
+    let own = mesh.plane.post::<SignalSent>(clears, &asked(mesh.shown(&alice))).await.unwrap_err();
+    assert_eq!(own.status, 403, "nobody clears themselves: {own:?}");
+    let unshown = mesh.plane.post::<SignalSent>(clears, &asked(named("bob"))).await.unwrap_err();
+    assert_eq!(outcome(&unshown), GateOutcome::StepUp, "a code is needed");
+    mesh.pass(3_600);
+    mesh.apply(vec![declare("four")], &mesh.shown(&alice)).await.expect("it fell by half in an hour");
+    mesh.plane.post::<SignalSent>(clears, &asked(mesh.shown(&bob))).await.unwrap();
+    mesh.pass(60);
+    assert_eq!(risk(&mesh.shown(&bob)).await.risk, 0);
+}
+
 #[tokio::test]
 async fn a_new_service_is_found_by_nobody_until_it_is_approved_with_all_of_its_checklist() {
     let (mesh, alice, _) = Clocked::protected().await;

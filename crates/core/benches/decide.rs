@@ -17,6 +17,7 @@ use countersign_core::{
     change::{Member, Revision},
     identity::{ServiceName, SpiffeId, TrustDomain},
     policy::{Action, Context, Judge, Law, Query, parse_file},
+    risk::Condition,
     service::{Protocol, ServiceSpec},
     view::{View, ViewPolicy},
 };
@@ -87,6 +88,7 @@ fn decider(case: &str, total: usize) -> Box<dyn FnMut(usize)> {
                 now: 1_795_365_000,
                 first_contact: false,
                 token: None,
+                condition: Condition::default(),
             },
         });
     };

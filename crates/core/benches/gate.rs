@@ -97,6 +97,7 @@ fn main() {
             asked_at_seconds: NOW,
             approvals: &approvals,
             origin: Origin::Socket,
+            risk: 0,
             now_seconds: NOW,
         };
         let answer = format!("{:?}", gate.decide(&asked));

@@ -103,6 +103,8 @@ pub struct Asked<'a> {
     pub approvals: &'a BTreeSet<OperatorName>,
     /// Where it came in.
     pub origin: Origin,
+    /// The risk of the author, 0 to 100, as signals say; of an operator only.
+    pub risk: u8,
     /// Now, in seconds since 1970.
     pub now_seconds: i64,
 }
@@ -310,6 +312,7 @@ impl ChangeGate {
                 asked_at_seconds: now_seconds,
                 approvals: &approvals.collect(),
                 origin: Origin::Socket,
+                risk: 0,
                 now_seconds,
             };
             self.decide(&asked) == Answer::Permit
@@ -608,6 +611,9 @@ fn context(asked: &Asked<'_>) -> Result<Context, String> {
         ("time", time),
         ("keys_enrolled", RestrictedExpression::new_bool(keys_enrolled)),
     ];
+    if let Author::Operator(_) = asked.author {
+        members.push(("risk", record(vec![("operator", RestrictedExpression::new_long(asked.risk.into()))])?));
+    }
     if let Author::Pipeline(pipeline) = asked.author {
         let claims = RestrictedExpression::new_set(pipeline.claims.iter().map(|claim| text(claim)));
         let claims =

@@ -26,7 +26,8 @@
 //! | [`route`] | traffic rules as data |
 //! | [`path`] | the one normal form of a request path |
 //! | [`view`] | what one proxy needs of the mesh at one revision |
-//! | [`signal`] | what holds at once and for a while: certificates that are revoked |
+//! | [`signal`] | what holds at once and for a while: certificates and tokens that are revoked, and what is said of somebody |
+//! | [`risk`] | what is said of a subject, added up |
 //! | [`token`] | access tokens: what they say, whom they are bound to, and why one is not believed |
 //! | [`record`] | the record of one decision |
 //! | [`registration`] | which processes are a service although no agent started them |
@@ -51,6 +52,7 @@ pub mod pipeline;
 pub mod policy;
 pub mod record;
 pub mod registration;
+pub mod risk;
 pub mod route;
 pub mod service;
 pub mod sign_in;

@@ -48,6 +48,7 @@ use crate::{
     change::PolicyId,
     identity::{ServiceName, SpiffeId},
     record::{Inputs, Outcome, Reason},
+    risk::Condition,
     service::Protocol,
     token::ShownToken,
 };
@@ -108,6 +109,8 @@ pub struct Context<'a> {
     pub first_contact: bool,
     /// The access token that came with it.
     pub token: Option<&'a ShownToken>,
+    /// What signals say of the caller.
+    pub condition: Condition,
 }
 
 /// The answer, with what it rests on.
@@ -196,6 +199,7 @@ impl<'a> Query<'a> {
                 now: inputs.now,
                 first_contact: inputs.first_contact,
                 token: inputs.token.as_ref(),
+                condition: inputs.condition,
             },
         }
     }
@@ -216,6 +220,7 @@ impl<'a> Query<'a> {
             first_contact: self.context.first_contact,
             operation: None,
             token: self.context.token.cloned(),
+            condition: self.context.condition,
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::{
     change::{PolicyId, Revision},
     identity::{InstanceId, ServiceName, SpiffeId},
     path,
+    risk::Condition,
     service::Protocol,
     token::ShownToken,
 };
@@ -75,6 +76,9 @@ pub struct Inputs {
     /// The access token that came with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<ShownToken>,
+    /// What signals said of the caller; absent when they said nothing.
+    #[serde(default, skip_serializing_if = "Condition::is_unknown")]
+    pub condition: Condition,
 }
 
 /// The answer of the law.

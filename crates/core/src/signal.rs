@@ -3,6 +3,9 @@
 //!
 //! INVARIANT (revoked-stays-revoked): whatever is taken in, and from whomever, no certificate and no token ceases to be revoked before
 //! it has expired.
+//!
+//! INVARIANT (newest-statement-counts): what is held of statements is the newest of each source, subject and kind, in whatever order and
+//! however often they came, and whatever was forgotten elsewhere; only a newer one takes one back.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -17,6 +20,10 @@ use crate::{
     identity::{InstanceId, ServiceName},
     token::{Claims, Thumbprint, TokenId},
 };
+
+pub mod statement;
+
+use statement::{Kind, Source, Statement, Subject};
 
 /// How many signals a control plane has given out: the number of the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize)]
@@ -86,6 +93,8 @@ pub enum Signal {
     Certificate(Revocation),
     /// Access tokens were.
     Tokens(TokenRevocation),
+    /// Somebody says something of a subject.
+    Stated(Statement),
 }
 
 /// All signals that hold. Clones share what they hold.
@@ -94,7 +103,11 @@ pub struct Signals {
     sequence: SignalSeq,
     revoked: Arc<BTreeMap<Serial, u64>>,
     tokens: Arc<BTreeMap<TokensMeant, Until>>,
+    stated: Arc<BTreeMap<Subject, About>>,
 }
+
+/// What is said of one subject: the newest of each kind and source.
+type About = BTreeMap<(Kind, Source), Statement>;
 
 /// Until when tokens were issued that are revoked, and when the last of them expires, both in milliseconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,9 +184,24 @@ impl Signals {
         self.revoked.contains_key(serial)
     }
 
-    /// Whether nothing is revoked.
+    /// Whether nothing is revoked, and nothing said.
     pub fn is_empty(&self) -> bool {
-        self.revoked.is_empty() && self.tokens.is_empty()
+        self.revoked.is_empty() && self.tokens.is_empty() && self.stated.is_empty()
+    }
+
+    /// Whether anything is said of anybody.
+    pub fn has_statements(&self) -> bool {
+        !self.stated.is_empty()
+    }
+
+    /// What is said of a subject, and what was taken back of it.
+    pub fn about(&self, subject: &Subject) -> impl Iterator<Item = &Statement> {
+        self.stated.get(subject).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// What is said of anybody, and what was taken back of it.
+    pub fn statements(&self) -> impl Iterator<Item = &Statement> {
+        self.stated.values().flat_map(BTreeMap::values)
     }
 
     /// Whether an access token is revoked.
@@ -208,7 +236,8 @@ impl Signals {
 
     /// Everything that holds.
     pub fn all(&self) -> impl Iterator<Item = Signal> {
-        self.revoked().map(Signal::Certificate).chain(self.tokens_revoked().map(Signal::Tokens))
+        let revoked = self.revoked().map(Signal::Certificate).chain(self.tokens_revoked().map(Signal::Tokens));
+        revoked.chain(self.statements().cloned().map(Signal::Stated))
     }
 
     /// The certificates that are revoked.
@@ -246,6 +275,12 @@ impl Signals {
         if self.tokens.values().any(|until| until.expires_ms < now_ms) {
             Arc::make_mut(&mut self.tokens).retain(|_, until| until.expires_ms >= now_ms);
         }
+        if self.statements().any(|statement| statement.expires_at_ms < now_ms) {
+            Arc::make_mut(&mut self.stated).retain(|_, about| {
+                about.retain(|_, statement| statement.expires_at_ms >= now_ms);
+                !about.is_empty()
+            });
+        }
     }
 
     fn add(&mut self, signals: impl IntoIterator<Item = Signal>) {
@@ -261,6 +296,14 @@ impl Signals {
                             held.issued_ms = held.issued_ms.max(new.issued_ms);
                             held.expires_ms = held.expires_ms.max(new.expires_ms);
                         }
+                    }
+                }
+                Signal::Stated(statement) => {
+                    let about = Arc::make_mut(&mut self.stated).entry(statement.subject.clone()).or_default();
+                    match about.entry((statement.kind(), statement.source.clone())) {
+                        Entry::Vacant(place) => _ = place.insert(statement),
+                        Entry::Occupied(mut held) if statement.supersedes(held.get()) => _ = held.insert(statement),
+                        Entry::Occupied(_) => {}
                     }
                 }
             }
@@ -313,7 +356,12 @@ impl<'de> Deserialize<'de> for TokensMeant {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use proptest::prelude::*;
+
+    use super::{
+        statement::{Said, Score},
+        *,
+    };
 
     fn serial(number: u8) -> Serial {
         Serial([number; 16])
@@ -394,6 +442,106 @@ mod tests {
         }
         for wrong in ["", "everything", "subject:", "subject:Web", "id:1", "key:AA", "device:x"] {
             assert!(wrong.parse::<TokensMeant>().is_err(), "{wrong}");
+        }
+    }
+
+    fn statement() -> impl Strategy<Value = Statement> {
+        let said = prop_oneof![
+            (0u8..=3, prop::option::of(60_000u64..60_002))
+                .prop_map(|(value, half_life_ms)| Said::Risk(Score { value, half_life_ms })),
+            any::<bool>().prop_map(Said::Compliant),
+            prop::sample::select(&Kind::ALL[..]).prop_map(Said::Cleared),
+        ];
+        let of = |all: &'static [&'static str]| prop::sample::select(all);
+        (of(&["host:vm", "workload:web"]), of(&["a", "b"]), said, 0u64..4, 0u64..8).prop_map(
+            |(subject, source, said, issued_at_ms, lives_ms)| Statement {
+                subject: subject.parse().unwrap(),
+                source: Source::parse(source).unwrap(),
+                said,
+                issued_at_ms,
+                expires_at_ms: issued_at_ms + lives_ms,
+            },
+        )
+    }
+
+    proptest! {
+        /// PROVES (newest-statement-counts)
+        #[test]
+        fn in_whatever_order_statements_come_the_newest_of_each_source_is_held(
+            (said, shuffled) in prop::collection::vec(statement(), 0..12)
+                .prop_flat_map(|said| (Just(said.clone()), Just(said).prop_shuffle())),
+            cut in 0usize..12,
+        ) {
+            let mut one = Signals::default();
+            one.welcome(SignalSeq(1), said.iter().cloned().map(Signal::Stated));
+            let mut other = Signals::default();
+            let (first, rest) = shuffled.split_at(cut.min(shuffled.len()));
+            other.extend(SignalSeq(0), SignalSeq(1), rest.iter().chain(first).cloned().map(Signal::Stated)).unwrap();
+            // A control plane that has forgotten some of it, or says some of it again, takes nothing back.
+            other.welcome(SignalSeq(1), first.iter().cloned().map(Signal::Stated));
+            prop_assert_eq!(&one, &other);
+            for statement in &said {
+                let held = one.about(&statement.subject).find(|held| {
+                    (held.kind(), &held.source) == (statement.kind(), &statement.source)
+                });
+                prop_assert!(held.is_some_and(|held| held == statement || held.supersedes(statement)));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_taken_back_is_taken_back_wherever_it_is_heard_of_late() {
+        let said: Statement = serde_json::from_value(serde_json::json!({
+            "subject": "workload:web", "kind": "risk", "value": "80", "source": "operator:alice",
+            "issued_at_ms": 10, "expires_at_ms": 100,
+        }))
+        .unwrap();
+        let (stated, cleared) = (Signal::Stated(said.clone()), Signal::Stated(said.clearing(5)));
+        let web = said.subject.clone();
+        let mut late = Signals::default();
+        late.welcome(SignalSeq(2), [cleared.clone()]);
+        late.extend(SignalSeq(0), SignalSeq(1), [stated.clone()]).unwrap();
+        assert_eq!(late.risk(&web, 20), 0, "the clock of whoever took it back was behind");
+        late.forget_ended(100);
+        assert!(late.has_statements(), "it is known for as long as the other one holds anywhere");
+        let mut away = Signals::default();
+        away.welcome(SignalSeq(1), [stated]);
+        assert_eq!(away.risk(&web, 20), 80);
+        away.welcome(SignalSeq(1), []);
+        assert_eq!(away.risk(&web, 20), 80, "a control plane that was restored takes nothing back");
+        away.welcome(SignalSeq(2), [cleared]);
+        assert_eq!(away.risk(&web, 20), 0);
+        away.forget_ended(101);
+        assert!(away.is_empty());
+    }
+
+    #[test]
+    fn what_is_no_statement_is_refused() {
+        let good = serde_json::json!({
+            "subject": "host:vm", "kind": "risk", "value": "80", "half_life_ms": 60_000, "source": "operator:alice",
+            "issued_at_ms": 10, "expires_at_ms": 100,
+        });
+        let read = |given: &serde_json::Value| serde_json::from_value::<Statement>(given.clone());
+        assert_eq!(serde_json::to_value(read(&good).unwrap()).unwrap(), good);
+        for (member, wrong) in [
+            ("subject", "vm".into()),
+            ("subject", "device:x".into()),
+            ("subject", "host:".into()),
+            ("kind", "mood".into()),
+            ("kind", "posture".into()),
+            ("value", "101".into()),
+            ("value", "+8".into()),
+            ("value", "".into()),
+            ("value", "-1".into()),
+            ("value", "compliant".into()),
+            ("half_life_ms", serde_json::json!(59_999)),
+            ("source", "".into()),
+            ("source", "Alice".into()),
+            ("source", "x".repeat(161).into()),
+        ] {
+            let mut given = good.clone();
+            given[member] = wrong;
+            assert!(read(&given).is_err(), "{given}");
         }
     }
 }

@@ -92,6 +92,18 @@ fn decide_with(
     changes: Vec<Change>,
     approvals: &[&str],
 ) -> Answer {
+    decide_at_risk(gate, state, author, assurance, changes, approvals, 0)
+}
+
+fn decide_at_risk(
+    gate: &ChangeGate,
+    state: &MeshState,
+    author: &Author,
+    assurance: &Assurance,
+    changes: Vec<Change>,
+    approvals: &[&str],
+    risk: u8,
+) -> Answer {
     gate.decide(&Asked {
         author,
         change_set: &ChangeSet { base: Revision(1), changes },
@@ -100,6 +112,7 @@ fn decide_with(
         asked_at_seconds: NOW,
         approvals: &approvals.iter().map(|approver| name(approver)).collect::<BTreeSet<_>>(),
         origin: Origin::Socket,
+        risk,
         now_seconds: NOW,
     })
 }
@@ -112,7 +125,8 @@ fn decide_act(
     assurance: &Assurance,
     signed_in: bool,
 ) -> Answer {
-    gate.decide_act(&AskedTo { author, act, state, assurance, signed_in, origin: Origin::Socket, now_seconds: NOW })
+    let (origin, risk) = (Origin::Socket, 0);
+    gate.decide_act(&AskedTo { author, act, state, assurance, signed_in, origin, risk, now_seconds: NOW })
 }
 
 /// The same mesh, where people sign in with a provider: its admins are owners, its staff editors.
@@ -389,6 +403,7 @@ fn nobody_reads_or_invites_who_is_no_operator_or_has_shown_nothing_whatever_the_
         assurance: &shown(code),
         signed_in: true,
         origin: Origin::Socket,
+        risk: 0,
         now_seconds: NOW + 901,
     };
     assert_eq!(cell(&shipped.decide_act(&late)), "step-up mfa", "a quarter of an hour later");
@@ -530,6 +545,54 @@ fn obligations_of_all_changes_merge_to_the_strictest_and_only_what_is_missing_is
         let changes = changes.into_iter().cloned().collect();
         let answer = decide_with(&gate, &state, &alice, &shown(kinds), changes, approvals);
         assert_eq!(answer, expected, "{case}");
+    }
+}
+
+#[test]
+fn an_operator_at_risk_is_asked_for_more_and_of_others_there_is_no_risk() {
+    let mut state = mesh(&[("alice", "owner", false), ("bob", "owner", false)]);
+    state.pipelines.insert("root".into(), pipeline(&["owner"]));
+    let gate = own("@id(\"all\") permit (principal, action, resource);
+        @id(\"warned\") @countersign(\"1\") forbid (principal, action, resource) when { context has risk.operator && context.risk.operator >= 40 };
+        @id(\"worse\") forbid (principal, action, resource) when { context has risk.operator && context.risk.operator >= 80 };");
+    let (alice, root) = (Author::Operator(name("alice")), proposer("root"));
+    let (code, nothing) = (shown(&[FactorKind::Totp]), Assurance::default());
+    for (who, shows, risk, approvals, expected) in [
+        (&alice, &code, 39, &[][..], "permit"),
+        (&alice, &code, 40, &[], "countersign 1"),
+        (&alice, &code, 40, &["bob"], "permit"),
+        (&alice, &code, 80, &["bob"], "deny"),
+        (&root, &nothing, 100, &["bob"], "permit"),
+    ] {
+        let answer = decide_at_risk(&gate, &state, who, shows, vec![one_of("set_policy", "")], approvals, risk);
+        assert_eq!(cell(&answer), expected, "{who} at {risk}");
+    }
+    let act = |risk| {
+        let asked = AskedTo {
+            author: &alice,
+            act: Act::ReadDecisions,
+            state: &state,
+            assurance: &code,
+            signed_in: true,
+            origin: Origin::Socket,
+            risk,
+            now_seconds: NOW,
+        };
+        cell(&gate.decide_act(&asked))
+    };
+    assert_eq!([act(39), act(40), act(80)], ["permit", "deny", "deny"], "an act has nobody to stand behind it");
+}
+
+#[test]
+fn the_gate_of_docs_gate_md_for_an_operator_at_risk_holds_beside_the_shipped_one() {
+    let from = DOCUMENT.find("@id(\"an-operator-at-risk-is-countersigned\")").expect("docs/gate.md shows it");
+    let rule = DOCUMENT[from..].split("```").next().unwrap();
+    let gate = own(&format!("{}\n{rule}", gate::shipped_text()));
+    let state = mesh(&[("alice", "owner", false), ("bob", "owner", false)]);
+    let (alice, code) = (Author::Operator(name("alice")), shown(&[FactorKind::Totp]));
+    for (risk, expected) in [(24, "permit"), (25, "countersign 1")] {
+        let answer = decide_at_risk(&gate, &state, &alice, &code, vec![one_of("set_policy", "")], &[], risk);
+        assert_eq!(cell(&answer), expected, "at {risk}");
     }
 }
 

@@ -26,7 +26,9 @@ use crate::{
     mesh_finder::{self, Place},
     operator, policy, propose, recover, render,
     render::{Output, Paint},
-    run, service, session, status, store,
+    run, service, session,
+    signal::{self, RiskVerb, SignalVerb},
+    status, store,
     telemetry::{self, Telemetry},
     token::{self, TokenVerb},
     up, workloads,
@@ -88,6 +90,12 @@ pub enum Command {
     /// Access tokens that sidecars show each other
     #[command(subcommand)]
     Token(token::TokenVerb),
+    /// What is said of workloads, hosts and operators, and decides
+    #[command(subcommand)]
+    Signal(SignalVerb),
+    /// What it comes to
+    #[command(subcommand)]
+    Risk(RiskVerb),
     /// What runs on this host, and what asked its agent for an identity
     #[command(subcommand)]
     Workload(WorkloadVerb),
@@ -425,6 +433,20 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Token(TokenVerb::Show { id, asker }) => ask(token::show(&place(&global)?, id, &asker, output)),
         Command::Token(TokenVerb::Revoke { meant, reason, timeout, asker }) => {
             ask(token::revoke(&place(&global)?, meant, reason, timeout, &asker, output))
+        }
+        Command::Signal(SignalVerb::Send(said)) => ask(signal::send(&place(&global)?, said, output)),
+        Command::Signal(SignalVerb::List { subject, kind, asker }) => {
+            ask(signal::list(&place(&global)?, subject, kind, &asker, output))
+        }
+        Command::Signal(SignalVerb::Clear { subject, kind, source, reason, timeout, asker }) => {
+            ask(signal::clear(&place(&global)?, subject, kind, source, reason, timeout, &asker, output))
+        }
+        Command::Signal(SignalVerb::Wait { signal, timeout }) => {
+            ask(signal::wait_for(&place(&global)?, signal, timeout, output))
+        }
+        Command::Risk(RiskVerb::List { asker }) => ask(signal::risks(&place(&global)?, &asker, output)),
+        Command::Risk(RiskVerb::Explain { subject, asker }) => {
+            ask(signal::explain(&place(&global)?, subject, &asker, output))
         }
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List { pending }) => ask(service::list(&place(&global)?, pending, output)),

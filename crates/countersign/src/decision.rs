@@ -11,6 +11,7 @@ use countersign_core::{
     identity::{SpiffeId, TrustDomain},
     policy::{Decision, Query},
     record::{DecisionRecord, EdgeCount, Inputs, Judged, Outcome, Reason},
+    risk::Condition,
 };
 
 use crate::{
@@ -177,6 +178,9 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     say("reason", record.reason.in_words().to_owned());
     say("at", render::moment_full(record.at_ms));
     say("revision", record.revision.to_string());
+    if record.signal_seq > 0 {
+        say("signal", record.signal_seq.to_string());
+    }
     say("judged", format!("{} by the proxy of {}, in {} ns", judged(record), record.instance, record.judge_ns));
     say("principal", inputs.principal.to_string());
     if let Some(operation) = &inputs.operation {
@@ -187,6 +191,15 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     say("size", inputs.size.map_or_else(|| "not declared".to_owned(), |size| format!("{size} bytes")));
     say("origin", inputs.origin.to_string());
     say("first contact", if inputs.first_contact { "yes" } else { "no" }.to_owned());
+    let Condition { risk, posture } = inputs.condition;
+    if risk > 0 {
+        say("risk", risk.to_string());
+    }
+    for (name, said) in [("compliant", posture.compliant), ("managed", posture.managed)] {
+        if let Some(said) = said {
+            say(name, if said { "yes" } else { "no" }.to_owned());
+        }
+    }
     if let Some(token) = &inputs.token {
         let id = token.id.map_or_else(|| "one whose id is not known".to_owned(), |id| id.to_string());
         say(

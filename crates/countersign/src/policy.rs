@@ -14,6 +14,7 @@ use countersign_core::{
     path::NormalPath,
     policy::{self as law, CameTo, Explanation, Law, Library, Query},
     record::Inputs,
+    risk::{Condition, Posture},
     service::Protocol,
     state::MeshState,
     view::{self, Local},
@@ -78,6 +79,15 @@ pub struct Explain {
     /// It is the first of its kind
     #[arg(long)]
     pub first_contact: bool,
+    /// The risk of the caller, 0 to 100
+    #[arg(long, value_name = "RISK", default_value_t, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub risk: u8,
+    /// Whether the caller's host is said to be as it should be [default: nobody says]
+    #[arg(long, value_name = "BOOL")]
+    pub compliant: Option<bool>,
+    /// Whether the caller's host is said to be managed [default: nobody says]
+    #[arg(long, value_name = "BOOL")]
+    pub managed: Option<bool>,
     /// Ask the policies of the directory instead of those in force
     #[arg(long)]
     pub planned: bool,
@@ -277,6 +287,10 @@ fn inputs(arguments: &Explain, state: &MeshState) -> Result<Inputs, Failure> {
         first_contact: arguments.first_contact,
         operation: None,
         token: None,
+        condition: Condition {
+            risk: arguments.risk,
+            posture: Posture { compliant: arguments.compliant, managed: arguments.managed },
+        },
     })
 }
 

@@ -7,6 +7,7 @@ use countersign_core::{
     change::Revision,
     policy::{Decision, Query},
     record::{Ended, Judged},
+    signal::SignalSeq,
 };
 use tokio::sync::oneshot;
 
@@ -27,6 +28,8 @@ pub struct Decided<'a> {
     pub at_ms: u64,
     /// The revision of the view that decided.
     pub revision: Revision,
+    /// The number of the last signal that was heeded.
+    pub signals: SignalSeq,
     /// The answer and the policies it rests on.
     pub decision: &'a Decision,
     /// The first judgement of the exchange, or a later one.

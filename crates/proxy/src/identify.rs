@@ -9,10 +9,11 @@ use std::{
 };
 
 use countersign_api::svid::{PeerSide, VerifiedPeer};
-use countersign_core::{identity::SpiffeId, token::Thumbprint};
+use countersign_core::{identity::SpiffeId, signal::statement::Subject, token::Thumbprint};
 use http::HeaderValue;
 use rustls::CommonState;
 use rustls_pki_types::{CertificateDer, UnixTime};
+use smallvec::SmallVec;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
@@ -28,6 +29,7 @@ pub(crate) struct Peer {
     proof: Proof,
     origin: IpAddr,
     caller_header: HeaderValue,
+    subjects: SmallVec<[Subject; 3]>, // what signals say something of, if they do of it
     pub(crate) known_token: RefCell<Option<Known>>,
 }
 
@@ -39,8 +41,12 @@ pub(crate) struct Proof {
     side: PeerSide,
 }
 
-/// Shakes hands. `None`: the other end did not prove who it is in time.
-pub(crate) async fn identify(accepted: Accepted, acceptor: &TlsAcceptor) -> Option<(TlsStream<TcpStream>, Rc<Peer>)> {
+/// Shakes hands, as `own`. `None`: the other end did not prove who it is in time.
+pub(crate) async fn identify(
+    accepted: Accepted,
+    acceptor: &TlsAcceptor,
+    own: &SpiffeId,
+) -> Option<(TlsStream<TcpStream>, Rc<Peer>)> {
     let (stream, from) = accepted.into_parts();
     let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
@@ -55,7 +61,8 @@ pub(crate) async fn identify(accepted: Accepted, acceptor: &TlsAcceptor) -> Opti
     };
     let proof = Proof::of_connection(stream.get_ref().1, PeerSide::Client)?;
     let caller_header = HeaderValue::from_str(proof.verified.id().as_str()).ok()?;
-    Some((stream, Rc::new(Peer { proof, origin: from.ip(), caller_header, known_token: RefCell::default() })))
+    let (origin, subjects, known_token) = (from.ip(), proof.subjects(own), RefCell::default());
+    Some((stream, Rc::new(Peer { proof, origin, caller_header, subjects, known_token })))
 }
 
 impl Peer {
@@ -67,6 +74,11 @@ impl Peer {
     /// Where its connection comes from.
     pub(crate) fn origin(&self) -> IpAddr {
         self.origin
+    }
+
+    /// What signals can be about, of all that it is: its service, its instance and its host.
+    pub(crate) fn subjects(&self) -> &[Subject] {
+        &self.subjects
     }
 
     /// Its SPIFFE ID as a header.
@@ -85,6 +97,18 @@ impl Proof {
     pub(crate) fn of_connection(connection: &CommonState, side: PeerSide) -> Option<Self> {
         let verified = VerifiedPeer::of_connection(connection)?;
         Some(Self { verified, chain: connection.peer_certificates()?.to_vec(), side })
+    }
+
+    /// What the authority of our own trust domain says that it is; nothing of anybody else's word counts.
+    fn subjects(&self, own: &SpiffeId) -> SmallVec<[Subject; 3]> {
+        let verified = &self.verified;
+        if verified.id().trust_domain() != own.trust_domain() {
+            return SmallVec::new();
+        }
+        let workload = verified.id().service().map(Subject::Workload);
+        let instance = verified.instance().cloned().map(Subject::Instance);
+        let host = verified.host().cloned().map(Subject::Host);
+        [workload, instance, host].into_iter().flatten().collect()
     }
 
     /// SHA-256 of the certificate: what tokens of this connection are bound to.

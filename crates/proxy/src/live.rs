@@ -1,5 +1,6 @@
 //! The live table: every exchange that is judged here, from before its first judgement until its last byte. When the view
-//! changes, all of them are judged again, and those whose answer turned are cut.
+//! changes, all of them are judged again; when a signal comes, or the moment at which what they rest on may change by itself, those
+//! that read it. Those whose answer turned are cut.
 //!
 //! INVARIANT (register-before-judge): an [`Exchange`] can only be judged once it is in the table, so no view can fall
 //! between its first judgement and its first re-judgement.
@@ -18,9 +19,11 @@ use countersign_api::sidecar::{Span, SpanDecision};
 use countersign_core::{
     change::Revision,
     identity::SpiffeId,
-    policy::{self, Action, Decision, Query},
+    policy::{self, Action, Decision, Query, Reads},
     record::{End, Ended, Judged, Outcome, Reason},
+    risk::Condition,
     service::Protocol,
+    signal::SignalSeq,
 };
 use http::Method;
 use slab::Slab;
@@ -37,6 +40,8 @@ use crate::{
     workers::Worker,
 };
 
+/// Exchanges that are judged again before the worker serves others.
+const SLICE: usize = 256;
 /// Longest wait for a record that must be written first: a disk that hangs must not hold exchanges without end.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -102,10 +107,14 @@ struct Judgement {
     at_ms: u64,
     now: i64,
     revision: Revision,
+    signals: SignalSeq,
+    condition: Condition,
     decision: Decision,
     which: Judged,
     judge_ns: u64,
+    // Of the latest time that it was judged, whichever decision is kept.
     view: Arc<Compiled>,
+    reads: Reads,
 }
 
 /// An open exchange, as the admin page shows it.
@@ -172,7 +181,6 @@ impl Live {
 
     /// Judges everything that is open by `view`, a slice at a time so that the worker goes on serving in between.
     pub(crate) async fn rejudge(&self, view: &Arc<Compiled>) {
-        const SLICE: usize = 256;
         for slice in self.open().chunks(SLICE) {
             for exchange in slice {
                 exchange.rejudge(view);
@@ -195,14 +203,26 @@ impl Live {
         }
     }
 
-    /// Cuts everything of peers whose SVID is revoked, and what was permitted with an access token that is.
-    pub(crate) fn cut_revoked(&self) {
+    /// Cuts everything of peers whose SVID is revoked, and what was permitted with an access token that is; judges what rests on what is
+    /// said of its caller.
+    pub(crate) fn heed(&self) {
         for exchange in self.open() {
             if exchange.peer.proof().is_revoked(&exchange.worker.shared) {
                 exchange.end_by(Cut::Unproven);
             } else {
                 exchange.end_if_token_is_lost();
+                exchange.rejudge_if_it_read(Reads::CONDITION);
             }
+        }
+    }
+
+    /// Judges what may have become something else by the mere passing of time.
+    pub(crate) async fn rejudge_by_time(&self) {
+        for slice in self.open().chunks(SLICE) {
+            for exchange in slice {
+                exchange.rejudge_if_it_read(Reads::TIME.and(Reads::CONDITION));
+            }
+            tokio::task::yield_now().await;
         }
     }
 
@@ -226,16 +246,49 @@ impl Exchange {
         let at_ms = self.worker.now_ms();
         let now = (at_ms / 1000) as i64;
         let began = Instant::now();
-        let decision = self.worker.decide(view, &self.query(view, now));
+        let (signals, condition) = self.condition(at_ms);
+        let decision = self.worker.decide(view, &self.query(view, now, condition));
         let judge_ns = began.elapsed().as_nanos() as u64;
         let id = DecisionId::new(at_ms);
         let reason = decision.reason;
         self.worker.counts.judged(which, decision.reason, judge_ns);
         self.recorded.set(false);
-        let revision = view.revision();
-        let judgement = Judgement { id, at_ms, now, revision, decision, which, judge_ns, view: view.clone() };
-        *self.judged.borrow_mut() = Some(judgement);
+        self.worker.judge_again_at(self.holds_until(decision.reads, at_ms));
+        let (revision, view, reads) = (view.revision(), view.clone(), decision.reads);
+        *self.judged.borrow_mut() =
+            Some(Judgement { id, at_ms, now, revision, signals, condition, decision, which, judge_ns, view, reads });
         (reason, id)
+    }
+
+    /// What signals say of the caller, and which was the last of them.
+    fn condition(&self, now_ms: u64) -> (SignalSeq, Condition) {
+        let signals = self.worker.shared.signals();
+        (signals.sequence(), signals.condition(self.peer.subjects(), now_ms))
+    }
+
+    /// Until when a decision that read this stays as it is, if nothing comes but time, in milliseconds since 1970.
+    fn holds_until(&self, reads: Reads, now_ms: u64) -> Option<u64> {
+        const HOUR_MS: u64 = 3_600_000;
+        if !reads.changes_with_time() {
+            return None;
+        }
+        let second = reads.any_of(Reads::NOW).then(|| (now_ms / 1000 + 1) * 1000);
+        let hour = reads.any_of(Reads::CLOCK).then(|| (now_ms / HOUR_MS + 1) * HOUR_MS);
+        let reads_condition = reads.any_of(Reads::CONDITION);
+        let next_change = || self.worker.shared.signals().next_change(self.peer.subjects(), now_ms);
+        let said = reads_condition.then(next_change).flatten();
+        [second, hour, said].into_iter().flatten().min()
+    }
+
+    /// Judges it again if what it read may have become something else: by what came of signals, or by time.
+    fn rejudge_if_it_read(&self, parts: Reads) {
+        let judged = self.judged.borrow().as_ref().map(|judged| (judged.view.clone(), judged.reads));
+        if let Some((view, reads)) = judged
+            && reads.any_of(parts)
+            && self.cut.get().is_none()
+        {
+            self.judge_again(&view);
+        }
     }
 
     fn rejudge(&self, view: &Arc<Compiled>) {
@@ -269,7 +322,7 @@ impl Exchange {
             Outcome::Permit => {
                 // The same answer again is not a new decision: the record keeps the first and its ids.
                 if let (Some(before), Some(now)) = (before, self.judged.borrow_mut().as_mut()) {
-                    *now = Judgement { view: now.view.clone(), ..before };
+                    *now = Judgement { view: now.view.clone(), reads: now.reads, ..before };
                 }
                 self.recorded.set(recorded);
             }
@@ -354,9 +407,10 @@ impl Exchange {
             id: judged.id,
             at_ms: judged.at_ms,
             revision: judged.revision,
+            signals: judged.signals,
             decision: &judged.decision,
             judged: judged.which,
-            query: self.query(&judged.view, judged.now),
+            query: self.query(&judged.view, judged.now, judged.condition),
             trace_id: Some(self.asked.trace.id()),
             judge_ns: judged.judge_ns,
             ended,
@@ -411,7 +465,7 @@ impl Exchange {
         }
     }
 
-    fn query<'a>(&'a self, view: &'a Compiled, now: i64) -> Query<'a> {
+    fn query<'a>(&'a self, view: &'a Compiled, now: i64, condition: Condition) -> Query<'a> {
         let asked = &self.asked;
         Query {
             principal: self.peer.id(),
@@ -435,6 +489,7 @@ impl Exchange {
                 now,
                 first_contact: asked.first_contact,
                 token: self.token.get().map(Token::shown),
+                condition,
             },
         }
     }

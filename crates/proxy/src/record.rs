@@ -286,7 +286,9 @@ mod tests {
         identity::{ServiceName, SpiffeId},
         policy::{Action, Context, Decision, Query, Reads},
         record::{EdgeCount, End, Judged, Reason},
+        risk::{Condition, Posture},
         service::Protocol,
+        signal::SignalSeq,
     };
 
     use super::*;
@@ -327,12 +329,14 @@ mod tests {
                 now: (at_ms / 1000) as i64,
                 first_contact: self.first_contact,
                 token: None,
+                condition: Condition { risk: 40, posture: Posture { compliant: Some(false), managed: None } },
             };
             let (principal, service) = (&self.principal, &self.service);
             Decided {
                 id: DecisionId::new(at_ms),
                 at_ms,
                 revision: Revision(7),
+                signals: SignalSeq(9),
                 decision,
                 judged: Judged::AtStart,
                 query: Query { principal, action: Action::Http("GET"), service, path: &self.path, context },

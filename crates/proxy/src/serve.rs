@@ -50,9 +50,10 @@ const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) async fn connection(worker: &Rc<Worker>, door: &Door, accepted: Accepted) {
     match door {
         Door::Inbound => {
-            let Some(tls) = worker.server_config() else { return };
+            let (Some(tls), Some(identity)) = (worker.server_config(), worker.shared.identity()) else { return };
             let (shared, doubts) = (worker.shared.clone(), worker.doubts());
-            let Some((stream, peer)) = identify(accepted, &TlsAcceptor::from(tls)).await else {
+            let own = identity.svid().id().clone();
+            let Some((stream, peer)) = identify(accepted, &TlsAcceptor::from(tls), &own).await else {
                 worker.counts.handshakes_failed.add(1);
                 return;
             };

@@ -82,8 +82,8 @@ pub(crate) enum Order {
     Rotate,
     /// As [`Order::Rotate`], and end what rests on an authority that is trusted no longer.
     Trust,
-    /// End what rests on an SVID that is revoked.
-    EndRevoked(oneshot::Sender<()>),
+    /// End what rests on what is revoked, and judge again what rests on what is said of its caller.
+    Heed(oneshot::Sender<()>),
     /// Accept on this listener as well.
     Open(Door, Arc<TcpListener>),
     /// Accept there no more.
@@ -317,7 +317,8 @@ impl Shared {
         self.authorities.load_full()
     }
 
-    /// Believes no certificate any more that `signals` say is revoked: no handshake and no new request rests on one from here on.
+    /// Believes no certificate any more that `signals` say is revoked: no handshake and no new request rests on one from here on, and each
+    /// is judged by what they say of its caller.
     pub fn heed(&self, signals: Signals) {
         // With the lock, so that an identity that becomes known meanwhile is told as well.
         let identity = self.identity.lock();
@@ -327,14 +328,14 @@ impl Shared {
         }
     }
 
-    /// Returns once every worker has ended what rests on an SVID that is revoked; with the number of the last signal that is heeded
-    /// so.
+    /// Returns once every worker has ended what rests on an SVID that is revoked, and judged again what rests on what is said of its caller;
+    /// with the number of the last signal that is heeded so.
     ///
     /// INVARIANT (heeded-is-cut): a signal is acknowledged only when no handshake, no new request and nothing open rests any more
-    /// on what it revoked.
+    /// on what it revoked, or on what was said before it.
     pub async fn end_revoked(&self) -> SignalSeq {
         let sequence = self.signals.load().sequence();
-        self.every_worker(Order::EndRevoked).await;
+        self.every_worker(Order::Heed).await;
         sequence
     }
 

@@ -1,7 +1,7 @@
 //! The threads. Each runs one single-threaded runtime and obeys the same orders in the same order; what it holds is its own.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     io,
     rc::Rc,
     sync::Arc,
@@ -22,7 +22,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::{
     runtime::LocalRuntime,
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::AbortHandle,
 };
 
@@ -41,6 +41,8 @@ use crate::{
 
 /// Time for a cut to reach both ends.
 pub(crate) const LAST_WORDS: Duration = Duration::from_millis(200);
+/// The longest time until the moment is looked at again: the wall clock may be set meanwhile.
+const DUE_AFTER_MAX: Duration = Duration::from_secs(60);
 /// The only protocol of the mesh hop.
 pub(crate) const ALPN: &[&[u8]] = &[b"h2"];
 
@@ -53,6 +55,7 @@ pub(crate) struct Worker {
     pub(crate) balance: Balance,
     pub(crate) app: AppPool,
     pub(crate) drain: Drain,
+    due: Due,
     pub(crate) rotation: watch::Sender<()>,
     trust: watch::Sender<()>,
     signals: watch::Sender<()>,
@@ -78,6 +81,13 @@ pub(crate) struct Doubts {
     pub(crate) trust: watch::Receiver<()>,
     /// Something was revoked.
     pub(crate) signals: watch::Receiver<()>,
+}
+
+/// The next moment at which something that is open may be judged otherwise although nothing came.
+#[derive(Default)]
+struct Due {
+    at: Cell<Option<tokio::time::Instant>>,
+    sooner: Notify,
 }
 
 /// Tells every connection when to finish.
@@ -122,6 +132,10 @@ async fn run(
                 worker.tick(now.into());
                 continue;
             }
+            () = worker.due.come() => {
+                worker.live.rejudge_by_time().await;
+                continue;
+            }
         };
         match order {
             Some(Order::Apply(view, done)) => {
@@ -134,8 +148,8 @@ async fn run(
                 worker.rotate();
                 worker.trust.send_replace(());
             }
-            Some(Order::EndRevoked(done)) => {
-                worker.live.cut_revoked();
+            Some(Order::Heed(done)) => {
+                worker.live.heed();
                 worker.signals.send_replace(());
                 let _ = done.send(()); // whoever asked may be gone
             }
@@ -161,6 +175,7 @@ impl Worker {
             balance: Balance::default(),
             app: AppPool::default(),
             drain: Drain(watch::Sender::new(false)),
+            due: Due::default(),
             rotation: watch::Sender::new(()),
             trust: watch::Sender::new(()),
             signals: watch::Sender::new(()),
@@ -195,6 +210,14 @@ impl Worker {
         match &mut *self.in_force.borrow_mut() {
             Some(in_force) if in_force.view.is_same(view) => in_force.judge.decide(query),
             _ => view.law.decide(query),
+        }
+    }
+
+    /// What is open is judged again at this moment, in milliseconds since 1970, if it rests on what may have changed by then.
+    pub(crate) fn judge_again_at(&self, at_ms: Option<u64>) {
+        if let Some(at_ms) = at_ms {
+            let after = Duration::from_millis(at_ms.saturating_sub(self.now_ms()));
+            self.due.earliest(tokio::time::Instant::now() + after.min(DUE_AFTER_MAX));
         }
     }
 
@@ -316,6 +339,31 @@ impl Worker {
 
     fn is_busy(&self) -> bool {
         self.counts.inbound.open.get() + self.counts.outbound.open.get() + self.counts.connections_open.get() > 0
+    }
+}
+
+impl Due {
+    fn earliest(&self, at: tokio::time::Instant) {
+        if self.at.get().is_none_or(|known| at < known) {
+            self.at.set(Some(at));
+            self.sooner.notify_one();
+        }
+    }
+
+    /// Returns when the moment has come, which is none any more then.
+    async fn come(&self) {
+        loop {
+            match self.at.get() {
+                None => self.sooner.notified().await,
+                Some(at) => tokio::select! {
+                    () = tokio::time::sleep_until(at) => {
+                        self.at.set(None);
+                        return;
+                    }
+                    () = self.sooner.notified() => {}
+                },
+            }
+        }
     }
 }
 

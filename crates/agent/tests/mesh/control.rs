@@ -480,6 +480,7 @@ impl Control {
                 full: true,
                 revoked: revoked.1.clone(),
                 tokens_revoked: self.tokens_revoked.lock().clone(),
+                stated: Vec::new(),
             }),
             snapshot,
             entries: Some(entries),

@@ -244,6 +244,16 @@ fn told(event: &Event) -> Told {
                 json!({ "entity": { "name": meant, "type": "access token" }, "actor": { "user": user(by) } }),
             )
         },
+        Event::Stated { by, reason, signal, subject, kind, value } => Told {
+            severity: Severity::Low,
+            unmapped: json!({ "reason": reason, "signal": signal, "kind": kind, "value": value }),
+            ..plain(
+                ENTITY_MANAGEMENT,
+                (3, "Update"),
+                "a signal was sent",
+                json!({ "entity": { "name": subject, "type": "subject of signals" }, "actor": { "user": user(by) } }),
+            )
+        },
         Event::TokenStolen { id, subject, shown_by, origin, fault, decision } => Told {
             severity: Severity::High,
             failed: Some(format!("the token is not of whoever showed it: {fault}")),
@@ -302,10 +312,10 @@ fn plain(class: Class, activity: (u32, &'static str), message: &'static str, mem
 
 fn activity_of(act: Act) -> (u32, &'static str) {
     match act {
-        Act::ReadLedger | Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens => (2, "Read"),
+        Act::ReadLedger | Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens | Act::ReadSignals => (2, "Read"),
         Act::InviteHost => (1, "Create"),
         Act::RevokeIdentity | Act::RevokeToken => (4, "Delete"),
-        Act::RotateAuthority => (3, "Update"),
+        Act::RotateAuthority | Act::SendSignal => (3, "Update"),
     }
 }
 

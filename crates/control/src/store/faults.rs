@@ -72,6 +72,14 @@ const READS: [&str; 23] = [
 
 fn nothing(_: &mut dyn Store, _: u64) {}
 
+fn stated(n: u64) -> Statement {
+    let written = serde_json::json!({
+        "subject": format!("workload:{}", named(n)), "kind": "risk", "value": "80", "source": "operator:alice",
+        "issued_at_ms": NOW, "expires_at_ms": LATER,
+    });
+    serde_json::from_value(written).unwrap()
+}
+
 fn named(n: u64) -> ServiceName {
     ServiceName::parse(&format!("n{n}")).unwrap()
 }
@@ -134,7 +142,7 @@ fn answered<T: std::fmt::Debug>(answer: Result<T, StoreError>) -> Result<String,
     answer.map(|answer| format!("{answer:?}"))
 }
 
-const CASES: [Case; 31] = [
+const CASES: [Case; 32] = [
     Case {
         write: "append",
         before: nothing,
@@ -430,6 +438,21 @@ const CASES: [Case; 31] = [
             format!("{}", signals.iter().filter(is_it).count())
         },
         again: "()",
+    },
+    Case {
+        write: "put_statements",
+        before: nothing,
+        act: |store, n| {
+            let by = RevokedBy { at_ms: NOW, by: "alice".into(), reason: "odd".into() };
+            answered(store.put_statements(&[stated(n)], &by, 1_000).map(|sequence| sequence.is_some()))
+        },
+        look: |store, n| {
+            let signals = store.signals(SignalSeq(0)).unwrap();
+            let said = stated(n);
+            let is_it = |one: &&StoredSignal| matches!(&one.signal, Signal::Stated(one) if one.subject == said.subject);
+            format!("{}", signals.iter().filter(is_it).count())
+        },
+        again: "true",
     },
     Case {
         write: "put_tokens",

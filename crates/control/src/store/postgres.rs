@@ -35,14 +35,15 @@ use countersign_core::{
     change::Revision,
     identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
-    signal::{Revocation, SignalSeq, TokensMeant},
+    signal::{Revocation, SignalSeq, TokensMeant, statement::Statement},
 };
 
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
     Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
-    StoredHost, StoredInstance, StoredProposal, StoredSignal, StoredToken, signal_of_text, tokens_to_text,
+    StoredHost, StoredInstance, StoredProposal, StoredSignal, StoredToken, signal_of_text, statement_to_text,
+    tokens_to_text,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added. Tables and columns are those
@@ -208,6 +209,10 @@ const SCHEMA: &[&str] = &[
     );
     CREATE INDEX tokens_expiry ON tokens (expires_at_ms);
     CREATE INDEX tokens_instance ON tokens (instance, audience);
+",
+    "
+    -- What is said, JSON, where `what` is `stated:` and of which kind, of whom and by whom.
+    ALTER TABLE signals ADD COLUMN statement TEXT;
 ",
 ];
 
@@ -1226,7 +1231,7 @@ impl Store for PostgresStore {
         self.write(Turn::Signals, |s| {
             let last: i64 = s.one("SELECT coalesce(max(seq), 0) FROM signals", &[])?;
             s.execute("DELETE FROM signals WHERE expires_at_ms < $1 AND seq < $2", &[&at_ms, &last])?;
-            let held: i64 = s.one("SELECT count(*) FROM signals WHERE what NOT LIKE 'tokens:%'", &[])?;
+            let held: i64 = s.one("SELECT count(*) FROM signals WHERE what NOT LIKE '%:%'", &[])?;
             let known = s.rows("SELECT what FROM signals WHERE what = ANY($1)", &[&serials])?;
             let known = known.iter().map(|row| get(row, 0)).collect::<Result<BTreeSet<String>, Broken>>()?;
             let new = serials.iter().zip(revoked).filter(|(serial, _)| !known.contains(*serial));
@@ -1266,6 +1271,44 @@ impl Store for PostgresStore {
             s.execute(sql, &[&(last + 1), &what, &signed(expires_at_ms), &at_ms, &by.by, &by.reason])?;
             s.notify()?;
             Ok((SignalSeq((last + 1).unsigned_abs()), meant))
+        })
+    }
+
+    fn put_statements(
+        &mut self,
+        statements: &[Statement],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError> {
+        let at_ms = signed(by.at_ms);
+        self.write(Turn::Signals, |s| {
+            let last: i64 = s.one("SELECT coalesce(max(seq), 0) FROM signals", &[])?;
+            s.execute("DELETE FROM signals WHERE expires_at_ms < $1 AND seq < $2", &[&at_ms, &last])?;
+            let held = "SELECT count(*) FROM signals WHERE what LIKE 'stated:%' AND expires_at_ms >= $1";
+            let held: i64 = s.one(held, &[&at_ms])?;
+            let (mut numbered, mut added) = (Vec::with_capacity(statements.len()), 0);
+            for (statement, number) in statements.iter().zip(1..) {
+                let what = statement_to_text(statement);
+                let rows = s.rows("SELECT at_ms FROM signals WHERE what = $1", &[&what])?;
+                let before = rows.first().map(|row| unsigned(row, 0)).transpose()?;
+                added += i64::from(before.is_none());
+                let issued_at_ms = before.map_or(by.at_ms, |before| by.at_ms.max(before + 1));
+                numbered.push((last + number, what, Statement { issued_at_ms, ..statement.clone() }));
+            }
+            if held + added > i64::from(max) {
+                return Ok(None);
+            }
+            for (number, what, one) in &numbered {
+                s.execute("DELETE FROM signals WHERE what = $1", &[what])?;
+                let json = serde_json::to_string(one).map_err(|error| StoreError::Failed(error.to_string()));
+                let (expires_at_ms, at_ms) = (signed(one.expires_at_ms), signed(one.issued_at_ms));
+                let sql = "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason, statement)
+                           VALUES ($1, $2, $3, $4, $5, $6, $7)";
+                let json = json.map_err(Broken::Refused)?;
+                s.execute(sql, &[number, what, &expires_at_ms, &at_ms, &by.by, &by.reason, &json])?;
+            }
+            s.notify()?;
+            Ok(Some(SignalSeq(last.unsigned_abs() + numbered.len() as u64)))
         })
     }
 
@@ -1322,17 +1365,20 @@ impl Store for PostgresStore {
     }
 
     fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
-        let sql = "SELECT seq, what, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > $1 ORDER BY seq";
+        let sql =
+            "SELECT seq, what, expires_at_ms, at_ms, actor, reason, statement FROM signals WHERE seq > $1 ORDER BY seq";
         self.read(|s| {
             s.rows(sql, &[&signed(after.0)])?
                 .iter()
                 .map(|row| {
                     let what: String = get(row, 1)?;
                     let (expires_at_ms, at_ms) = (unsigned(row, 2)?, unsigned(row, 3)?);
+                    let statement: Option<String> = get(row, 6)?;
                     let unknown = || Broken::Refused(StoreError::Failed(format!("`{what}` is no signal")));
                     Ok(StoredSignal {
                         sequence: SignalSeq(unsigned(row, 0)?),
-                        signal: signal_of_text(&what, expires_at_ms, at_ms).ok_or_else(unknown)?,
+                        signal: signal_of_text(&what, statement.as_deref(), expires_at_ms, at_ms)
+                            .ok_or_else(unknown)?,
                         by: RevokedBy { at_ms, by: get(row, 4)?, reason: get(row, 5)? },
                     })
                 })

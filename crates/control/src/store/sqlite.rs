@@ -21,14 +21,15 @@ use countersign_core::{
     change::Revision,
     identity::{FactorId, InstanceId, NameError, OperatorName, ServiceName, SpiffeId},
     record::{DecisionRecord, EdgeCount},
-    signal::{Revocation, SignalSeq, TokensMeant},
+    signal::{Revocation, SignalSeq, TokensMeant, statement::Statement},
 };
 
 use super::{
     CERTIFICATE_SUFFIX, DAY_MS, Document, EDGES_MAX, INVITATIONS_MAX, IssuedSerial, NOTE_PREFIX, NewEntry,
     NewInvitation, PROPOSALS_MAX, PROPOSALS_OPEN_BYTES_MAX, PROPOSALS_OPEN_MAX, RECORDS_MAX, RECORDS_READ_MAX,
     Resealed, SealedAt, Spent, Store, StoreError, StoredAcknowledgement, StoredCodes, StoredEntry, StoredHead,
-    StoredHost, StoredInstance, StoredProposal, StoredSignal, StoredToken, signal_of_text, tokens_to_text,
+    StoredHost, StoredInstance, StoredProposal, StoredSignal, StoredToken, signal_of_text, statement_to_text,
+    tokens_to_text,
 };
 
 /// Each step brings the schema from its index to the next version. Steps are never edited, only added.
@@ -207,6 +208,10 @@ pub(super) const SCHEMA: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX tokens_expiry ON tokens (expires_at_ms);
     CREATE INDEX tokens_instance ON tokens (instance, audience);
+",
+    "
+    -- What is said, JSON, where `what` is `stated:` and of which kind, of whom and by whom.
+    ALTER TABLE signals ADD COLUMN statement TEXT;
 ",
 ];
 
@@ -877,7 +882,7 @@ impl Store for SqliteStore {
             let ended = "DELETE FROM signals WHERE expires_at_ms < ?1 AND seq < ?2";
             t.execute(ended, params![signed(by.at_ms), signed(sequence)])?;
             let held: u64 =
-                t.query_row("SELECT count(*) FROM signals WHERE what NOT LIKE 'tokens:%'", [], |row| unsigned(row, 0))?;
+                t.query_row("SELECT count(*) FROM signals WHERE what NOT LIKE '%:%'", [], |row| unsigned(row, 0))?;
             let known = "SELECT 1 FROM signals WHERE what = ?1";
             let insert = "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason)
                           VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
@@ -927,6 +932,45 @@ impl Store for SqliteStore {
         })
     }
 
+    fn put_statements(
+        &mut self,
+        statements: &[Statement],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError> {
+        self.write(|t| {
+            let last: u64 = t.query_row("SELECT coalesce(max(seq), 0) FROM signals", [], |row| unsigned(row, 0))?;
+            let ended = "DELETE FROM signals WHERE expires_at_ms < ?1 AND seq < ?2";
+            t.execute(ended, params![signed(by.at_ms), signed(last)])?;
+            let held = "SELECT count(*) FROM signals WHERE what LIKE 'stated:%' AND expires_at_ms >= ?1";
+            let held: u64 = t.query_row(held, [signed(by.at_ms)], |row| unsigned(row, 0))?;
+            let (mut numbered, mut added) = (Vec::with_capacity(statements.len()), 0);
+            for (statement, number) in statements.iter().zip(1..) {
+                let what = statement_to_text(statement);
+                let before = t.query_row("SELECT at_ms FROM signals WHERE what = ?1", [&what], |row| unsigned(row, 0));
+                let before: Option<u64> = before.optional()?;
+                added += u64::from(before.is_none());
+                let issued_at_ms = before.map_or(by.at_ms, |before| by.at_ms.max(before + 1));
+                numbered.push((last + number, what, Statement { issued_at_ms, ..statement.clone() }));
+            }
+            if held + added > u64::from(max) {
+                return Ok(None);
+            }
+            let mut forget = t.prepare_cached("DELETE FROM signals WHERE what = ?1")?;
+            let insert = "INSERT INTO signals (seq, what, expires_at_ms, at_ms, actor, reason, statement)
+                          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+            let mut insert = t.prepare_cached(insert)?;
+            for (number, what, one) in &numbered {
+                forget.execute([what])?;
+                let json =
+                    serde_json::to_string(one).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
+                let (expires_at_ms, at_ms, json) = (signed(one.expires_at_ms), signed(one.issued_at_ms), json);
+                insert.execute(params![signed(*number), what, expires_at_ms, at_ms, by.by, by.reason, json])?;
+            }
+            Ok(Some(SignalSeq(last + numbered.len() as u64)))
+        })
+    }
+
     fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError> {
         let encoded = tokens.iter().map(|one| serde_json::to_vec(&one.claims)).collect::<Result<Vec<_>, _>>();
         let encoded = encoded.map_err(|error| StoreError::Failed(error.to_string()))?;
@@ -972,14 +1016,16 @@ impl Store for SqliteStore {
     }
 
     fn signals(&mut self, after: SignalSeq) -> Result<Vec<StoredSignal>, StoreError> {
-        let sql = "SELECT seq, what, expires_at_ms, at_ms, actor, reason FROM signals WHERE seq > ?1 ORDER BY seq";
+        let sql =
+            "SELECT seq, what, expires_at_ms, at_ms, actor, reason, statement FROM signals WHERE seq > ?1 ORDER BY seq";
         self.rows(sql, &[&signed(after.0)], |row| {
             let what: String = row.get(1)?;
             let (expires_at_ms, at_ms) = (unsigned(row, 2)?, unsigned(row, 3)?);
+            let statement: Option<String> = row.get(6)?;
             let unknown = || rusqlite::Error::FromSqlConversionFailure(1, Type::Text, "it is no signal".into());
             Ok(StoredSignal {
                 sequence: SignalSeq(unsigned(row, 0)?),
-                signal: signal_of_text(&what, expires_at_ms, at_ms).ok_or_else(unknown)?,
+                signal: signal_of_text(&what, statement.as_deref(), expires_at_ms, at_ms).ok_or_else(unknown)?,
                 by: RevokedBy { at_ms, by: row.get(4)?, reason: row.get(5)? },
             })
         })

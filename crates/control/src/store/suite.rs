@@ -309,7 +309,7 @@ fn a_flood_of_revoked_tokens_revokes_more_and_never_less() {
             let signals = store.signals(SignalSeq(0)).unwrap();
             let told = |one: StoredSignal| match one.signal {
                 Signal::Tokens(one) => format!("{} until {}", one.meant, one.issued_until_ms),
-                Signal::Certificate(_) => "a certificate".to_owned(),
+                Signal::Certificate(_) | Signal::Stated(_) => "a certificate".to_owned(),
             };
             signals.into_iter().map(told).collect::<Vec<_>>().join(", ")
         };
@@ -324,6 +324,48 @@ fn a_flood_of_revoked_tokens_revokes_more_and_never_less() {
         assert_eq!(put(store, "audience:orders", 8), (6, "audience:orders".into()));
         assert_eq!(put(store, "all", 200), (7, "all".into()));
         assert_eq!(all(store), "all until 200", "those before have ended");
+    });
+}
+
+#[test]
+fn a_statement_takes_the_place_of_what_its_source_said_before_and_is_later_whatever_the_clock_says() {
+    on_each(|store| {
+        let by = |at_ms| RevokedBy { at_ms, by: "alice".into(), reason: "odd".into() };
+        let said = |subject: &str, value: &str, expires_at_ms: u64| -> Statement {
+            let written = serde_json::json!({
+                "subject": subject, "kind": "risk", "value": value, "source": "operator:alice",
+                "issued_at_ms": 0, "expires_at_ms": expires_at_ms,
+            });
+            serde_json::from_value(written).unwrap()
+        };
+        let all = |store: &mut dyn Store| {
+            let signals = store.signals(SignalSeq(0)).unwrap();
+            let told = |one: StoredSignal| match one.signal {
+                Signal::Stated(said) => {
+                    assert_eq!(said.issued_at_ms, one.by.at_ms);
+                    format!("{}: {} {} at {}", one.sequence.0, said.subject, said.said, said.issued_at_ms)
+                }
+                Signal::Certificate(_) | Signal::Tokens(_) => format!("{}: revoked", one.sequence.0),
+            };
+            signals.into_iter().map(told).collect::<Vec<_>>().join(", ")
+        };
+        let certificate = Revocation { serial: format!("{:032x}", 9).parse().unwrap(), expires_at_ms: 300 };
+        store.put_revocations(&[certificate], &by(1), 1).unwrap();
+        let (web, cron) = (said("workload:web", "80", 100), said("workload:cron", "20", 300));
+        assert_eq!(store.put_statements(&[web.clone(), cron.clone()], &by(10), 2).unwrap(), Some(SignalSeq(3)));
+        assert_eq!(all(store), "1: revoked, 2: workload:web 80 at 10, 3: workload:cron 20 at 10");
+        let vm = said("host:vm", "1", 300);
+        assert_eq!(store.put_statements(&[cron.clone(), vm.clone()], &by(11), 2).unwrap(), None, "there is no room");
+        assert_eq!(store.put_statements(&[web.clearing(5)], &by(5), 2).unwrap(), Some(SignalSeq(4)));
+        assert_eq!(all(store), "1: revoked, 3: workload:cron 20 at 10, 4: workload:web cleared at 11");
+        assert_eq!(
+            store.put_revocations(&[certificate], &by(12), 1).unwrap(),
+            Some(SignalSeq(4)),
+            "counted by themselves"
+        );
+        assert_eq!(store.put_statements(&[vm], &by(200), 2).unwrap(), Some(SignalSeq(5)), "one has ended");
+        assert_eq!(store.put_statements(&[], &by(200), 2).unwrap(), Some(SignalSeq(5)));
+        assert_eq!(all(store), "1: revoked, 3: workload:cron 20 at 10, 5: host:vm 1 at 200");
     });
 }
 

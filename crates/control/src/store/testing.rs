@@ -300,6 +300,14 @@ impl<S: Store> Store for Faulty<S> {
     ) -> Result<(SignalSeq, TokensMeant), StoreError> {
         self.write("put_token_revocation", |inner| inner.put_token_revocation(meant, expires_at_ms, by, max))
     }
+    fn put_statements(
+        &mut self,
+        statements: &[Statement],
+        by: &RevokedBy,
+        max: u32,
+    ) -> Result<Option<SignalSeq>, StoreError> {
+        self.write("put_statements", |inner| inner.put_statements(statements, by, max))
+    }
     fn put_tokens(&mut self, tokens: &[StoredToken], now_ms: u64) -> Result<(), StoreError> {
         self.write("put_tokens", |inner| inner.put_tokens(tokens, now_ms))
     }

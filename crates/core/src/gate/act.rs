@@ -36,6 +36,10 @@ pub enum Act {
     ReadTokens,
     /// Access tokens that are good for nothing from now on.
     RevokeToken,
+    /// What is said of workloads, hosts and operators, by whom and why.
+    ReadSignals,
+    /// A statement about one of them, or taking one back.
+    SendSignal,
 }
 
 /// Why what a factor opens is closed to whom a provider vouched for.
@@ -57,13 +61,15 @@ pub struct AskedTo<'a> {
     pub signed_in: bool,
     /// Where it came in.
     pub origin: Origin,
+    /// The risk of the operator, 0 to 100, as signals say.
+    pub risk: u8,
     /// Now, in seconds since 1970.
     pub now_seconds: i64,
 }
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::ReadLedger,
         Self::ReadDecisions,
         Self::ExportLedger,
@@ -72,6 +78,8 @@ impl Act {
         Self::RotateAuthority,
         Self::ReadTokens,
         Self::RevokeToken,
+        Self::ReadSignals,
+        Self::SendSignal,
     ];
 
     /// The act as the gate spells it.
@@ -85,12 +93,17 @@ impl Act {
             Self::RotateAuthority => "rotate_authority",
             Self::ReadTokens => "read_tokens",
             Self::RevokeToken => "revoke_token",
+            Self::ReadSignals => "read_signals",
+            Self::SendSignal => "send_signal",
         }
     }
 
     /// Whether it only reads. What was shown for reading is good for some minutes; what was shown for anything else, once.
     pub fn only_reads(self) -> bool {
-        matches!(self, Self::ReadLedger | Self::ReadDecisions | Self::ExportLedger | Self::ReadTokens)
+        matches!(
+            self,
+            Self::ReadLedger | Self::ReadDecisions | Self::ExportLedger | Self::ReadTokens | Self::ReadSignals
+        )
     }
 }
 
@@ -105,6 +118,8 @@ impl fmt::Display for Act {
             Self::RotateAuthority => "rotating the authority",
             Self::ReadTokens => "reading which access tokens there are",
             Self::RevokeToken => "revoking access tokens",
+            Self::ReadSignals => "reading what signals say",
+            Self::SendSignal => "sending a signal",
         })
     }
 }
@@ -123,7 +138,7 @@ impl ChangeGate {
     /// INVARIANT (no-act-unproven): no policy lets somebody act who is no operator, or who has neither signed in nor shown a factor
     /// for it, whatever it says.
     pub fn decide_act(&self, asked: &AskedTo<'_>) -> Answer {
-        let AskedTo { author, act, state, assurance, signed_in, origin, now_seconds } = *asked;
+        let AskedTo { author, act, state, assurance, signed_in, origin, risk, now_seconds } = *asked;
         let unfit = match author {
             Author::Operator(name) if state.operators.contains_key(name) => None,
             Author::Person(person) if person.roles(state).is_empty() || !signed_in => Some(nobody(person)),
@@ -143,6 +158,7 @@ impl ChangeGate {
             asked_at_seconds: now_seconds,
             approvals: &BTreeSet::new(),
             origin,
+            risk,
             now_seconds,
         };
         let mesh = uid("Mesh", state.trust_domain.as_ref().map_or("", |name| name.as_str()));

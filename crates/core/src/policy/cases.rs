@@ -12,7 +12,8 @@
 //! Of `given`, `principal`, `action` and `service` are needed. The others say what else the request is like: `path`
 //! (`/`), `host` (`<service>.mesh`), `method` (the action's), `size` in bytes (not declared), `origin` (`127.0.0.1`), `now`
 //! (noon of Monday 2026-01-05 UTC, so that a test tells the same every day), `first_contact` (`false`), `token` (the scope
-//! of the access token that comes with it: where the service demands tokens, the one that the principal would be issued).
+//! of the access token that comes with it: where the service demands tokens, the one that the principal would be issued), `risk` (`0`),
+//! `compliant` and `managed` (nobody says).
 
 use std::{collections::BTreeMap, net::IpAddr, ops::Range};
 
@@ -27,7 +28,9 @@ use crate::{
     identity::{ServiceName, SpiffeId},
     path::NormalPath,
     record::{Inputs, Outcome},
+    risk::{Condition, Posture},
     service::Protocol,
+    signal::statement::RISK_MAX,
     state::MeshState,
     token::{Scope, ShownToken},
     view::{Local, view},
@@ -277,6 +280,9 @@ impl Reader<'_> {
                 "now",
                 "first_contact",
                 "token",
+                "risk",
+                "compliant",
+                "managed",
             ],
         )?;
         let principal = self.needed(&members, "principal", value.span()).and_then(|value| self.principal(value));
@@ -294,6 +300,9 @@ impl Reader<'_> {
         let now = members.get("now").and_then(|value| self.now(value));
         let first_contact = members.get("first_contact").and_then(|value| self.truth(value));
         let token = members.get("token").and_then(|value| self.text(value)).map(Scope::parse);
+        let risk = members.get("risk").and_then(|value| self.risk(value)).unwrap_or(0);
+        let mut said = |key: &str| members.get(key).and_then(|value| self.said(value));
+        let posture = Posture { compliant: said("compliant"), managed: said("managed") };
         let (principal, action, service, path) = (principal?, action?, service?, path?);
         let (of_action, protocol) = match action.as_str() {
             "grpc:call" => ("POST", Protocol::Grpc),
@@ -314,6 +323,7 @@ impl Reader<'_> {
             first_contact: first_contact.unwrap_or(false),
             operation: None,
             token: token.map(|scope| ShownToken { id: None, fault: None, scope, issued_at: now }),
+            condition: Condition { risk, posture },
             action: action.into(),
         })
     }
@@ -396,6 +406,25 @@ impl Reader<'_> {
         let found = given.parse().ok();
         if found.is_none() {
             self.refuse(value.span(), &format!("`{given}` is not an address"), "write origin = \"10.0.0.7\"");
+        }
+        found
+    }
+
+    fn risk(&mut self, value: &Value<'_>) -> Option<u8> {
+        let found = value.get_ref().as_integer().and_then(|risk| u8::from_str_radix(risk.as_str(), risk.radix()).ok());
+        let found = found.filter(|risk| *risk <= RISK_MAX);
+        if found.is_none() {
+            self.refuse(value.span(), "this is not a risk", "give a whole number from 0 to 100: risk = 80");
+        }
+        found
+    }
+
+    /// What somebody says of a host.
+    fn said(&mut self, value: &Value<'_>) -> Option<bool> {
+        let found = value.get_ref().as_bool();
+        if found.is_none() {
+            let help = "write compliant = true, or leave it out where nobody says anything";
+            self.refuse(value.span(), "this is neither true nor false", help);
         }
         found
     }

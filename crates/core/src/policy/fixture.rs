@@ -7,6 +7,7 @@ use crate::{
     change::{Member, Revision},
     contract::{Contract, Operation},
     identity::{ServiceName, SpiffeId, TrustDomain},
+    risk::Condition,
     service::{Protocol, ServiceSpec},
     token::ShownToken,
     view::{View, ViewPolicy},
@@ -87,6 +88,7 @@ pub(super) struct Asked {
     pub(super) now: i64,
     pub(super) first_contact: bool,
     pub(super) token: Option<ShownToken>,
+    pub(super) condition: Condition,
 }
 
 impl Asked {
@@ -105,6 +107,7 @@ impl Asked {
             now: NOW,
             first_contact: false,
             token: None,
+            condition: Condition::default(),
         }
     }
 
@@ -131,6 +134,7 @@ impl Asked {
                 now: self.now,
                 first_contact: self.first_contact,
                 token: self.token.as_ref(),
+                condition: self.condition,
             },
         }
     }

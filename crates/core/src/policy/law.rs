@@ -736,6 +736,14 @@ fn context(reads: Reads, operation: Option<&str>, query: &Query<'_>) -> CedarCon
     if reads.any_of(Reads::FIRST_CONTACT) {
         members.push(("first_contact", asked.first_contact.into()));
     }
+    if reads.any_of(Reads::RISK) {
+        members.push(("risk", record(vec![("workload", i64::from(asked.condition.risk).into())])));
+    }
+    let posture = asked.condition.posture;
+    if reads.any_of(Reads::POSTURE) && !posture.is_unknown() {
+        let known = [("compliant", posture.compliant), ("managed", posture.managed)].into_iter();
+        members.push(("posture", record(known.filter_map(|(name, said)| Some((name, said?.into()))).collect())));
+    }
     if let Some(token) = asked.token.filter(|_| reads.any_of(Reads::TOKEN)) {
         let scopes = Value::set(token.scope.words().iter().map(|word| (&**word).into()), None);
         let issued_at = extension(cedar_policy::RestrictedExpression::new_datetime(datetime(token.issued_at)));
@@ -778,6 +786,7 @@ mod tests {
         },
         *,
     };
+    use crate::risk::{Condition, Posture};
 
     /// `permit permitted by a b`.
     fn told(decision: &Decision) -> String {
@@ -1132,6 +1141,9 @@ mod tests {
             ("principal is Workload", Reads::NOTHING),
             ("context has device", Reads::NOTHING),
             ("context has token", Reads::TOKEN),
+            ("context.risk.workload > 7", Reads::RISK),
+            ("context has posture", Reads::POSTURE),
+            ("context has posture.managed && context.posture.managed", Reads::POSTURE),
             (r#"principal in Workload::"web""#, Reads::PRINCIPAL),
             (r#"resource in Operation::"catalog/x""#, Reads::PATH),
             ("context.time.hour > 7", Reads::CLOCK),
@@ -1265,7 +1277,7 @@ mod tests {
         r#"resource in Sensitivity::"internal""#,
         r#"resource == Operation::"catalogue/one""#,
     ];
-    const CONDITIONS: [&str; 17] = [
+    const CONDITIONS: [&str; 20] = [
         "",
         "",
         "",
@@ -1283,6 +1295,9 @@ mod tests {
         r#"when { Workload::"cron" in Role::"writer" && principal in [Role::"reader", Role::"writer"] }"#,
         r#"when { context.request has operation || context.request.host == "catalog.mesh" }"#,
         r#"when { context.request.method == "GET" && context.request.protocol == "http" }"#,
+        "when { context.risk.workload >= 50 }",
+        "unless { context has posture.compliant && context.posture.compliant }",
+        "when { context has posture && !(context.posture has managed && context.posture.managed) }",
     ];
     const ANNOTATIONS: [&str; 5] = ["", "", "", r#"@step_up("phr")"#, r#"@max_age("60")"#];
 
@@ -1313,14 +1328,18 @@ mod tests {
             prop::sample::select(&[[10, 0, 0, 7], [192, 168, 1, 1]][..]),
             prop::sample::select(&[NOW, NOW + 1, NOW - 6 * 3_600][..]),
             any::<bool>(),
+            (prop::sample::select(&[0u8, 49, 50, 100][..]), any::<Option<bool>>(), any::<Option<bool>>()),
         )
-            .prop_map(|(principal, action, path, size, origin, now, first_contact)| Asked {
-                size,
-                origin: origin.into(),
-                now,
-                first_contact,
-                ..Asked::new(principal, action, path)
-            })
+            .prop_map(
+                |(principal, action, path, size, origin, now, first_contact, (risk, compliant, managed))| Asked {
+                    size,
+                    origin: origin.into(),
+                    now,
+                    first_contact,
+                    condition: Condition { risk, posture: Posture { compliant, managed } },
+                    ..Asked::new(principal, action, path)
+                },
+            )
     }
 
     proptest! {

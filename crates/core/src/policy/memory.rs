@@ -17,7 +17,7 @@ use super::{
     Decision, Law, Query, Reads,
     law::{Candidates, Place, Standing},
 };
-use crate::{identity::SpiffeId, service::Protocol};
+use crate::{identity::SpiffeId, risk::Posture, service::Protocol};
 
 /// Decisions that one [`Judge`] remembers; when it is full it forgets them all and begins again.
 pub const MEMORY_ENTRIES_MAX: usize = 4_096;
@@ -60,6 +60,8 @@ struct Read<Text> {
     ip: IpAddr,
     hours: i64, // since 1970
     first_contact: bool,
+    risk: u8,
+    posture: Posture,
 }
 
 impl Judge {
@@ -157,6 +159,8 @@ impl Judge {
             ip: if reads.any_of(Reads::IP) { context.origin } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) },
             hours: if reads.any_of(Reads::CLOCK) { context.now.div_euclid(3_600) } else { 0 },
             first_contact: reads.any_of(Reads::FIRST_CONTACT) && context.first_contact,
+            risk: if reads.any_of(Reads::RISK) { context.condition.risk } else { 0 },
+            posture: if reads.any_of(Reads::POSTURE) { context.condition.posture } else { Posture::default() },
         };
         (key.path.len() + key.method.len() + key.host.len() <= KEY_BYTES_MAX).then_some(key)
     }
@@ -184,6 +188,8 @@ impl Read<&str> {
             ip: self.ip,
             hours: self.hours,
             first_contact: self.first_contact,
+            risk: self.risk,
+            posture: self.posture,
         }
     }
 }
@@ -198,5 +204,7 @@ impl Read<Arc<str>> {
             && self.ip == other.ip
             && self.hours == other.hours
             && self.first_contact == other.first_contact
+            && self.risk == other.risk
+            && self.posture == other.posture
     }
 }

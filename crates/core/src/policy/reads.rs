@@ -7,7 +7,7 @@ use cedar_policy_core::ast::{BinaryOp, Expr, ExprKind, Literal, Var};
 
 /// A set of the parts of a query that policies can depend on, beyond scope. Action and service are always part of it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct Reads(u16);
+pub struct Reads(u32);
 
 /// Which entities the conditions of a policy need in order to follow `in`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -21,7 +21,7 @@ pub(super) enum Hierarchy {
     Whole,
 }
 
-const MEMBERS: [(Reads, &str); 14] = [
+const MEMBERS: [(Reads, &str); 16] = [
     (Reads::PRINCIPAL, "principal"),
     (Reads::PATH, "resource"),
     (Reads::METHOD, "request.method"),
@@ -36,6 +36,8 @@ const MEMBERS: [(Reads, &str); 14] = [
     (Reads::CLOCK, "time.hour or time.weekday"),
     (Reads::FIRST_CONTACT, "first_contact"),
     (Reads::TOKEN, "token"),
+    (Reads::RISK, "risk"),
+    (Reads::POSTURE, "posture"),
 ];
 
 impl Reads {
@@ -69,6 +71,12 @@ impl Reads {
     pub const TRUST_DOMAIN: Self = Self(1 << 12);
     /// `context.token`.
     pub const TOKEN: Self = Self(1 << 13);
+    /// `context.risk`.
+    pub const RISK: Self = Self(1 << 14);
+    /// `context.posture`.
+    pub const POSTURE: Self = Self(1 << 15);
+    /// What signals say of the caller.
+    pub const CONDITION: Self = Self(Self::RISK.0 | Self::POSTURE.0);
     /// Everything below `context.request`.
     pub const REQUEST: Self = Self(
         Self::METHOD.0 | Self::REQUEST_PATH.0 | Self::OPERATION.0 | Self::PROTOCOL.0 | Self::HOST.0 | Self::SIZE.0,
@@ -78,8 +86,9 @@ impl Reads {
     /// Everything below `context.time`.
     pub const TIME: Self = Self(Self::NOW.0 | Self::CLOCK.0);
     /// Everything below `context`.
-    pub const CONTEXT: Self =
-        Self(Self::REQUEST.0 | Self::ORIGIN.0 | Self::TIME.0 | Self::FIRST_CONTACT.0 | Self::TOKEN.0);
+    pub const CONTEXT: Self = Self(
+        Self::REQUEST.0 | Self::ORIGIN.0 | Self::TIME.0 | Self::FIRST_CONTACT.0 | Self::TOKEN.0 | Self::CONDITION.0,
+    );
 
     #[cfg(test)]
     pub(super) const ALL: Self = Self(Self::CONTEXT.0 | Self::PRINCIPAL.0 | Self::PATH.0);
@@ -95,9 +104,9 @@ impl Reads {
     }
 
     /// Whether the answer can change by the mere passing of time: an open exchange is then judged again when the
-    /// hour turns ([`Reads::CLOCK`]) or on every tick ([`Reads::NOW`]).
+    /// hour turns ([`Reads::CLOCK`]), every second ([`Reads::NOW`]), or when what a signal said ends or falls ([`Reads::CONDITION`]).
     pub const fn changes_with_time(self) -> bool {
-        self.any_of(Self::TIME)
+        self.any_of(Self::TIME.and(Self::CONDITION))
     }
 }
 
@@ -229,6 +238,8 @@ impl Walk {
             ["time", ..] => Reads::TIME,
             ["first_contact", ..] => Reads::FIRST_CONTACT,
             ["token", ..] => Reads::TOKEN,
+            ["risk", ..] => Reads::RISK,
+            ["posture", ..] => Reads::POSTURE,
             // A member that the schema does not have can only be asked for with `has`: it is never there.
             _ => Reads::NOTHING,
         };

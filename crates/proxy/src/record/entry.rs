@@ -4,12 +4,13 @@
 //! ```text
 //! entry    = length u32 · CRC-32 of the payload u32 · payload            (numbers little-endian)
 //! payload  = 0 · instance                                                 the first of a segment: whose it is
-//!          | 1 · head · edge · rest · end · operation · token             a decision
+//!          | 1 · head · edge · rest · end · operation · token · signals   a decision
 //!          | 2 · id [16] · end                                            what became of one written earlier
 //! head     = outcome u8 · reason u8 · judged u8 · protocol u8 · first contact u8 · id [16] · at_ms u64 · revision u64
 //! edge     = length u16 · principal · service · action                    (a string: length, then UTF-8)
 //! rest     = path · host · method · 0 | 1 + trace id [16] · judge_ns · now i64 · 4 + ip [4] | 6 + ip [16] · size + 1 · policies
 //! token    = 0 | 1 + fault + 1 u8 · 0 | 1 + id [16] · scope · issued i64
+//! signals  = the number of the last · risk u8 · compliant u8 · managed u8   (0: nobody says, 1: no, 2: yes)
 //! end      = 0 | 1 + how u8 · status · duration_us · bytes_in · bytes_out
 //! ```
 
@@ -20,6 +21,7 @@ use countersign_core::{
     identity::{InstanceId, ServiceName, SpiffeId},
     policy::Action,
     record::{DecisionRecord, EdgeCount, End, Ended, Inputs, Judged, Outcome, Reason},
+    risk::{Condition, Posture},
     service::Protocol,
     token::{Scope, ShownToken, TokenFault, TokenId},
 };
@@ -115,7 +117,14 @@ pub(super) fn encode_decision(to: &mut Vec<u8>, decided: &Decided<'_>) {
     ended(to, decided.ended.as_ref());
     text(to, decided.decision.operation.as_deref().unwrap_or_default());
     token(to, query.context.token);
+    number(to, decided.signals.0);
+    let Condition { risk, posture } = query.context.condition;
+    to.extend([risk, said(posture.compliant), said(posture.managed)]);
     frame(&mut to[begin..]);
+}
+
+fn said(of_host: Option<bool>) -> u8 {
+    of_host.map_or(0, |holds| 1 + u8::from(holds))
 }
 
 fn token(to: &mut Vec<u8>, shown: Option<&ShownToken>) {
@@ -266,12 +275,14 @@ impl<'a> DecisionView<'a> {
         // A record of a version without contracts ends before it.
         let operation = rest.text().filter(|name| !name.is_empty()).map(Into::into);
         let token = rest.token();
+        // A record of a version without statements ends before it.
+        let (signal_seq, condition) = rest.signals().unwrap_or_default();
         Some(DecisionRecord {
             id: self.id.to_string().into(),
             at_ms: self.at_ms,
             instance: instance.clone(),
             revision: self.revision,
-            signal_seq: 0, // no signal reaches a proxy yet
+            signal_seq,
             outcome: self.outcome,
             reason: self.reason,
             policies: policies.into(),
@@ -289,6 +300,7 @@ impl<'a> DecisionView<'a> {
                 first_contact: self.first_contact,
                 operation,
                 token,
+                condition,
             },
             judged: self.judged,
             ended,
@@ -381,6 +393,14 @@ impl<'a> Cursor<'a> {
         Some(ShownToken { id, fault, scope, issued_at })
     }
 
+    fn signals(&mut self) -> Option<(u64, Condition)> {
+        let sequence = self.number()?;
+        let &[risk, compliant, managed] = self.take(3)?.first_chunk()?;
+        let said = |of_host: u8| [None, Some(false), Some(true)].get(usize::from(of_host)).copied();
+        let posture = Posture { compliant: said(compliant)?, managed: said(managed)? };
+        Some((sequence, Condition { risk, posture }))
+    }
+
     fn ended(&mut self) -> Option<Option<Ended>> {
         if *self.take(1)? == [0] {
             return Some(None);
@@ -430,6 +450,8 @@ mod tests {
             assert_eq!(record.inputs.now, given.query.context.now);
             assert_eq!(record.trace_id.as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
             assert_eq!((record.at_ms, record.judge_ns), (given.at_ms, given.judge_ns));
+            assert_eq!((record.signal_seq, record.inputs.condition), (9, given.query.context.condition));
+            assert_eq!(record.inputs.condition.posture.compliant, Some(false));
         }
     }
 

@@ -7,6 +7,7 @@ mod mesh;
 mod plain;
 mod probe;
 mod proof;
+mod signals;
 mod streams;
 mod tokens;
 mod upstream;

@@ -13,13 +13,14 @@ use std::{
 
 use countersign_api::{
     sidecar::Span,
-    svid::{Bundle, TlsIdentity, X509Svid},
+    svid::{Bundle, HOST_OID, TlsIdentity, UID_OID, X509Svid},
 };
 use countersign_core::{
     change::Revision,
     contract::Contract,
     identity::{InstanceId, ServiceName, TrustDomain},
     record::{Ended, Judged, Outcome, Reason},
+    risk::Condition,
     route::Route,
     service::{FirstContact, Protocol, Recorded as WhenRecorded, ServiceSpec, Tokens},
     token::TokenFault,
@@ -77,6 +78,9 @@ impl Authority {
     pub fn svid_until(&self, service: &str, until: OffsetDateTime) -> X509Svid {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
+        for (oid, said) in [(UID_OID, format!("{service}/1")), (HOST_OID, format!("{service}-host"))] {
+            params.distinguished_name.push(DnType::CustomDnType(oid.to_vec()), said);
+        }
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.subject_alt_names =
@@ -114,6 +118,9 @@ pub struct Recorded {
     pub trace_id: String,
     pub first_contact: bool,
     pub fault: Option<TokenFault>,
+    pub condition: Condition,
+    pub policies: Vec<String>,
+    pub signals: u64,
 }
 
 struct Keep {
@@ -138,6 +145,9 @@ impl Recorder for Keep {
             trace_id: decided.trace_id.map(|id| id.to_string()).unwrap_or_default(),
             first_contact: decided.query.context.first_contact,
             fault: decided.query.context.token.and_then(|token| token.fault),
+            condition: decided.query.context.condition,
+            policies: decided.decision.policies.iter().map(ToString::to_string).collect(),
+            signals: decided.signals.0,
         });
         Ok(())
     }

@@ -29,6 +29,7 @@ use countersign_core::{
     ledger::{Batch, Draft, Follower, Snapshot},
     policy::{Action, Context, Law, Library, Query},
     record::Outcome,
+    risk::Condition,
     service::{Protocol, ServiceSpec},
     state::MeshState,
     view::{Local, View, view},
@@ -822,6 +823,7 @@ impl Proxy {
             now: (now_ms / 1000) as i64,
             first_contact: false,
             token: None,
+            condition: Condition::default(),
         };
         let service = &view.service;
         let query = Query { principal: &principal, action: Action::Http("GET"), service, path: "/", context };

@@ -47,6 +47,7 @@ async fn the_trail_says_who_signed_in_read_and_was_refused_and_holds_no_secret()
         "an operator enrolled a factor: alice local Success",
         "an operator signed in: alice - Success",
         "what an operator showed was refused: alice - Failure",
+        "a signal was sent: - countersign/factor-refused Success",
         "a sign-in was refused: alice - Failure",
         "a sign-in was refused: zoe - Failure",
         "a sign-in was refused: unknown - Failure",
