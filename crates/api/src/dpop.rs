@@ -54,6 +54,18 @@ impl ProofKey {
 
     /// The proof for one request: `method` and `url` as they are sent, and the token that goes with it.
     pub fn prove(&self, method: &str, url: &str, token: Option<&str>, now_seconds: i64) -> String {
+        self.prove_with_nonce(method, url, token, None, now_seconds)
+    }
+
+    /// The same, which says the number that the server gave (RFC 9449, 8).
+    pub fn prove_with_nonce(
+        &self,
+        method: &str,
+        url: &str,
+        token: Option<&str>,
+        nonce: Option<&str>,
+        now_seconds: i64,
+    ) -> String {
         let (x, y) = coordinates(self.pair.public_key().as_ref());
         let header = json!({
             "typ": PROOF_TYP,
@@ -67,6 +79,9 @@ impl ProofKey {
         let mut claims = json!({ "jti": encode(jti), "htm": method, "htu": url, "iat": now_seconds });
         if let Some(token) = token {
             claims["ath"] = token_hash(token).into();
+        }
+        if let Some(nonce) = nonce {
+            claims["nonce"] = nonce.into();
         }
         let part = |value: &Value| encode(value.to_string());
         let input = format!("{}.{}", part(&header), part(&claims));

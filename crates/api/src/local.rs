@@ -1051,14 +1051,20 @@ pub struct TokenView {
     pub subject: SpiffeId,
     /// The service it is for.
     pub service: ServiceName,
-    /// The instance that it was issued for.
-    pub instance: InstanceId,
+    /// The instance that it was issued for; absent when the token service issued it to a client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<InstanceId>,
     /// The host that it was issued to.
-    pub host: ServiceName,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<ServiceName>,
     /// What it is for.
     pub scope: Scope,
     /// The certificate that it is bound to.
-    pub certificate: Thumbprint,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<Thumbprint>,
+    /// The key that it is bound to, by which proofs are signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<Thumbprint>,
     /// When it was issued, in milliseconds since 1970.
     pub issued_at_ms: u64,
     /// When it expires, in milliseconds since 1970.

@@ -31,6 +31,8 @@ pub struct RunFile {
     pub dashboard: Option<String>,
     /// Where pipelines propose: a URL.
     pub pipelines: Option<String>,
+    /// The token service: the URL that it issues as.
+    pub token: Option<String>,
     /// The origin of the ledger: the first line of its checkpoints and the name of the key that signs them.
     pub ledger_origin: Option<String>,
     /// Where processes that no agent started ask for SPIFFE identities: `unix:///…/workload.sock`.

@@ -353,11 +353,16 @@ impl Bundle {
 
     /// The keys that verify JWT-SVIDs as a JWK set, and no others: what the Workload API hands out.
     pub fn jwt_jwks(&self) -> Value {
-        json!({ "keys": self.jwt_authorities.iter().map(JwtAuthority::jwk).collect::<Vec<_>>() })
+        json!({ "keys": self.jwt_authorities.iter().map(|key| key.jwk("jwt-svid")).collect::<Vec<_>>() })
     }
 }
 
 impl TokenAuthorities {
+    /// As a JWK set (RFC 7517), for whoever verifies tokens.
+    pub fn jwks(&self) -> Value {
+        json!({ "keys": self.keys.iter().map(|key| key.jwk("sig")).collect::<Vec<_>>() })
+    }
+
     /// The same, ready to verify with.
     pub fn ready(&self) -> Authorities {
         let keys = self.keys.iter().filter_map(JwtAuthority::key).collect();
@@ -371,9 +376,9 @@ impl JwtAuthority {
     }
 
     /// SPIFFE Trust Domain and Bundle, 4.2: `use` is `jwt-svid`, and there is a `kid`.
-    fn jwk(&self) -> Value {
+    fn jwk(&self, used: &str) -> Value {
         let (x, y) = jws::coordinates(&self.point);
-        json!({ "use": "jwt-svid", "kty": "EC", "crv": "P-256", "alg": "ES256", "kid": self.key_id, "x": x, "y": y })
+        json!({ "use": used, "kty": "EC", "crv": "P-256", "alg": "ES256", "kid": self.key_id, "x": x, "y": y })
     }
 }
 
@@ -530,11 +535,21 @@ impl TlsIdentity {
 
     /// A server configuration that always shows the current identity and verifies with the current bundle.
     pub fn server_config(self: &Arc<Self>, clients: ClientCertificate, alpn: &[&[u8]]) -> Arc<ServerConfig> {
+        self.server_config_that_shows(Arc::new(Shown(self.clone())), clients, alpn)
+    }
+
+    /// A server configuration that shows what `shown` says: a certificate that clients know it by who know no SPIFFE.
+    pub fn server_config_that_shows(
+        self: &Arc<Self>,
+        shown: Arc<dyn ResolvesServerCert>,
+        clients: ClientCertificate,
+        alpn: &[&[u8]],
+    ) -> Arc<ServerConfig> {
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("INVARIANT: the provider has TLS 1.3")
             .with_client_cert_verifier(Arc::new(VerifyClient { identity: self.clone(), clients }))
-            .with_cert_resolver(Arc::new(Shown(self.clone())));
+            .with_cert_resolver(shown);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();

@@ -129,7 +129,7 @@ async fn accept(listener: TcpListener, identity: Arc<TlsIdentity>, accepted: mps
             };
             let peer = VerifiedPeer::of_connection(stream.get_ref().1).map(|verified| {
                 let chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
-                Arc::new(Proven { verified, chain, bundle })
+                Arc::new(Proven::new(verified, chain, bundle))
             });
             let leaves = match &peer {
                 Some(_) => None,
@@ -156,7 +156,7 @@ struct Connection {
 struct Peer(Option<Arc<Proven>>);
 
 /// By what the other end proved who it is.
-struct Proven {
+pub(crate) struct Proven {
     verified: VerifiedPeer,
     chain: Vec<CertificateDer<'static>>,
     /// What verified it.
@@ -164,6 +164,28 @@ struct Proven {
 }
 
 impl Proven {
+    /// What a handshake proved by `bundle`.
+    pub(crate) fn new(verified: VerifiedPeer, chain: Vec<CertificateDer<'static>>, bundle: Arc<Bundle>) -> Self {
+        Self { verified, chain, bundle }
+    }
+
+    /// Who.
+    pub(crate) fn verified(&self) -> &VerifiedPeer {
+        &self.verified
+    }
+
+    /// Why it proves nothing any more: a connection outlives the handshake that verified it.
+    pub(crate) fn refused(&self, plane: &Plane) -> Option<&'static str> {
+        if u64::try_from(self.verified.not_after()).unwrap_or(0) * 1000 < plane.clock.now_ms() {
+            return Some("the SVID of this connection has expired; connect again with a new one");
+        }
+        if self.verified.serial().is_some_and(|serial| plane.publisher.is_revoked(&serial)) {
+            return Some("the SVID of this connection is revoked; the host has to be invited again");
+        }
+        let lost = "the SVID of this connection rests on a root that is revoked; connect again with a new one";
+        (!self.holds(plane)).then_some(lost)
+    }
+
     /// Whether it is proven by what is trusted now.
     fn holds(&self, plane: &Plane) -> bool {
         let Some(identity) = plane.identity.borrow().clone() else { return false };
@@ -228,17 +250,8 @@ impl Agents {
         };
         let proven = peer.ok_or_else(|| refuse("show the agent's SVID; without one a host can only join"))?;
         let peer = &proven.verified;
-        // A connection outlives the handshake that verified it: the SVID must not have expired since.
-        if u64::try_from(peer.not_after()).unwrap_or(0) * 1000 < self.0.clock.now_ms() {
-            return Err(refuse("the SVID of this connection has expired; connect again with a new one"));
-        }
-        if peer.serial().is_some_and(|serial| self.0.publisher.is_revoked(&serial)) {
-            return Err(refuse("the SVID of this connection is revoked; the host has to be invited again"));
-        }
-        if !proven.holds(&self.0) {
-            return Err(refuse(
-                "the SVID of this connection rests on a root that is revoked; connect again with a new one",
-            ));
+        if let Some(why) = proven.refused(&self.0) {
+            return Err(refuse(why));
         }
         peer.id().agent_host().ok_or_else(|| {
             self.0.metrics.refused("peer");

@@ -538,6 +538,15 @@ impl Authority {
         Ok(TlsIdentity::new(self.issue_control().await?, self.bundle()))
     }
 
+    /// A key and a certificate by which clients who know no SPIFFE recognise a listener of the control plane: it names these hosts, and no
+    /// workload, so it is no SVID and opens nothing inside the mesh.
+    pub async fn issue_server(&self, names: Vec<SanType>) -> Result<(KeyPair, Issued), AuthorityError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let issued = self.issue_as(&self.trust_domain().control(), (None, None), &key, names, usages).await?;
+        Ok((key, issued))
+    }
+
     /// The answer that carries an SVID.
     pub fn to_message(&self, issued: Issued) -> mesh::IssueX509SvidResponse {
         mesh::IssueX509SvidResponse {
@@ -569,13 +578,25 @@ impl Authority {
         })
     }
 
+    async fn issue(
+        &self,
+        id: &SpiffeId,
+        of: (Option<&ServiceName>, Option<&InstanceId>),
+        key: &impl PublicKeyData,
+    ) -> Result<Issued, AuthorityError> {
+        let usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        self.issue_as(id, of, key, vec![uri(id)], usages).await
+    }
+
     /// INVARIANT (only-the-active-signs): an SVID is handed out only when the record in the store is still the one that says which root
     /// signs; so once a step is taken, no control plane issues anything by what was before it.
-    async fn issue(
+    async fn issue_as(
         &self,
         id: &SpiffeId,
         (host, instance): (Option<&ServiceName>, Option<&InstanceId>),
         key: &impl PublicKeyData,
+        names: Vec<SanType>,
+        usages: Vec<ExtendedKeyUsagePurpose>,
     ) -> Result<Issued, AuthorityError> {
         loop {
             let held = self.held();
@@ -593,10 +614,10 @@ impl Authority {
             for (oid, said) in of.into_iter().filter_map(|(oid, said)| Some((oid, said?))) {
                 params.distinguished_name.push(DnType::CustomDnType(oid.to_vec()), said);
             }
-            params.subject_alt_names = vec![uri(id)];
+            params.subject_alt_names = names.clone();
             params.is_ca = IsCa::ExplicitNoCa;
             params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            params.extended_key_usages = usages.clone();
             params.use_authority_key_identifier_extension = true;
             let leaf = params.signed_by(key, &held.issuing.issuer)?.der().clone();
             let active = held.generations.active();

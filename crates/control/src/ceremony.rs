@@ -258,6 +258,7 @@ mod tests {
                 witnesses: Default::default(),
                 site: None,
                 pipelines: Default::default(),
+                oauth: None,
                 audit: None,
             };
             let clock = Clock::from_fn(move || told.load(Ordering::Relaxed));

@@ -13,6 +13,8 @@
 //! | [`authority`] | signs; seals its keys | decides who may have what |
 //! | [`pipelines`] | the HTTPS listener of pipelines, which propose | applies anything |
 //! | [`oidc`] | verifies tokens of OpenID Connect providers | decides what they are good for |
+//! | [`oauth`] | the token service: OAuth 2 for clients that no agent looks after | takes anybody's word for who they are |
+//! | `proof` | verifies proofs of keys, each once | decides what a key is good for |
 //! | [`checkpoint`] | the newest checkpoint, and the witnesses that cosign it | waits for a witness to let a change through |
 //! | [`identities`] | the SVIDs that were issued, and taking them back | signs one |
 //! | [`signals`] | what is said of workloads, hosts and operators | decides by it |
@@ -84,9 +86,11 @@ pub mod local_api;
 pub mod mark;
 pub mod metrics;
 pub mod mfa;
+pub mod oauth;
 pub mod oidc;
 pub mod onboarding;
 pub mod pipelines;
+mod proof;
 pub mod proposals;
 pub mod publish;
 pub mod recover;
@@ -117,6 +121,7 @@ use gate::{Gate, Petitioner, Refused};
 use ledger::{Ledger, OpenError};
 use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
+use oauth::{Oauth, OauthConfig, OauthError, place::Place};
 use publish::Publisher;
 use registry::Registry;
 use signals::Noticed;
@@ -173,6 +178,8 @@ pub struct ControlConfig {
     pub site: Option<SiteConfig>,
     /// Where pipelines propose.
     pub pipelines: pipelines::Settings,
+    /// How the token service is served; not at all unless given.
+    pub oauth: Option<OauthConfig>,
     /// The file of the audit trail; nothing is written down unless given.
     pub audit: Option<PathBuf>,
 }
@@ -185,6 +192,8 @@ pub struct Control {
     pub metrics: Option<SocketAddr>,
     /// Where pipelines propose: a URL.
     pub pipelines: Option<String>,
+    /// What the token service issues as: a URL.
+    pub token: Option<String>,
     plane: Arc<Plane>,
     tasks: Mutex<JoinSet<&'static str>>,
     stop: watch::Sender<bool>,
@@ -269,6 +278,9 @@ pub enum StartError {
     /// Browsers cannot be served.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// The token service cannot be.
+    #[error(transparent)]
+    Oauth(#[from] OauthError),
     /// What is done cannot be written down.
     #[error(transparent)]
     Audit(#[from] AuditError),
@@ -323,6 +335,7 @@ impl StartError {
             Self::Pipelines(error) => error.help().into(),
             Self::Mark(error) => format!("make {} readable, or remove it to start without it", error.path.display()),
             Self::Site(error) => error.help(),
+            Self::Oauth(error) => error.help(),
             Self::Audit(error) => error.help(),
             Self::OtherMesh { .. } => {
                 "a trust domain is for life: correct `trust_domain` in mesh.toml, or use another --data-dir".into()
@@ -405,6 +418,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         witnesses,
         site,
         pipelines,
+        oauth,
         audit,
     } = config;
     let (providers, certificate) = (pipelines.providers()?, pipelines.tls()?);
@@ -481,6 +495,11 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
             Some(TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, source })?)
         }
     };
+    let place = match &oauth {
+        None => None,
+        Some(config) => Some(Place::bind(config, &data_dir).await?),
+    };
+    let token = place.as_ref().map(|place| place.issuer.clone());
     let scheme = if certificate.is_some() { "https" } else { "http" };
     let pipelines_address = pipelines_listener.as_ref().and_then(|listener| listener.local_addr().ok());
     let pipelines_url = pipelines_address.map(|address| format!("{scheme}://{address}"));
@@ -559,6 +578,10 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     if let Some(listener) = pipelines_listener {
         spawn("the listener of pipelines", pipelines::serve(plane.clone(), listener, certificate).boxed());
     }
+    if let Some(place) = place {
+        let router = oauth::router(plane.clone(), Arc::new(Oauth::new(place.issuer.clone())));
+        spawn("the token service", oauth::serve::serve(plane.clone(), place, router).boxed());
+    }
     // It ends by itself when told to stop: agents are told that their connection goes.
     tasks.spawn(serve_agents(plane.clone(), listener, stopping));
     plane.tell(Event::Started);
@@ -567,6 +590,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         listen,
         metrics: metrics_address,
         pipelines: pipelines_url,
+        token,
         plane,
         tasks: Mutex::new(tasks),
         stop,

@@ -19,6 +19,12 @@ struct Job {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Given {
+    client: String,
+    grant: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Kind {
     kind: &'static str,
 }
@@ -42,6 +48,8 @@ pub struct Metrics {
     pub tokens_issued: Counter,
     /// Statements about workloads, hosts and operators.
     pub statements: Counter,
+    tokens_given: Family<Given, Counter>,
+    tokens_refused: Family<Kind, Counter>,
     /// Revocations of access tokens.
     pub token_revocations: Counter,
     /// Access tokens that were shown by somebody whose they are not.
@@ -100,6 +108,7 @@ impl Default for Metrics {
         let revoked = Counter::default();
         let (tokens_issued, token_revocations, thefts) = (Counter::default(), Counter::default(), Counter::default());
         let statements = Counter::default();
+        let (tokens_given, tokens_refused) = (Family::default(), Family::default());
         let levels = Levels::default();
         let mut registry = Registry::with_prefix("countersign_control");
         let r = &mut registry;
@@ -121,6 +130,16 @@ impl Default for Metrics {
         );
         r.register("telemetry_silent", "Instances whose telemetry is silent", levels.silent.clone());
         r.register("tokens_issued", "Access tokens issued to workloads", tokens_issued.clone());
+        r.register(
+            "oauth_tokens_issued",
+            "Access tokens issued to clients, by who asked",
+            Family::clone(&tokens_given),
+        );
+        r.register(
+            "oauth_tokens_refused",
+            "Requests for access tokens refused, by error",
+            Family::clone(&tokens_refused),
+        );
         r.register("token_revocations", "Revocations of access tokens", token_revocations.clone());
         r.register("statements", "Statements about workloads, hosts and operators", statements.clone());
         r.register("tokens_stolen", "Access tokens shown by somebody whose they are not", thefts.clone());
@@ -134,6 +153,8 @@ impl Default for Metrics {
             applied,
             revoked,
             tokens_issued,
+            tokens_given,
+            tokens_refused,
             token_revocations,
             statements,
             thefts,
@@ -146,6 +167,16 @@ impl Metrics {
     /// An SVID was signed for an `agent`, a `workload` or `control`.
     pub fn issued(&self, kind: &'static str) {
         self.issued.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// The token service gave `client` a token. Clients are declared, so there are not more than the mesh has.
+    pub fn token_given(&self, client: &str, grant: &'static str) {
+        self.tokens_given.get_or_create(&Given { client: client.to_owned(), grant }).inc();
+    }
+
+    /// It gave none, for the reason that this word says.
+    pub fn token_refused(&self, kind: &'static str) {
+        self.tokens_refused.get_or_create(&Kind { kind }).inc();
     }
 
     /// A request was refused.

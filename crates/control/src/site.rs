@@ -11,7 +11,6 @@
 //! | [`logout`] | how a provider says that they are it no more |
 //! | [`provider`] | how somebody came to be whom a provider vouches for |
 //! | [`device`] | how a command on another machine comes to be |
-//! | [`proof`] | what it shows with each request |
 //! | [`command`] | what it may ask |
 //! | [`enroll`] | how somebody becomes an operator, and gets one more factor |
 //! | [`ceremony`] | how an operator signs a change, or answers for somebody else's |
@@ -56,7 +55,6 @@ pub mod overview;
 pub mod pages;
 pub mod people;
 pub mod place;
-pub mod proof;
 pub mod provider;
 pub mod serve;
 pub mod session;

@@ -189,8 +189,8 @@ pub struct StoredSignal {
 pub struct StoredToken {
     /// What it says.
     pub claims: Claims,
-    /// The host that it was issued to.
-    pub host: ServiceName,
+    /// The host that it was issued to; none where a client asked for it.
+    pub host: Option<ServiceName>,
 }
 
 /// Tokens that are revoked as a column holds them, beside serial numbers.

@@ -98,7 +98,24 @@ impl Granted {
     fn of(&self, head: &Head, caller: &ServiceName) -> Arc<BTreeMap<ServiceName, Scope>> {
         let follower = &head.follower;
         let mut inner = self.inner.lock();
-        let Inner { revision, library, grants, by_caller } = &mut *inner;
+        let Inner { library, grants, by_caller, .. } = inner.at(head);
+        let known = by_caller.entry(caller.clone());
+        known.or_insert_with(|| Arc::new(grants.of(follower.state(), library, caller))).clone()
+    }
+
+    /// What a token of `principal` for `service` is for; `None` where the service has no law.
+    pub(crate) fn at(&self, head: &Head, principal: &SpiffeId, service: &ServiceName) -> Option<Scope> {
+        let mut inner = self.inner.lock();
+        let Inner { library, grants, .. } = inner.at(head);
+        grants.at(head.follower.state(), library, principal, service)
+    }
+}
+
+impl Inner {
+    /// The same, at the revision of `head`.
+    fn at(&mut self, head: &Head) -> &mut Self {
+        let follower = &head.follower;
+        let Self { revision, library, grants, by_caller } = self;
         if *revision != follower.revision() {
             *revision = follower.revision();
             by_caller.clear();
@@ -107,8 +124,7 @@ impl Granted {
             library.retain(|digest| follower.bodies().get(digest).is_some());
             grants.retain(follower.state());
         }
-        let known = by_caller.entry(caller.clone());
-        known.or_insert_with(|| Arc::new(grants.of(follower.state(), library, caller))).clone()
+        self
     }
 }
 
@@ -134,7 +150,8 @@ pub async fn issue(
     for (service, scope) in &*granted {
         let audience = authority.trust_domain().workload(service);
         let id = new_id(now_ms);
-        let same = |claims: &&Claims| claims.audience == audience && claims.confirmation.certificate == leaf.thumbprint;
+        let bound = Confirmation::Certificate(leaf.thumbprint);
+        let same = |claims: &&Claims| claims.audience == audience && claims.confirmation == bound;
         let family = held.iter().map(|one| &one.claims).find(same).map_or(id, |claims| claims.family);
         let claims = Claims {
             issuer: issuer.clone(),
@@ -145,13 +162,14 @@ pub async fn issue(
             expires_at,
             id,
             scope: scope.clone(),
-            confirmation: Confirmation { certificate: leaf.thumbprint },
-            instance: instance.clone(),
+            confirmation: bound,
+            instance: Some(instance.clone()),
             family,
+            actor: None,
         };
         let (token, expires_at_ms) = (authority.sign_token(&claims), expires_at.unsigned_abs() * 1000);
         issued.push(IssuedToken { service: service.to_string(), token, expires_at_ms });
-        stored.push(StoredToken { claims, host: host.clone() });
+        stored.push(StoredToken { claims, host: Some(host.clone()) });
     }
     let count = stored.len() as u64;
     plane.storage.run("put_tokens", move |store| store.put_tokens(&stored, now_ms)).await?;
@@ -160,7 +178,7 @@ pub async fn issue(
 }
 
 /// 80 random bits after the time: nobody guesses the id of a token.
-fn new_id(now_ms: u64) -> TokenId {
+pub(crate) fn new_id(now_ms: u64) -> TokenId {
     let mut random = [0; 10];
     aws_lc_rs::rand::fill(&mut random).expect("INVARIANT: the system's random source does not fail");
     TokenId::new(now_ms, random)
@@ -181,7 +199,8 @@ pub async fn list(plane: &Plane, filter: TokenFilter) -> Result<Vec<TokenView>, 
             instance: claims.instance,
             host,
             scope: claims.scope,
-            certificate: claims.confirmation.certificate,
+            certificate: claims.confirmation.certificate().copied(),
+            key: claims.confirmation.key().copied(),
             issued_at_ms: claims.id.issued_at_ms(),
             expires_at_ms: claims.expires_at.unsigned_abs() * 1000,
             revoked,
@@ -253,7 +272,7 @@ pub fn theft_of(record: &DecisionRecord) -> Option<Theft> {
     })
 }
 
-async fn put_revocation(
+pub(crate) async fn put_revocation(
     plane: &Plane,
     meant: TokensMeant,
     by: String,

@@ -29,6 +29,7 @@
 //! | [`signal`] | what holds at once and for a while: certificates and tokens that are revoked, and what is said of somebody |
 //! | [`risk`] | what is said of a subject, added up |
 //! | [`token`] | access tokens: what they say, whom they are bound to, and why one is not believed |
+//! | [`oauth`] | what the token service may give a client, and its tokens as others read them |
 //! | [`record`] | the record of one decision |
 //! | [`registration`] | which processes are a service although no agent started them |
 
@@ -46,6 +47,7 @@ pub mod jwt_svid;
 pub mod keyring;
 pub mod ledger;
 pub mod lifetimes;
+pub mod oauth;
 pub mod operator;
 pub mod path;
 pub mod pipeline;

@@ -63,7 +63,7 @@ pub enum TokensMeant {
     Subject(ServiceName),
     /// Those for a service as the callee.
     Audience(ServiceName),
-    /// Those bound to a certificate.
+    /// Those bound to a certificate, or to a key that signs proofs.
     Key(Thumbprint),
 }
 
@@ -211,17 +211,19 @@ impl Signals {
         }
         let issued_at_ms = claims.id.issued_at_ms();
         let service = |id: &crate::identity::SpiffeId| id.service();
-        let of_services =
-            [service(&claims.subject).map(TokensMeant::Subject), service(&claims.audience).map(TokensMeant::Audience)];
+        let named = [
+            service(&claims.subject).map(TokensMeant::Subject),
+            service(&claims.audience).map(TokensMeant::Audience),
+            claims.instance.clone().map(TokensMeant::Instance),
+        ];
         [
             TokensMeant::All,
             TokensMeant::Id(claims.id),
             TokensMeant::Family(claims.family),
-            TokensMeant::Instance(claims.instance.clone()),
-            TokensMeant::Key(claims.confirmation.certificate),
+            TokensMeant::Key(claims.confirmation.thumbprint()),
         ]
         .iter()
-        .chain(of_services.iter().flatten())
+        .chain(named.iter().flatten())
         .any(|meant| self.tokens.get(meant).is_some_and(|until| issued_at_ms <= until.issued_ms))
     }
 

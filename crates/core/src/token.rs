@@ -49,7 +49,7 @@ pub struct Claims {
     /// The one service it is for.
     #[serde(rename = "aud")]
     pub audience: SpiffeId,
-    /// Who asked for it: the subject itself.
+    /// Who asked for it: the subject itself, or who acts for it.
     pub client_id: SpiffeId,
     /// When it was issued, in seconds since 1970.
     #[serde(rename = "iat")]
@@ -62,25 +62,43 @@ pub struct Claims {
     pub id: TokenId,
     /// What it is for.
     pub scope: Scope,
-    /// The certificate it is bound to.
+    /// What it is bound to.
     #[serde(rename = "cnf")]
     pub confirmation: Confirmation,
-    /// The instance that holds it.
-    pub instance: InstanceId,
-    /// The first token of those that each were renewed from the one before.
+    /// The instance that holds it; absent where the token service gave it to a client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<InstanceId>,
+    /// The first token of those that each were renewed from the one before, or exchanged for it.
     pub family: TokenId,
+    /// Who acts for the subject, when that is somebody else (RFC 8693, 4.1).
+    #[serde(rename = "act", default, skip_serializing_if = "Option::is_none")]
+    pub actor: Option<Box<Actor>>,
 }
 
-/// What a token is bound to (RFC 7800, 3.1).
+/// What a token is bound to (RFC 7800, 3.1): one thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Confirmation {
+    /// A certificate: SHA-256 of its DER (RFC 8705, 3.1).
+    #[serde(rename = "x5t#S256")]
+    Certificate(Thumbprint),
+    /// A key that signs proofs: its thumbprint (RFC 9449, 6.1).
+    #[serde(rename = "jkt")]
+    Key(Thumbprint),
+}
+
+/// Who acts for the subject of a token, and for whom they do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Confirmation {
-    /// SHA-256 of the certificate's DER (RFC 8705, 3.1).
-    #[serde(rename = "x5t#S256")]
-    pub certificate: Thumbprint,
+pub struct Actor {
+    /// Who.
+    #[serde(rename = "sub")]
+    pub subject: SpiffeId,
+    /// Who acted before.
+    #[serde(rename = "act", default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Box<Actor>>,
 }
 
-/// SHA-256 of a certificate's DER, base64url when written.
+/// SHA-256 of a certificate's DER, or of a key as RFC 7638 writes it, base64url when written.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Thumbprint(pub [u8; 32]);
 
@@ -200,6 +218,38 @@ impl Serialize for TokenId {
 impl<'de> Deserialize<'de> for TokenId {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         Cow::<'de, str>::deserialize(from)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Confirmation {
+    /// The certificate that it is bound to, if it is to one.
+    pub fn certificate(&self) -> Option<&Thumbprint> {
+        match self {
+            Self::Certificate(thumbprint) => Some(thumbprint),
+            Self::Key(_) => None,
+        }
+    }
+
+    /// The key that it is bound to, if it is to one.
+    pub fn key(&self) -> Option<&Thumbprint> {
+        match self {
+            Self::Key(thumbprint) => Some(thumbprint),
+            Self::Certificate(_) => None,
+        }
+    }
+
+    /// What tells it from others, whatever it is.
+    pub fn thumbprint(&self) -> Thumbprint {
+        match self {
+            Self::Certificate(thumbprint) | Self::Key(thumbprint) => *thumbprint,
+        }
+    }
+}
+
+impl Actor {
+    /// How many act, one for another.
+    pub fn depth(&self) -> usize {
+        1 + self.before.as_ref().map_or(0, |before| before.depth())
     }
 }
 
@@ -395,6 +445,10 @@ pub fn verify(
     let claims = serde_json::from_value::<Claims>(Value::Object(presented.into_signed().0));
     let claims = claims.map_err(|_| no(TokenFault::Malformed))?;
     let known = |fault| Err((fault, Some(claims.id)));
+    // What clients of the token service hold is bound to other things than the certificate of a sidecar.
+    if claims.instance.is_none() || claims.confirmation.certificate().is_none() || claims.actor.is_some() {
+        return known(TokenFault::Malformed);
+    }
     if *claims.issuer != *authorities.issuer {
         return known(TokenFault::Issuer);
     }
@@ -418,7 +472,7 @@ impl AccessToken {
 
     /// Why `peer`, who proved to have `certificate`, may not show it at `now_seconds`; `None`: it may.
     pub fn fault_of(&self, peer: &SpiffeId, certificate: &Thumbprint, now_seconds: i64) -> Option<TokenFault> {
-        if self.0.confirmation.certificate != *certificate {
+        if self.0.confirmation != Confirmation::Certificate(*certificate) {
             return Some(TokenFault::AnotherKey);
         }
         if self.0.subject != *peer {
@@ -474,9 +528,10 @@ mod tests {
             expires_at: NOW + 300,
             id: first,
             scope: Scope::parse("list http:GET"),
-            confirmation: Confirmation { certificate: Thumbprint([1; 32]) },
-            instance: InstanceId::parse("web/1").unwrap(),
+            confirmation: Confirmation::Certificate(Thumbprint([1; 32])),
+            instance: Some(InstanceId::parse("web/1").unwrap()),
             family: first,
+            actor: None,
         }
     }
 
@@ -531,6 +586,9 @@ mod tests {
                 with("cnf", json!({ "x5t#S256": Thumbprint([1; 32]), "jkt": "x" })),
                 Some("malformed"),
             ),
+            ("bound to a key", header.clone(), with("cnf", json!({ "jkt": Thumbprint([1; 32]) })), Some("malformed")),
+            ("of no instance", header.clone(), without("instance"), Some("malformed")),
+            ("of an actor", header.clone(), with("act", json!({ "sub": id("cron") })), Some("malformed")),
         ] {
             let found = check(&signed(&ours, &header, &claims)).err();
             assert_eq!(found, refused, "{case}");

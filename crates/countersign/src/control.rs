@@ -8,6 +8,7 @@ use countersign_api::run_file::{CONTROL_SOCKET, RunFile};
 use countersign_control::{
     AUDIT_FILE, Control, ControlConfig,
     advertise::Advertise,
+    oauth::OauthConfig,
     pipelines,
     site::{SiteConfig, place::TlsFiles},
     store::postgres::PostgresUrl,
@@ -48,6 +49,14 @@ impl PipelineArguments {
         let Self { api, api_cert, api_key, issuer_ca } = self;
         pipelines::Settings { listen: api, certificate: api_cert.zip(api_key), issuer_ca }
     }
+}
+
+/// Where the token service is.
+#[derive(Debug, Args)]
+pub struct TokenServiceArguments {
+    /// The URL that the token service issues as, to the letter [default: https://IP:PORT of --oauth]
+    #[arg(long, value_name = "URL")]
+    pub oauth_url: Option<String>,
 }
 
 /// Where the audit trail is.
@@ -118,6 +127,12 @@ pub struct ControlArguments {
     /// Where pipelines propose
     #[command(flatten)]
     pub pipelines: PipelineArguments,
+    /// Where clients ask for access tokens, over HTTPS [default: nowhere]
+    #[arg(long, value_name = "IP:PORT")]
+    pub oauth: Option<SocketAddr>,
+    /// What they know it as
+    #[command(flatten)]
+    pub token_service: TokenServiceArguments,
     /// Where what operators do is written down
     #[command(flatten)]
     pub audit: AuditArguments,
@@ -160,6 +175,7 @@ pub async fn control(arguments: ControlArguments, global: &Global, telemetry: &T
         witnesses: arguments.witnesses.witnesses()?,
         site,
         pipelines: arguments.pipelines.settings(),
+        oauth: arguments.oauth.map(|listen| OauthConfig { listen, issuer: arguments.token_service.oauth_url }),
         audit: Some(arguments.audit.file(&place)),
     };
     let control = start(config).await?;
@@ -210,6 +226,7 @@ pub fn run_file(place: &Place, control: &Control) -> RunFile {
         metrics: control.metrics.map(|address| format!("http://{address}/metrics")),
         dashboard: control.dashboard().map(str::to_owned),
         pipelines: control.pipelines.clone(),
+        token: control.token.clone(),
         ledger_origin: control.ledger_origin(),
         workload_api: None,
         sds: None,

@@ -99,7 +99,7 @@ pub struct Meant {
     /// Those of this instance
     #[arg(long, value_name = "INSTANCE", group = "meant", value_parser = InstanceId::parse)]
     instance: Option<InstanceId>,
-    /// Those bound to this certificate: SHA-256 of its DER, base64url
+    /// Those bound to this certificate, or to this key of proofs: SHA-256 of its DER, or of its JWK, base64url
     #[arg(long, value_name = "THUMBPRINT", group = "meant")]
     key: Option<Thumbprint>,
     /// Every one
@@ -148,9 +148,9 @@ pub async fn show(place: &Place, id: TokenId, asker: &Asker, output: Output) -> 
             ("subject", one.subject.to_string()),
             ("service", one.service.to_string()),
             ("scope", render::tame(&one.scope.to_string())),
-            ("instance", one.instance.to_string()),
-            ("host", one.host.to_string()),
-            ("bound to", one.certificate.to_string()),
+            ("instance", one.instance.as_ref().map_or_else(|| "none: a client's".to_owned(), InstanceId::to_string)),
+            ("host", one.host.as_ref().map_or_else(|| "none".to_owned(), ServiceName::to_string)),
+            ("bound to", bound_to(one)),
             ("issued", render::distance(one.issued_at_ms, now_ms)),
             ("expires", render::distance(one.expires_at_ms, now_ms)),
             ("revoked", if one.revoked { "yes" } else { "no" }.to_owned()),
@@ -189,12 +189,20 @@ async fn ask(place: &Place, filter: &TokenFilter, asker: &Asker) -> Result<Vec<T
     asker.opens(Client::control(place), Act::ReadTokens).await?.get(&format!("/v1/tokens{asked}")).await
 }
 
+fn bound_to(one: &TokenView) -> String {
+    match (&one.certificate, &one.key) {
+        (Some(certificate), _) => format!("certificate {certificate}"),
+        (None, Some(key)) => format!("key {key}"),
+        (None, None) => "nothing".to_owned(),
+    }
+}
+
 fn table(tokens: &[TokenView], paint: Paint) -> String {
     let now_ms = render::now_ms();
     let row = |one: &TokenView| {
         vec![
             cell(one.id),
-            cell(&one.instance),
+            one.instance.as_ref().map_or_else(|| cell(&one.subject), cell),
             cell(&one.service),
             cell(render::tame(&one.scope.to_string())),
             cell(render::distance(one.expires_at_ms, now_ms)),

@@ -18,7 +18,7 @@ use countersign_api::{
     local::{self, Status, TailEvent},
     run_file::RunFile,
 };
-use countersign_control::{Control, ControlConfig, advertise::Advertise, site::SiteConfig};
+use countersign_control::{Control, ControlConfig, advertise::Advertise, oauth::OauthConfig, site::SiteConfig};
 use countersign_core::{
     change::Revision,
     directory::{Directory, Files, plan},
@@ -31,7 +31,7 @@ use crate::{
     change, cli,
     cli::Global,
     client::{Client, shown},
-    control::{self, AuditArguments, PipelineArguments, SignInArguments},
+    control::{self, AuditArguments, PipelineArguments, SignInArguments, TokenServiceArguments},
     error::{Done, Failure},
     glance::{self, Glance},
     ledger::WitnessArguments,
@@ -76,6 +76,12 @@ pub struct Up {
     /// Where pipelines propose
     #[command(flatten)]
     pub pipelines: PipelineArguments,
+    /// Where clients ask for access tokens, over HTTPS; port 0 takes the one that it had before
+    #[arg(long, value_name = "IP:PORT", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub oauth: SocketAddr,
+    /// What they know it as
+    #[command(flatten)]
+    pub token_service: TokenServiceArguments,
     /// Where what operators do is written down
     #[command(flatten)]
     pub audit: AuditArguments,
@@ -132,6 +138,7 @@ pub async fn up(arguments: Up, global: &Global, telemetry: &Telemetry) -> Done {
             sign_in_secrets: arguments.sign_in.sign_in_secrets,
         }),
         pipelines: arguments.pipelines.settings(),
+        oauth: Some(OauthConfig { listen: arguments.oauth, issuer: arguments.token_service.oauth_url }),
         audit: Some(arguments.audit.file(&place)),
     })
     .await?;

@@ -24,7 +24,6 @@ use countersign_core::gate::act::Act;
 
 use super::{
     guard::text,
-    proof::Proof,
     session::{self, Session},
 };
 use crate::{
@@ -32,6 +31,7 @@ use crate::{
     acts::{self, By},
     audit,
     local_api::{self, BODY_BYTES_MAX, Refusal, problem, store_problem},
+    proof::{Of, Proof},
 };
 
 /// How long the body of a request may take.
@@ -161,7 +161,7 @@ async fn signed_in(plane: &Plane, request: &Parts) -> Result<Session, Unauthoriz
     let session = session::find_bound(plane, token, &proof.key).await.map_err(failed)?;
     let over = || refused(Some("invalid_token"), "the session is over, or was never".to_owned());
     let session = session.ok_or_else(over)?;
-    match proof.spend(plane).await.map_err(failed)? {
+    match proof.spend(plane, Of::Command).await.map_err(failed)? {
         true => Ok(session),
         false => {
             plane.metrics.refused("proof-shown-again");

@@ -28,7 +28,6 @@ use countersign_core::canonical::Digest;
 use super::{
     guard::{network_of, text},
     pages::{Frame, page, problem_page},
-    proof::Proof,
     serve::From,
     session::{self, Beginning, Session, Who},
     words::When,
@@ -36,6 +35,7 @@ use super::{
 use crate::{
     Plane,
     local_api::{Refusal, problem, store_problem},
+    proof::Proof,
     store::{Document, StoreError},
 };
 

@@ -53,6 +53,7 @@ impl Mesh {
             trust_domain: None,
             witnesses: Default::default(),
             pipelines: Default::default(),
+            oauth: None,
             site: Some(SiteConfig {
                 listen: "127.0.0.1:0".parse().unwrap(),
                 origin: None,

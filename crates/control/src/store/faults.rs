@@ -465,7 +465,7 @@ const CASES: [Case; 32] = [
                 "family": format!("{n:032x}"),
             });
             let claims = serde_json::from_value(claims).unwrap();
-            answered(store.put_tokens(&[StoredToken { claims, host: named(1) }], NOW))
+            answered(store.put_tokens(&[StoredToken { claims, host: Some(named(1)) }], NOW))
         },
         look: |store, n| {
             let id = format!("{n:032x}").parse().unwrap();

@@ -1328,8 +1328,8 @@ impl Store for PostgresStore {
                     &column(|one| one.claims.id.to_string()),
                     &column(|one| one.claims.subject.to_string()),
                     &column(|one| one.claims.audience.to_string()),
-                    &column(|one| one.claims.instance.to_string()),
-                    &column(|one| one.host.to_string()),
+                    &column(|one| one.claims.instance.as_ref().map_or_else(String::new, InstanceId::to_string)),
+                    &column(|one| one.host.as_ref().map_or_else(String::new, ServiceName::to_string)),
                     &expires,
                     &encoded,
                 ],
@@ -1357,7 +1357,10 @@ impl Store for PostgresStore {
                     let (host, claims): (String, Vec<u8>) = (get(row, 0)?, get(row, 1)?);
                     Ok(StoredToken {
                         claims: serde_json::from_slice(&claims).map_err(|error| unreadable(error.to_string()))?,
-                        host: ServiceName::parse(&host).map_err(|error| unreadable(error.to_string()))?,
+                        host: (!host.is_empty())
+                            .then(|| ServiceName::parse(&host))
+                            .transpose()
+                            .map_err(|error| unreadable(error.to_string()))?,
                     })
                 })
                 .collect()

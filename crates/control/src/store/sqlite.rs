@@ -983,8 +983,8 @@ impl Store for SqliteStore {
                     claims.id.to_string(),
                     claims.subject.as_str(),
                     claims.audience.as_str(),
-                    claims.instance.as_str(),
-                    host.as_str(),
+                    claims.instance.as_ref().map_or("", InstanceId::as_str),
+                    host.as_ref().map_or("", ServiceName::as_str),
                     claims.expires_at * 1000,
                     encoded
                 ])?;
@@ -1009,9 +1009,9 @@ impl Store for SqliteStore {
                 |error: serde_json::Error| rusqlite::Error::FromSqlConversionFailure(1, Type::Blob, Box::new(error));
             let claims = serde_json::from_slice(&claims).map_err(unreadable)?;
             let host: String = row.get(0)?;
-            let host = ServiceName::parse(&host)
-                .map_err(|error| rusqlite::Error::FromSqlConversionFailure(0, Type::Text, Box::new(error)))?;
-            Ok(StoredToken { claims, host })
+            let host = (!host.is_empty()).then(|| ServiceName::parse(&host)).transpose();
+            let host = host.map_err(|error| rusqlite::Error::FromSqlConversionFailure(0, Type::Text, Box::new(error)));
+            Ok(StoredToken { claims, host: host? })
         })
     }
 

@@ -259,7 +259,7 @@ fn token(number: u8, caller: &str, callee: &str, expires_at: i64) -> StoredToken
         "exp": expires_at, "jti": format!("{number:032x}"), "scope": "http:GET", "instance": format!("{caller}/1"),
         "cnf": { "x5t#S256": "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE" }, "family": format!("{number:032x}"),
     });
-    StoredToken { claims: serde_json::from_value(claims).unwrap(), host: host("h1") }
+    StoredToken { claims: serde_json::from_value(claims).unwrap(), host: Some(host("h1")) }
 }
 
 #[test]

@@ -56,6 +56,7 @@ pub fn config(data_dir: PathBuf) -> ControlConfig {
         witnesses: Default::default(),
         site: None,
         pipelines: Default::default(),
+        oauth: None,
         audit: None,
     }
 }
@@ -184,7 +185,7 @@ impl Plane {
         let answer = EnrolmentClient::new(self.stranger().await).join(request).await?.into_inner();
         let identity = identity(answer.svid.unwrap(), &key);
         let channel = self.channel(identity.client_config(trust_domain().control(), &[b"h2"])).await.unwrap();
-        Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity })
+        Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity, key: key.serialize_der() })
     }
 
     /// The same for a newcomer that knows the control plane by the first root of `seen` alone.
@@ -197,7 +198,7 @@ impl Plane {
         let identity = identity(answer.svid.unwrap(), &key);
         let channel = self.channel(identity.client_config(trust_domain().control(), &[b"h2"])).await;
         let channel = channel.map_err(|error| tonic::Status::unavailable(format!("{error:?}")))?;
-        Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity })
+        Ok(Agent { host: host.into(), client: MeshClient::new(channel), identity, key: key.serialize_der() })
     }
 
     /// An agent on `host`.
@@ -238,6 +239,13 @@ pub struct Agent {
     pub host: String,
     pub client: MeshClient<Channel>,
     pub identity: Arc<TlsIdentity>,
+    pub key: Vec<u8>,
+}
+
+/// An SVID, and its key in PKCS #8.
+pub struct Svid {
+    pub identity: Arc<TlsIdentity>,
+    pub key: Vec<u8>,
 }
 
 /// Newline-delimited JSON as it comes.
@@ -268,6 +276,19 @@ pub struct Stream {
 impl Agent {
     pub async fn issue(&mut self, instance: &str) -> Result<mesh::IssueX509SvidResponse, tonic::Status> {
         self.issue_of(instance, &[]).await
+    }
+
+    /// Its own SVID.
+    pub fn svid(&self) -> Svid {
+        Svid { identity: self.identity.clone(), key: self.key.clone() }
+    }
+
+    /// An SVID of `instance`.
+    pub async fn svid_of(&mut self, instance: &str) -> Svid {
+        let (key, csr_der) = csr();
+        let request = mesh::IssueX509SvidRequest { instance: instance.into(), csr_der, artifact: Bytes::new() };
+        let issued = self.client.issue_x509_svid(request).await.unwrap().into_inner();
+        Svid { identity: identity(issued, &key), key: key.serialize_der() }
     }
 
     pub async fn issue_of(

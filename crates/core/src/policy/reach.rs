@@ -43,6 +43,17 @@ impl Grants {
             .collect()
     }
 
+    /// What an access token of `principal` for `service` is for; `None` where the service is no part of the mesh or has no law.
+    pub fn at(
+        &mut self,
+        state: &MeshState,
+        library: &Library,
+        principal: &SpiffeId,
+        service: &ServiceName,
+    ) -> Option<Scope> {
+        Some(self.law(state, library, service).filter(|_| state.is_active(service))?.reach(principal))
+    }
+
     fn law(&mut self, state: &MeshState, library: &Library, service: &ServiceName) -> Option<&Law> {
         let new = view(state, Revision::default(), library, &Local { service: service.clone() }).ok()?;
         let is_known = self.by_service.get(service).is_some_and(|known| known.view.same_content(&new));

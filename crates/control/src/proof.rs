@@ -1,4 +1,5 @@
-//! Proofs of a command's key (DPoP, RFC 9449): who sent a request holds the key, and made the proof for this very request, just now.
+//! Proofs of a key (DPoP, RFC 9449), of a command or of a client of the token service: who sent a request holds the key, and made
+//! the proof for this very request, just now.
 //!
 //! INVARIANT (proof-once): a proof is good for one request: its method, its address, its token, within [`WINDOW_SECONDS`], once.
 
@@ -24,16 +25,37 @@ pub const WINDOW_SECONDS: i64 = 60;
 const PROOF_BYTES_MAX: usize = 4 * 1024;
 /// How long the name of a proof may be, in bytes; the least that makes it unguessable.
 const JTI_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// The kind of the documents of proofs that were used.
-const KIND: &str = "proof";
-/// Proofs that are remembered at the same time.
+/// Proofs of one kind that are remembered at the same time.
 pub const PROOFS_MAX: u32 = 100_000;
+/// Longest nonce that is looked at, in bytes.
+const NONCE_BYTES_MAX: usize = 256;
+
+/// Whose proof it is. Those of one kind leave those of the other their room.
+#[derive(Debug, Clone, Copy)]
+pub enum Of {
+    /// A command's.
+    Command,
+    /// That of a client of the token service.
+    Client,
+}
+
+impl Of {
+    /// The kind of the documents of proofs that were used.
+    fn kind(self) -> &'static str {
+        match self {
+            Self::Command => "proof",
+            Self::Client => "client-proof",
+        }
+    }
+}
 
 /// A proof whose signature, method, address, time and token were verified.
 #[derive(Debug)]
 pub struct Proof {
     /// The thumbprint of its key.
     pub key: String,
+    /// The number that it says it was given.
+    pub nonce: Option<String>,
     /// What tells it from every other proof of that key.
     id: Digest,
 }
@@ -90,15 +112,16 @@ impl Proof {
         if made_at.abs_diff(now_seconds) > WINDOW_SECONDS.unsigned_abs() {
             return Err(ProofRefused::Time);
         }
-        Ok(Self { id: Digest::of(format!("{key}\n{jti}").as_bytes()), key })
+        let nonce = said("nonce").filter(|nonce| nonce.len() <= NONCE_BYTES_MAX).map(str::to_owned);
+        Ok(Self { id: Digest::of(format!("{key}\n{jti}").as_bytes()), key, nonce })
     }
 
     /// Uses it up; false when it was used before, or when too many are remembered to tell.
-    pub async fn spend(&self, plane: &Plane) -> Result<bool, StoreError> {
+    pub async fn spend(&self, plane: &Plane, of: Of) -> Result<bool, StoreError> {
         let now_ms = plane.clock.now_ms();
         // As long as it could be shown again: made in our future, it is good until twice the window is over.
         let expires_at_ms = now_ms + 2 * WINDOW_SECONDS.unsigned_abs() * 1000 + 1000;
-        let document = Document { kind: KIND, key: self.id.to_string(), bytes: Vec::new(), expires_at_ms };
+        let document = Document { kind: of.kind(), key: self.id.to_string(), bytes: Vec::new(), expires_at_ms };
         plane.storage.run("use_proof", move |store| store.put_document(&document, now_ms, PROOFS_MAX)).await
     }
 }
