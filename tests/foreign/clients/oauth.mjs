@@ -61,7 +61,7 @@ const credentials = (parameters) =>
 const token = await credentials({ resource: given.callee.id });
 told.token = { type: token.token_type, scope: token.scope, expires_in: token.expires_in };
 told.narrow = (await credentials({ resource: given.callee.id, scope: "http:GET" })).scope;
-told.wide = await refused(() => credentials({ resource: given.callee.id, scope: "http:DELETE" }));
+told.wide = await refused(() => credentials({ resource: given.callee.id, scope: "http:HEAD" }));
 told.elsewhere = await refused(() => credentials({ resource: "spiffe://foreign.example/ghost" }));
 told.unbound = await refused(async () =>
     oauth.processClientCredentialsResponse(
