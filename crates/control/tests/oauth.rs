@@ -274,7 +274,8 @@ async fn nobody_is_believed_but_whom_a_certificate_or_an_assertion_for_this_issu
         percent_b64(r#"{"sub":"a","sub":"b"}"#),
         good.split('.').nth(2).unwrap()
     );
-    let cases: Vec<(&str, &Client, Vec<(String, String)>, (u16, &str))> = vec![
+    type Parameters = Vec<(String, String)>;
+    let cases: Vec<(&str, &Client, Parameters, (u16, &str))> = vec![
         ("a JWT-SVID", &stranger, by(&good), (200, "none")),
         ("with its name", &stranger, with(by(&good), "client_id", &web_id), (200, "none")),
         ("with another name", &stranger, with(by(&good), "client_id", &cron_id), (401, "invalid_client")),
