@@ -1,6 +1,7 @@
 """The token service with clients that we did not write: npm's oauth4webapi and openid-client with JWT-SVIDs and DPoP, curl with an
 X.509-SVID in the handshake. The SVIDs come from the Workload API, to processes that no agent started."""
 
+import base64
 import hashlib
 import json
 import os
@@ -12,16 +13,26 @@ import sys
 import time
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from conftest import BINARY, HERE, ROOT
 
 NODE = ROOT / "target/test-node"
+BILLING = "spiffe://foreign.example/countersign/client/billing"
 SHOP, PAYMENTS, BANK = (f"spiffe://foreign.example/{name}" for name in ("shop", "payments", "bank"))
 POLICIES = """
 @id("shop-pays") permit (principal == Workload::"shop", action in Action::"write", resource in Service::"payments");
 @id("shop-reads") permit (principal == Workload::"shop", action == Action::"http:GET", resource in Service::"payments");
 @id("payments-at-the-bank") permit (principal == Workload::"payments", action == Action::"http:POST", resource in Service::"bank");
 @id("shop-at-the-bank") permit (principal == Workload::"shop", action in Action::"write", resource in Service::"bank");
+@id("billing-reads") permit (principal == Workload::"spiffe://foreign.example/countersign/client/billing", action == Action::"http:GET", resource in Service::"payments");
 """
+
+
+def private_jwk():
+    numbers = ec.generate_private_key(ec.SECP256R1()).private_numbers()
+    encoded = lambda number: base64.urlsafe_b64encode(number.to_bytes(32, "big")).decode().rstrip("=")  # noqa: E731
+    x, y = numbers.public_numbers.x, numbers.public_numbers.y
+    return {"kty": "EC", "crv": "P-256", "kid": "1", "x": encoded(x), "y": encoded(y), "d": encoded(numbers.private_value)}
 
 
 class TokenService:
@@ -38,6 +49,9 @@ class TokenService:
         for service, upstream in (("shop", "payments"), ("payments", "bank")):
             selectors = [f"unix:uid:{os.getuid()}", f"unix:path:{self.programs[service]}", f"unix:sha256:{digest}"]
             text += f'[services.{service}]\nupstreams = ["{upstream}"]\n[services.{service}.attest]\nselectors = {json.dumps(selectors)}\n'
+        self.billing = private_jwk()
+        public = {name: value for name, value in self.billing.items() if name != "d"}
+        text += f"[clients.billing]\nservices = [\"payments\"]\nkeys = ['{json.dumps(public)}']\n"
         (directory / "mesh.toml").write_text(text)
         (directory / "policies").mkdir()
         (directory / "policies/all.cedar").write_text(POLICIES)
@@ -92,7 +106,8 @@ def service(tmp_path_factory):
 def test_libraries_that_we_did_not_write_get_use_exchange_and_revoke_tokens_that_are_bound_to_their_keys(service):
     caller, callee = service.svid("shop"), service.svid("payments")
     assert (caller["id"], callee["id"]) == (SHOP, PAYMENTS)
-    given = {"issuer": service.issuer, "caller": caller, "callee": callee, "next": BANK}
+    outside = {"id": BILLING, "key": service.billing}
+    given = {"issuer": service.issuer, "caller": caller, "callee": callee, "next": BANK, "outside": outside}
     environment = {**os.environ, "TEST_NODE": str(NODE), "NODE_EXTRA_CA_CERTS": str(service.ca)}
     asked = subprocess.run(
         ["node", HERE / "clients/oauth.mjs", json.dumps(given)], env=environment, capture_output=True, text=True, timeout=120
@@ -123,6 +138,9 @@ def test_libraries_that_we_did_not_write_get_use_exchange_and_revoke_tokens_that
     assert acting["exp"] <= said["exp"]
     assert told["revoked"] == told["revoked_with_it"] == {"active": False}
     assert told["exchange_of_revoked"] == "invalid_request"
+    outside = told["outside"]
+    assert (outside["type"], outside["scope"], outside["elsewhere"]) == ("dpop", "http:GET", "invalid_target")
+    assert (outside["seen"]["active"], outside["seen"]["sub"], outside["seen"]["client_id"]) == (True, BILLING, BILLING)
     assert told["openid_client"] == {**told["openid_client"], "type": "dpop", "seen": True, "revoked": False}
 
 

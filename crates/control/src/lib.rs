@@ -121,7 +121,7 @@ use gate::{Gate, Petitioner, Refused};
 use ledger::{Ledger, OpenError};
 use mark::{HighWater, MarkError, RolledBack};
 use metrics::{LevelsNow, Metrics};
-use oauth::{Oauth, OauthConfig, OauthError, place::Place};
+use oauth::{Oauth, OauthConfig, OauthError, nonce::Nonces, place::Place};
 use publish::Publisher;
 use registry::Registry;
 use signals::Noticed;
@@ -579,7 +579,8 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         spawn("the listener of pipelines", pipelines::serve(plane.clone(), listener, certificate).boxed());
     }
     if let Some(place) = place {
-        let router = oauth::router(plane.clone(), Arc::new(Oauth::new(place.issuer.clone())));
+        let nonces = Nonces::open(&plane.storage, plane.sealer.clone()).await?;
+        let router = oauth::router(plane.clone(), Arc::new(Oauth::new(place.issuer.clone(), nonces)));
         spawn("the token service", oauth::serve::serve(plane.clone(), place, router).boxed());
     }
     // It ends by itself when told to stop: agents are told that their connection goes.

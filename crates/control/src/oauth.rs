@@ -29,7 +29,7 @@ use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
-use countersign_core::{identity::SpiffeId, token::Claims};
+use countersign_core::{identity::SpiffeId, oauth::is_client, token::Claims};
 
 use crate::{Plane, authority::Authority, store::StoreError};
 
@@ -103,11 +103,11 @@ pub enum Word {
 }
 
 impl Oauth {
-    /// One that issues as `issuer`.
-    pub fn new(issuer: String) -> Self {
+    /// One that issues as `issuer`, and knows proofs by these numbers.
+    pub fn new(issuer: String, nonces: Nonces) -> Self {
         let number = |n| NonZeroU32::new(n).expect("INVARIANT: it is a constant that is not 0");
         let quota = Quota::per_second(number(TOKENS_PER_SECOND)).allow_burst(number(TOKENS_AT_ONCE));
-        Self { issuer, nonces: Nonces::default(), asked: RateLimiter::keyed(quota) }
+        Self { issuer, nonces, asked: RateLimiter::keyed(quota) }
     }
 
     fn at(&self, path: &str) -> String {
@@ -206,7 +206,10 @@ impl Service {
         let keys = self.authority().ok()?.bundle().token_authorities().ready().keys;
         let now_seconds = i64::try_from(self.plane.clock.now_ms() / 1000).unwrap_or(i64::MAX);
         let claims = countersign_core::oauth::verify(token, &self.oauth.issuer, &keys, now_seconds)?;
-        (!self.plane.publisher.signals().is_token_revoked(&claims)).then_some(claims)
+        let head = self.plane.ledger.head();
+        // Whoever is no client any more holds no token, nor does anybody act for it.
+        let are_clients = [&claims.client_id, &claims.subject].iter().all(|id| is_client(head.follower.state(), id));
+        (are_clients && !self.plane.publisher.signals().is_token_revoked(&claims)).then_some(claims)
     }
 }
 
@@ -331,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_client_that_asks_for_too_much_is_slowed_down_and_no_other() {
-        let oauth = Oauth::new("https://mesh.example".to_owned());
+        let oauth = Oauth::new("https://mesh.example".to_owned(), Nonces::of(&[1; 32]));
         let id = |name: &str| SpiffeId::parse(&format!("spiffe://shop.example/{name}")).unwrap();
         for _ in 0..TOKENS_AT_ONCE {
             oauth.count(&id("web")).unwrap();

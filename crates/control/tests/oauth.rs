@@ -13,6 +13,7 @@ use countersign_api::{
 use countersign_control::{ControlConfig, oauth::OauthConfig, start};
 use countersign_core::{
     change::{Bodies, Change},
+    client::Client as CoreClient,
     jws::{Key, Presented, Typ},
     oauth,
     service::{Protocol, ServiceSpec},
@@ -551,6 +552,119 @@ async fn a_token_is_exchanged_by_whom_it_is_for_and_looked_at_and_taken_back_by_
         RevokeTokensAs { meant: "subject:web".parse().unwrap(), reason: "lost".into(), shown: Shown::default() };
     plane.post::<TokensRevoked>("/v1/tokens/revoke", &asked).await.unwrap();
     assert_eq!(look(&web, &web_id, &fresh).await, json!({ "active": false }), "an operator took it back");
+}
+
+/// A key of a client outside, and its public JWK.
+struct OwnKey(aws_lc_rs::signature::Ed25519KeyPair);
+
+impl OwnKey {
+    fn new() -> Self {
+        Self(aws_lc_rs::signature::Ed25519KeyPair::generate().unwrap())
+    }
+
+    fn jwk(&self) -> String {
+        use aws_lc_rs::signature::KeyPair as _;
+        let x = percent_b64_bytes(self.0.public_key().as_ref());
+        json!({ "kty": "OKP", "crv": "Ed25519", "kid": "one", "x": x }).to_string()
+    }
+
+    fn sign(&self, header: &Value, claims: &Value) -> String {
+        let input = format!("{}.{}", percent_b64(&header.to_string()), percent_b64(&claims.to_string()));
+        format!("{input}.{}", percent_b64_bytes(self.0.sign(input.as_bytes()).as_ref()))
+    }
+}
+
+fn percent_b64_bytes(bytes: &[u8]) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes)
+}
+
+/// PROVES (assertion-once)
+#[tokio::test]
+async fn a_client_outside_proves_itself_by_its_own_key_once_and_gets_what_policies_permit_it() {
+    let (plane, _agent) = mesh().await;
+    let (own, other) = (OwnKey::new(), OwnKey::new());
+    let billing = trust_domain().client(&name("billing"));
+    let outside = CoreClient { services: [name("orders")].into(), keys: [own.jwk()].into() };
+    let mut bodies = Bodies::default();
+    let policy = format!(
+        "@id(\"billing\") permit (principal == Workload::\"{billing}\", action == Action::\"http:GET\", resource in Service::\"orders\");"
+    );
+    let body = bodies.insert(policy);
+    let changes = vec![
+        Change::SetClient { name: name("billing"), client: outside },
+        Change::SetPolicy { id: "billing".into(), file: "policies/billing.cedar".into(), body },
+    ];
+    plane.apply_with(1, changes, bodies).await.unwrap();
+    let client = Client::new(&plane, None).await;
+    let header = json!({ "alg": "EdDSA", "kid": "one" });
+    let numbered = std::cell::Cell::new(0);
+    let good = || {
+        numbered.set(numbered.get() + 1);
+        json!({
+            "iss": billing, "sub": billing, "aud": client.issuer, "jti": format!("assertion-{}", numbered.get()),
+            "iat": now(), "exp": now() + 60,
+        })
+    };
+    let with = |name: &str, value: Value| {
+        let mut claims = good();
+        claims[name] = value;
+        claims
+    };
+    let ask = async |assertion: &str, more: &[(&str, &str)]| {
+        let form = [
+            ("grant_type", "client_credentials"),
+            ("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"),
+            ("client_assertion", assertion),
+        ];
+        client.ask(&[&form[..], more].concat()).await
+    };
+    let orders = [("audience", "orders")];
+    let assertion = own.sign(&header, &good());
+    let answer = ask(&assertion, &orders).await;
+    assert_eq!(answer.status, 200, "{}", answer.said);
+    assert_eq!(answer.said["scope"], "http:GET");
+    let said = claims(answer.said["access_token"].as_str().unwrap());
+    assert_eq!((&said.subject, &said.client_id), (&billing, &billing));
+    assert_eq!(refusal(&ask(&assertion, &orders).await), (401, "invalid_client"), "it was used before");
+    let again = ask(&own.sign(&header, &good()), &[("audience", "stock")]).await;
+    assert_eq!(refusal(&again), (400, "invalid_target"), "it is not declared for it");
+    let wide = ask(&own.sign(&header, &good()), &[("audience", "orders"), ("scope", "http:POST")]).await;
+    assert_eq!(refusal(&wide), (400, "invalid_scope"));
+    let slash = format!("{}/", client.issuer);
+    for (case, assertion) in [
+        ("of another key", other.sign(&header, &good())),
+        ("of another key that it brings", other.sign(&json!({ "alg": "EdDSA", "jwk": other.jwk() }), &good())),
+        ("of no key", own.sign(&json!({ "alg": "EdDSA", "kid": "two" }), &good())),
+        ("of another algorithm", own.sign(&json!({ "alg": "ES256", "kid": "one" }), &good())),
+        ("unsigned", own.sign(&json!({ "alg": "none" }), &good())),
+        ("a MAC", own.sign(&json!({ "alg": "HS256", "kid": "one" }), &good())),
+        ("for another issuer", own.sign(&header, &with("aud", json!("https://other.example")))),
+        ("for it with a slash", own.sign(&header, &with("aud", json!(slash)))),
+        ("for several", own.sign(&header, &with("aud", json!([client.issuer])))),
+        ("of another issuer", own.sign(&header, &with("iss", json!("billing")))),
+        ("about another", own.sign(&header, &with("sub", json!(id("web"))))),
+        ("without end", own.sign(&header, &with("exp", Value::Null))),
+        ("over", own.sign(&header, &with("exp", json!(now())))),
+        ("for an hour", own.sign(&header, &with("exp", json!(now() + 3600)))),
+        ("of the future", own.sign(&header, &with("iat", json!(now() + 120)))),
+        ("without a number", own.sign(&header, &with("jti", Value::Null))),
+        ("as an access token", own.sign(&json!({ "alg": "EdDSA", "kid": "one", "typ": "at+jwt" }), &good())),
+    ] {
+        let answer = ask(&assertion, &orders).await;
+        assert_eq!(refusal(&answer), (401, "invalid_client"), "{case}: {}", answer.said);
+    }
+    let listed: Vec<TokenView> = plane.get("/v1/tokens?service=orders").await;
+    assert_eq!((listed.len(), &listed[0].subject), (1, &billing));
+
+    let revoke =
+        RevokeTokensAs { meant: "client:billing".parse().unwrap(), reason: "lost".into(), shown: Shown::default() };
+    plane.post::<TokensRevoked>("/v1/tokens/revoke", &revoke).await.unwrap();
+    let listed: Vec<TokenView> = plane.get("/v1/tokens?service=orders").await;
+    assert!(listed[0].revoked);
+    assert_eq!(ask(&own.sign(&header, &good()), &orders).await.status, 200, "it asks for another");
+    plane.apply(2, vec![Change::RemoveClient { name: name("billing") }]).await.unwrap();
+    assert_eq!(refusal(&ask(&own.sign(&header, &good()), &orders).await), (401, "invalid_client"));
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     assurance::authenticators::Authenticators,
     canonical::Digest,
+    client::Client,
     identity::{FactorId, NameError, OperatorName, ServiceName, SpiffeId, TrustDomain},
     lifetimes::Lifetimes,
     operator::EnrolledFactor,
@@ -236,6 +237,18 @@ pub enum Change {
         /// Its name.
         name: SignInName,
     },
+    /// Lets a client that is no workload ask for tokens, or replaces what is known of it.
+    SetClient {
+        /// Its name.
+        name: ServiceName,
+        /// What is known of it.
+        client: Client,
+    },
+    /// Gives a client no more tokens.
+    RemoveClient {
+        /// Its name.
+        name: ServiceName,
+    },
     /// Seals the control plane's own keys with another key-encryption key from now on.
     RotateSealingKey {
         /// What tells the new one from others; never the key.
@@ -283,7 +296,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 35] = [
+    pub const KINDS: [&str; 37] = [
         "create_mesh",
         "declare_service",
         "remove_service",
@@ -317,6 +330,8 @@ impl Change {
         "remove_pipeline",
         "set_sign_in",
         "remove_sign_in",
+        "set_client",
+        "remove_client",
         "rotate_sealing_key",
         "recover",
     ];
@@ -357,6 +372,8 @@ impl Change {
             Self::RemovePipeline { .. } => "remove_pipeline",
             Self::SetSignIn { .. } => "set_sign_in",
             Self::RemoveSignIn { .. } => "remove_sign_in",
+            Self::SetClient { .. } => "set_client",
+            Self::RemoveClient { .. } => "remove_client",
             Self::RotateSealingKey { .. } => "rotate_sealing_key",
             Self::Recover { .. } => "recover",
         }
@@ -392,6 +409,7 @@ impl Change {
             Self::SetIssuer { name, .. } | Self::RemoveIssuer { name } => format!("issuer {name}"),
             Self::SetPipeline { name, .. } | Self::RemovePipeline { name } => format!("pipeline {name}"),
             Self::SetSignIn { name, .. } | Self::RemoveSignIn { name } => format!("sign-in {name}"),
+            Self::SetClient { name, .. } | Self::RemoveClient { name } => format!("client {name}"),
             Self::RotateSealingKey { fingerprint } => format!("sealing key {}", fingerprint.short()),
         }
     }

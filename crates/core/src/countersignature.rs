@@ -304,6 +304,8 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemovePipeline { .. }
             | Change::SetSignIn { .. }
             | Change::RemoveSignIn { .. }
+            | Change::SetClient { .. }
+            | Change::RemoveClient { .. }
             | Change::RotateSealingKey { .. }
             | Change::Recover { .. } => {}
         }
@@ -351,6 +353,8 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::RemovePipeline { .. }
             | Change::SetSignIn { .. }
             | Change::RemoveSignIn { .. }
+            | Change::SetClient { .. }
+            | Change::RemoveClient { .. }
             | Change::Recover { .. } => Part::Gate,
         };
         written.insert(part);

@@ -75,6 +75,7 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => state.pipelines.get(name).map(toml),
         Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => state.sign_ins.get(name).map(toml),
+        Change::SetClient { name, .. } | Change::RemoveClient { name } => state.clients.get(name).map(toml),
         Change::RotateSealingKey { .. } => state.sealing_key.map(|fingerprint| format!("{fingerprint}\n")),
         Change::Recover { operator: name, .. } => state.operators.get(name).map(operator),
     }
@@ -109,6 +110,7 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
         Change::SetPipeline { pipeline, .. } => Some(toml(pipeline)),
         Change::SetSignIn { sign_in, .. } => Some(toml(sign_in)),
+        Change::SetClient { client, .. } => Some(toml(client)),
         Change::RotateSealingKey { fingerprint } => Some(format!("{fingerprint}\n")),
         Change::Recover { factor: enrolled, reason, .. } => Some(format!("{}reason = {reason:?}\n", factor(enrolled))),
         Change::RemoveService { .. }
@@ -121,7 +123,8 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         | Change::RemoveGatePolicy { .. }
         | Change::RemoveIssuer { .. }
         | Change::RemovePipeline { .. }
-        | Change::RemoveSignIn { .. } => None,
+        | Change::RemoveSignIn { .. }
+        | Change::RemoveClient { .. } => None,
     }
 }
 

@@ -4,6 +4,7 @@
 //! parses refers only to what exists. [`plan`] compares it with a mesh and gives the changes that lead from one to the
 //! other. No file is opened here, and nothing is asked of a host: whether a program exists is for `up` to find out.
 
+mod clients;
 mod contracts;
 mod mesh;
 mod pipelines;
@@ -30,6 +31,7 @@ pub use reference::{Key, Section, reference};
 use crate::{
     assurance::authenticators::Authenticators,
     change::{Member, PolicyId, RoleName, RouteName},
+    client::Client,
     contract::Contract,
     gate,
     identity::{ServiceName, TrustDomain},
@@ -92,6 +94,8 @@ pub struct Directory {
     pub pipelines: BTreeMap<PipelineName, Pipeline>,
     /// The providers that people sign in with.
     pub sign_ins: BTreeMap<SignInName, SignIn>,
+    /// The clients of the token service that are no workloads.
+    pub clients: BTreeMap<ServiceName, Client>,
     /// The policy tests: text by file. [`crate::policy`] reads them.
     pub tests: BTreeMap<Arc<str>, Arc<str>>,
 }
@@ -235,6 +239,7 @@ pub fn parse(files: &Files) -> Result<Directory, Mistakes> {
             issuers: mesh.issuers,
             pipelines: mesh.pipelines,
             sign_ins: mesh.sign_ins,
+            clients: mesh.clients,
             tests,
         }),
         _ => Err(Mistakes(mistakes)),

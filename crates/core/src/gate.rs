@@ -568,6 +568,7 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => uid("Issuer", name),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => uid("Pipeline", name),
         Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => uid("SignIn", name),
+        Change::SetClient { name, .. } | Change::RemoveClient { name } => uid("Client", name.as_str()),
     }
 }
 

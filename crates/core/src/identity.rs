@@ -96,6 +96,11 @@ impl TrustDomain {
         self.reserved("control")
     }
 
+    /// The id of a client of the token service (one label; see [`ServiceName`] for its shape). Nobody gets a certificate of it.
+    pub fn client(&self, name: &ServiceName) -> SpiffeId {
+        self.reserved(&format!("client/{}", name.0))
+    }
+
     fn reserved(&self, rest: &str) -> SpiffeId {
         SpiffeId {
             uri: format!("spiffe://{}/{RESERVED_SEGMENT}/{rest}", self.0).into(),
@@ -158,6 +163,11 @@ impl SpiffeId {
     /// The host this id names, when it is the agent of one.
     pub fn agent_host(&self) -> Option<ServiceName> {
         ServiceName::parse(self.path().strip_prefix("/countersign/agent/")?).ok()
+    }
+
+    /// The client of the token service that this id names, when it is one.
+    pub fn client(&self) -> Option<ServiceName> {
+        ServiceName::parse(self.path().strip_prefix("/countersign/client/")?).ok()
     }
 }
 
@@ -358,6 +368,11 @@ mod tests {
             SpiffeId::parse("spiffe://t/countersign/agent/h1").unwrap().agent_host(),
             Some(ServiceName::parse("h1").unwrap())
         );
+        let own = TrustDomain::parse("t").unwrap();
+        let client = own.client(&ServiceName::parse("billing").unwrap());
+        assert_eq!(client.as_str(), "spiffe://t/countersign/client/billing");
+        assert_eq!((client.client().unwrap().as_str(), client.service(), client.agent_host()), ("billing", None, None));
+        assert_eq!(own.workload(&ServiceName::parse("billing").unwrap()).client(), None);
     }
 
     #[test]

@@ -228,7 +228,8 @@ impl Key {
         Ok(keys.iter().filter_map(Self::of_jwk).collect())
     }
 
-    fn of_jwk(jwk: &Value) -> Option<Self> {
+    /// Reads a key (RFC 7517); `None` when it verifies nothing here.
+    pub fn of_jwk(jwk: &Value) -> Option<Self> {
         let member = |name: &str| jwk.get(name).and_then(Value::as_str);
         let bytes = |name: &str| member(name).and_then(|text| URL_SAFE_NO_PAD.decode(text).ok());
         if member("use").is_some_and(|used| used != "sig") {

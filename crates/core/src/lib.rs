@@ -19,6 +19,7 @@
 //! | [`operator`] | operators as the ledger knows them: roles, factors, public keys, the seal |
 //! | [`jws`] | signed tokens taken apart, and the keys that verify them |
 //! | [`jwt_svid`] | whom a JWT-SVID speaks for, and to whom |
+//! | [`client`] | clients of the token service that are no workloads, and the keys that they are known by |
 //! | [`pipeline`] | whose tokens are believed, and which automations may propose changes |
 //! | [`sign_in`] | the providers that people sign in with, and which groups there mean which roles |
 //! | [`gate`] | the change gate: who may change what, and what they have to show for it |
@@ -36,6 +37,7 @@
 pub mod assurance;
 pub mod canonical;
 pub mod change;
+pub mod client;
 pub mod contract;
 pub mod countersignature;
 pub mod difference;

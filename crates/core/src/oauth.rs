@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use crate::{
-    identity::ServiceName,
+    identity::{ServiceName, SpiffeId},
     jws::{Key, Presented, Typ},
     state::MeshState,
     token::{Actor, Claims, LEEWAY_SECONDS, Scope},
@@ -20,9 +20,24 @@ pub const ACTORS_MAX: usize = 4;
 #[error("nothing gives the scope `{0}`")]
 pub struct ScopeRefused(String);
 
+/// Whether `id` is a client now: a workload that is part of the mesh, or a client that the mesh declares.
+pub fn is_client(state: &MeshState, id: &SpiffeId) -> bool {
+    let is_ours = state.trust_domain.as_ref().is_some_and(|own| id.trust_domain() == own.as_str());
+    let declared = |name: ServiceName| state.services.contains_key(&name) && state.is_active(&name);
+    is_ours && (id.service().is_some_and(declared) || id.client().is_some_and(|name| state.clients.contains_key(&name)))
+}
+
+/// Whether `id` may ask for a token for `service`: as a workload, or as a client that is declared to, for a service that is part of the mesh.
+pub fn may_ask(state: &MeshState, id: &SpiffeId, service: &ServiceName) -> bool {
+    let declared = |name: &ServiceName| state.clients.get(name).is_some_and(|client| client.services.contains(service));
+    let exists = state.services.contains_key(service) && state.is_active(service);
+    let by_name = id.client().is_some_and(|name| exists && declared(&name));
+    is_client(state, id) && (by_name || id.service().is_some_and(|caller| may_call(state, &caller, service)))
+}
+
 /// Whether a workload of `caller` may ask for a token for `service`: it declares it as an upstream, or a route may send there what is
 /// for one; and both are part of the mesh.
-pub fn may_ask(state: &MeshState, caller: &ServiceName, service: &ServiceName) -> bool {
+fn may_call(state: &MeshState, caller: &ServiceName, service: &ServiceName) -> bool {
     let declared = state.services.get(caller).filter(|_| state.is_active(caller) && state.is_active(service));
     let Some(upstreams) = declared.map(|held| &held.spec.upstreams) else { return false };
     let routed = |route: &crate::route::Route| upstreams.contains(&route.service) && route.split.contains_key(service);
@@ -50,7 +65,7 @@ pub fn common(one: &Scope, other: &Scope) -> Scope {
 }
 
 /// Who acts in a token that `client` gets for the one that says `claims`; `None` when too many act already.
-pub fn acting(client: &crate::identity::SpiffeId, claims: &Claims) -> Option<Option<Box<Actor>>> {
+pub fn acting(client: &SpiffeId, claims: &Claims) -> Option<Option<Box<Actor>>> {
     if *client == claims.client_id {
         return Some(claims.actor.clone());
     }
@@ -76,7 +91,8 @@ mod tests {
     use super::*;
     use crate::{
         change::Change,
-        identity::{SpiffeId, TrustDomain},
+        client::Client,
+        identity::TrustDomain,
         service::{Protocol, ServiceSpec},
     };
 
@@ -124,7 +140,10 @@ mod tests {
         for change in &changes {
             state.apply(change).unwrap();
         }
-        let may = |state: &MeshState, caller: &str, service: &str| may_ask(state, &name(caller), &name(service));
+        let own = TrustDomain::parse("shop.example").unwrap();
+        let may = |state: &MeshState, caller: &str, service: &str| {
+            may_ask(state, &own.workload(&name(caller)), &name(service))
+        };
         assert!(may(&state, "web", "orders"));
         for (caller, service) in
             [("web", "stock"), ("web", "web"), ("orders", "web"), ("web", "ghost"), ("ghost", "orders")]
@@ -136,6 +155,41 @@ mod tests {
             without.apply(&Change::SuspendService { name: name(out), reason: "x".into() }).unwrap();
             assert!(!may(&without, "web", "orders"), "{out} is suspended");
         }
+    }
+
+    #[test]
+    fn a_client_outside_asks_for_what_it_is_declared_for_while_it_is_declared() {
+        let mut state = MeshState::default();
+        let own = TrustDomain::parse("shop.example").unwrap();
+        let key = r#"{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}"#;
+        let client = Client { services: [name("orders"), name("ghost")].into(), keys: [key.to_owned()].into() };
+        for change in [
+            Change::CreateMesh { trust_domain: own.clone() },
+            Change::DeclareService { name: name("orders"), spec: ServiceSpec::new(Protocol::Http) },
+            Change::DeclareService { name: name("stock"), spec: ServiceSpec::new(Protocol::Http) },
+            Change::SetClient { name: name("billing"), client },
+        ] {
+            state.apply(&change).unwrap();
+        }
+        let billing = own.client(&name("billing"));
+        for (id, service, expected) in [
+            (billing.clone(), "orders", true),
+            (billing.clone(), "stock", false),
+            (billing.clone(), "ghost", false),
+            (own.client(&name("other")), "orders", false),
+            (own.workload(&name("billing")), "orders", false),
+            (TrustDomain::parse("other.example").unwrap().client(&name("billing")), "orders", false),
+        ] {
+            assert_eq!(may_ask(&state, &id, &name(service)), expected, "{id} {service}");
+        }
+        assert!(
+            is_client(&state, &billing)
+                && !is_client(&state, &own.control())
+                && !is_client(&state, &own.agent(&name("billing")))
+        );
+        state.apply(&Change::RemoveClient { name: name("billing") }).unwrap();
+        assert!(!is_client(&state, &billing) && !may_ask(&state, &billing, &name("orders")));
+        assert!(state.apply(&Change::RemoveClient { name: name("billing") }).is_err());
     }
 
     #[test]

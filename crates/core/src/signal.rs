@@ -63,6 +63,8 @@ pub enum TokensMeant {
     Subject(ServiceName),
     /// Those for a service as the callee.
     Audience(ServiceName),
+    /// Those that a client asked for, or that are about it.
+    Client(ServiceName),
     /// Those bound to a certificate, or to a key that signs proofs.
     Key(Thumbprint),
 }
@@ -70,7 +72,7 @@ pub enum TokensMeant {
 /// Text that means no tokens.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` means no tokens: write `all`, or `id:`, `family:`, `instance:`, `subject:`, `audience:` or `key:` and which"
+    "`{0}` means no tokens: write `all`, or `id:`, `family:`, `instance:`, `subject:`, `audience:`, `client:` or `key:` and which"
 )]
 pub struct TokensMeantError(String);
 
@@ -215,6 +217,8 @@ impl Signals {
             service(&claims.subject).map(TokensMeant::Subject),
             service(&claims.audience).map(TokensMeant::Audience),
             claims.instance.clone().map(TokensMeant::Instance),
+            claims.client_id.client().map(TokensMeant::Client),
+            claims.subject.client().map(TokensMeant::Client),
         ];
         [
             TokensMeant::All,
@@ -322,6 +326,7 @@ impl fmt::Display for TokensMeant {
             Self::Instance(instance) => write!(f, "instance:{instance}"),
             Self::Subject(service) => write!(f, "subject:{service}"),
             Self::Audience(service) => write!(f, "audience:{service}"),
+            Self::Client(name) => write!(f, "client:{name}"),
             Self::Key(certificate) => write!(f, "key:{certificate}"),
         }
     }
@@ -337,6 +342,7 @@ impl FromStr for TokensMeant {
             Some(("instance", id)) => InstanceId::parse(id).ok().map(Self::Instance),
             Some(("subject", name)) => ServiceName::parse(name).ok().map(Self::Subject),
             Some(("audience", name)) => ServiceName::parse(name).ok().map(Self::Audience),
+            Some(("client", name)) => ServiceName::parse(name).ok().map(Self::Client),
             Some(("key", thumbprint)) => thumbprint.parse().ok().map(Self::Key),
             Some(_) => None,
         };

@@ -12,6 +12,7 @@ use crate::{
     assurance::authenticators::{Aaguid, Authenticators, MODELS_MAX, ROOTS_MAX},
     canonical::Digest,
     change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
+    client::Client,
     directory::{PLAIN_NAME, is_plain_name},
     gate::OWNER,
     identity::{FactorId, OperatorName, ServiceName, TrustDomain},
@@ -72,6 +73,9 @@ pub struct MeshState {
     /// The providers that people sign in with.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sign_ins: BTreeMap<SignInName, SignIn>,
+    /// The clients of the token service that are no workloads.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub clients: BTreeMap<ServiceName, Client>,
     /// What tells the key-encryption key of the control plane from others, since one was chosen by a change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealing_key: Option<Digest>,
@@ -305,6 +309,12 @@ impl MeshState {
                 self.sign_ins.insert(name.clone(), sign_in.clone());
             }
             Change::RemoveSignIn { name } => known(self.sign_ins.remove(name).is_some())?,
+            Change::SetClient { name, client } => {
+                let others = self.clients.keys().filter(|held| *held != name).count();
+                taken(change, name.as_str(), client.refusals(), others)?;
+                self.clients.insert(name.clone(), client.clone());
+            }
+            Change::RemoveClient { name } => known(self.clients.remove(name).is_some())?,
             Change::RotateSealingKey { fingerprint } => self.sealing_key = Some(*fingerprint),
             Change::Recover { operator, id, factor, reason, at_seconds } => {
                 let recovery = Recovery { operator: operator.clone(), reason: reason.clone(), at_seconds: *at_seconds };

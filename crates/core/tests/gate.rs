@@ -10,6 +10,7 @@ use countersign_core::{
     },
     canonical::Digest,
     change::{Bodies, Change, ChangeSet, Member, Revision},
+    client::Client,
     gate::{
         self, Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires,
         act::{Act, AskedTo},
@@ -176,6 +177,11 @@ fn pipeline(roles: &[&str]) -> pipeline::Pipeline {
     pipeline::Pipeline { issuer: "ci".into(), claims, roles: roles.iter().map(|role| (*role).into()).collect() }
 }
 
+fn client() -> Client {
+    let key = r#"{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}"#;
+    Client { services: [service("web")].into(), keys: [key.to_owned()].into() }
+}
+
 /// The author that a pipeline of this name is.
 fn proposer(named: &str) -> Author {
     Author::Pipeline(Pipeline {
@@ -236,6 +242,8 @@ fn one_of(kind: &str, author: &str) -> Change {
         "remove_issuer" => Change::RemoveIssuer { name: id },
         "set_pipeline" => Change::SetPipeline { name: id, pipeline: pipeline(&[]) },
         "remove_pipeline" => Change::RemovePipeline { name: id },
+        "set_client" => Change::SetClient { name: service("billing"), client: client() },
+        "remove_client" => Change::RemoveClient { name: service("billing") },
         "set_sign_in" => Change::SetSignIn {
             name: id,
             sign_in: SignIn {

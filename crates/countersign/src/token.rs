@@ -99,6 +99,9 @@ pub struct Meant {
     /// Those of this instance
     #[arg(long, value_name = "INSTANCE", group = "meant", value_parser = InstanceId::parse)]
     instance: Option<InstanceId>,
+    /// Those that this client outside the mesh asked for, or that are about it
+    #[arg(long, value_name = "CLIENT", group = "meant")]
+    client: Option<ServiceName>,
     /// Those bound to this certificate, or to this key of proofs: SHA-256 of its DER, or of its JWK, base64url
     #[arg(long, value_name = "THUMBPRINT", group = "meant")]
     key: Option<Thumbprint>,
@@ -109,13 +112,14 @@ pub struct Meant {
 
 impl Meant {
     fn meant(self) -> TokensMeant {
-        let Self { id, family, subject, service, instance, key, all: _ } = self;
+        let Self { id, family, subject, service, instance, client, key, all: _ } = self;
         // One of them is given: the parser sees to it.
         id.map(TokensMeant::Id)
             .or(family.map(TokensMeant::Family))
             .or(subject.map(TokensMeant::Subject))
             .or(service.map(TokensMeant::Audience))
             .or(instance.map(TokensMeant::Instance))
+            .or(client.map(TokensMeant::Client))
             .or(key.map(TokensMeant::Key))
             .unwrap_or(TokensMeant::All)
     }

@@ -1,7 +1,7 @@
 // Clients of the token service with libraries that know nothing of Countersign: oauth4webapi (one request at a time) and openid-client.
 // A workload shows a JWT-SVID; what it is told is written down as JSON.
 //
-// node oauth.mjs '{"issuer": URL, "caller": {"id", "jwt"}, "callee": {"id", "jwt"}, "next": SPIFFE ID}'
+// node oauth.mjs '{"issuer": URL, "caller": {"id", "jwt"}, "callee": {"id", "jwt"}, "next": SPIFFE ID, "outside": {"id", "key": JWK}}'
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
@@ -114,5 +114,15 @@ told.openid_client = { type: second.token_type, scope: second.scope };
 told.openid_client.seen = (await client.tokenIntrospection(config, second.access_token)).active;
 await client.tokenRevocation(config, second.access_token);
 told.openid_client.revoked = (await client.tokenIntrospection(config, second.access_token)).active;
+
+// A client outside the mesh signs its assertions with a key of its own (private_key_jwt).
+const { id, key: jwk } = given.outside;
+const signing = await crypto.subtle.importKey("jwk", jwk, { name: "ECDSA", namedCurve: "P-256" }, false, ["sign"]);
+const outside = await client.discovery(issuer, id, undefined, client.PrivateKeyJwt({ key: signing, kid: jwk.kid }), { algorithm: "oauth2" });
+const outsideHandle = client.getDPoPHandle(outside, await client.randomDPoPKeyPair("ES256"));
+const third = await client.clientCredentialsGrant(outside, { resource: given.callee.id }, { DPoP: outsideHandle });
+told.outside = { type: third.token_type, scope: third.scope };
+told.outside.seen = await client.tokenIntrospection(outside, third.access_token);
+told.outside.elsewhere = await refused(() => client.clientCredentialsGrant(outside, { audience: "bank" }, { DPoP: outsideHandle }));
 
 console.log(JSON.stringify(told));

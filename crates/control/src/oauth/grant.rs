@@ -142,7 +142,7 @@ fn target(service: &Service, form: &Form) -> Result<(std::sync::Arc<Head>, Servi
 
 /// What policies may permit `id` at `audience`, if it may ask for it at all.
 fn within(service: &Service, head: &Head, id: &SpiffeId, audience: &ServiceName) -> Result<Scope, Refused> {
-    let may = id.service().is_some_and(|caller| may_ask(head.follower.state(), &caller, audience));
+    let may = may_ask(head.follower.state(), id, audience);
     let reach = may.then(|| service.plane.granted.at(head, id, audience)).flatten();
     reach.ok_or_else(|| {
         let why = format!("`{audience}` is no service of this mesh that this client may ask for");
@@ -221,8 +221,7 @@ async fn issue(
     // Noted before it is handed out: there is no token that cannot be found and taken back.
     let stored = [StoredToken { claims: claims.clone(), host: None }];
     plane.storage.run("put_tokens", move |store| store.put_tokens(&stored, now_ms)).await?;
-    let name = client.id.service();
-    plane.metrics.token_given(name.as_ref().map_or("", ServiceName::as_str), grant);
+    plane.metrics.token_given(client.id.path().trim_start_matches("/countersign/").trim_start_matches('/'), grant);
     tracing::info!(
         token.id = %id, client = %client.id, subject = %claims.subject, audience = %claims.audience, scope = %claims.scope, grant,
         "an access token was issued"

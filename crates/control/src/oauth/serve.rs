@@ -190,28 +190,33 @@ pub async fn serve(plane: Arc<Plane>, place: Place, router: Router) {
     let config = identity.server_config_that_shows(shown.clone(), ClientCertificate::Optional, &[b"h2", b"http/1.1"]);
     let acceptor = TlsAcceptor::from(config);
     let (room, counted) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Counted::default()));
-    let mut look = tokio::time::interval(LOOK_EVERY);
-    loop {
-        let (stream, address) = tokio::select! {
-            accepted = place.listener.accept() => match accepted {
+    let accept = async {
+        loop {
+            let (stream, address) = match place.listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "a connection to the token service could not be accepted");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
-            },
-            _ = look.tick() => {
-                shown.renew(&plane, &authority).await;
-                continue;
-            }
-        };
-        // Without room it is closed at once: whoever waits in line could wait for ever.
-        let Ok(held) = room.clone().try_acquire_owned() else { continue };
-        let Some(counted) = counted.enter(address.ip()) else { continue };
-        // From before the handshake: it is looked at again if this one is not in force any more.
-        let bundle = identity.bundle();
-        tokio::spawn(connection(stream, address.ip(), acceptor.clone(), bundle, router.clone(), (held, counted)));
+            };
+            // Without room it is closed at once: whoever waits in line could wait for ever.
+            let Ok(held) = room.clone().try_acquire_owned() else { continue };
+            let Some(counted) = counted.enter(address.ip()) else { continue };
+            // From before the handshake: it is looked at again if this one is not in force any more.
+            let bundle = identity.bundle();
+            tokio::spawn(connection(stream, address.ip(), acceptor.clone(), bundle, router.clone(), (held, counted)));
+        }
+    };
+    let renew = async {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            shown.renew(&plane, &authority).await;
+        }
+    };
+    tokio::select! {
+        () = accept => {}
+        () = renew => {}
     }
 }
 

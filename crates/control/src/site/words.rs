@@ -231,6 +231,8 @@ fn words(change: &Change, state: Option<&MeshState>) -> Option<String> {
         Change::ResumeService { name } => format!("{name} is part of the mesh again."),
         Change::SetPipeline { name, .. } => format!("Pipeline {name} may propose changes; operators countersign them."),
         Change::SetSignIn { name, .. } => format!("Who is in these groups at {name} gets these roles of the mesh."),
+        Change::SetClient { name, .. } => format!("Client {name}, which is no workload, gets tokens for these services."),
+        Change::RemoveClient { name } => format!("Client {name} gets no more tokens, and nobody believes those that it has."),
         Change::RemoveSignIn { name } => format!("Groups at {name} mean nothing here any more."),
         Change::RotateSealingKey { .. } => {
             "The control plane seals its own keys with another key-encryption key.".to_owned()

@@ -8,7 +8,7 @@ use std::{
 use toml::{Spanned, de::DeValue};
 
 use super::{
-    Defaults, INSTANCES_MAX, Isolate, LocalService, WORKERS_MAX,
+    Defaults, INSTANCES_MAX, Isolate, LocalService, WORKERS_MAX, clients,
     contracts::Contracts,
     pipelines,
     read::{At, Help, PLAIN_NAME, Source, Table, as_string, as_table, is_plain_name, shortened, suggest},
@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     assurance::authenticators::{Aaguid, AttestationRoot, Authenticators, MODELS_MAX, ROOTS_MAX},
+    client::Client,
     contract::Contract,
     identity::{ServiceName, TrustDomain},
     lifetimes::{INTERMEDIATE_DAYS, Lifetimes, ROOT_DAYS, SVID_SECONDS},
@@ -40,6 +41,7 @@ pub(super) struct Mesh {
     pub(super) issuers: BTreeMap<IssuerName, Issuer>,
     pub(super) pipelines: BTreeMap<PipelineName, Pipeline>,
     pub(super) sign_ins: BTreeMap<SignInName, SignIn>,
+    pub(super) clients: BTreeMap<ServiceName, Client>,
     /// Whether it is TOML at all: otherwise nobody can say that a service does not exist.
     pub(super) is_readable: bool,
 }
@@ -68,6 +70,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
         issuers: BTreeMap::new(),
         pipelines: BTreeMap::new(),
         sign_ins: BTreeMap::new(),
+        clients: BTreeMap::new(),
         is_readable: false,
     };
     let Some(document) = source.document() else { return mesh };
@@ -116,6 +119,7 @@ pub(super) fn read(source: &Source, contracts: &Contracts<'_>) -> Mesh {
     }
     (mesh.issuers, mesh.pipelines) = pipelines::read(&top, mesh.trust_domain.as_ref());
     mesh.sign_ins = sign_in::read(&top, &mesh.issuers, &mesh.pipelines);
+    mesh.clients = clients::read(&top, &mesh.services);
     if mesh.services.len() > SERVICES_MAX {
         let what = format!("a mesh has at most {SERVICES_MAX} services, this one {}", mesh.services.len());
         source.mistake(top.at_key("services"), what, "split it into several trust domains");

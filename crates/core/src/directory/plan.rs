@@ -90,6 +90,12 @@ pub fn plan(directory: &Directory, state: &MeshState, revision: Revision) -> Res
             changes.push(Change::SetSignIn { name: name.clone(), sign_in: sign_in.clone() });
         }
     }
+    for (name, client) in &directory.clients {
+        if state.clients.get(name) != Some(client) {
+            changes.push(Change::SetClient { name: name.clone(), client: client.clone() });
+        }
+    }
+    changes.extend(gone(&state.clients, &directory.clients).map(|name| Change::RemoveClient { name }));
     changes.extend(gone(&state.sign_ins, &directory.sign_ins).map(|name| Change::RemoveSignIn { name }));
     changes.extend(gone(&state.pipelines, &directory.pipelines).map(|name| Change::RemovePipeline { name }));
     changes.extend(gone(&state.issuers, &directory.issuers).map(|name| Change::RemoveIssuer { name }));

@@ -28,7 +28,7 @@ pub struct Section {
 }
 
 /// Every table of every file, in the order in which one reads about them.
-pub fn reference() -> [Section; 14] {
+pub fn reference() -> [Section; 15] {
     let (mesh, roles, routes) = (super::MESH_FILE, super::ROLES_FILE, super::ROUTES_FILE);
     [
         Section { file: mesh, table: "", says: "At the top of the file.", keys: MESH },
@@ -87,6 +87,12 @@ pub fn reference() -> [Section; 14] {
             keys: SIGN_IN,
         },
         Section {
+            file: mesh,
+            table: "[clients.NAME]",
+            says: "A client of the token service that is no workload: [tokens.md](tokens.md#clients-outside). NAME is one DNS label; policies and roles\nknow it as `spiffe://TRUST_DOMAIN/countersign/client/NAME`.",
+            keys: CLIENT,
+        },
+        Section {
             file: roles,
             table: "[roles.NAME]",
             says: "A role, for policies: `principal in Role::\"NAME\"`. NAME has 1 to 64 letters, digits, `-`, `_` and `.`.",
@@ -123,6 +129,22 @@ pub(super) const MESH: &[Key] = &[
     key("issuers", "table", "", "See below."),
     key("pipelines", "table", "", "See below."),
     key("sign_in", "table", "", "See below."),
+    key("clients", "table", "", "See below."),
+];
+
+pub(super) const CLIENT: &[Key] = &[
+    key(
+        "services",
+        "array of services",
+        "required",
+        "The services that it may ask tokens for. What it may do there policies say.",
+    ),
+    key(
+        "keys",
+        "array of strings",
+        "required",
+        "The public keys that it signs its assertions with, each a JWK: at most 8.",
+    ),
 ];
 
 pub(super) const ISSUER: &[Key] = &[

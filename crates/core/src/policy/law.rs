@@ -371,13 +371,13 @@ impl Law {
     }
 
     /// How policies name this principal; `None` when it is no workload: a trust domain's own id, or one of the mesh's
-    /// own identities.
+    /// own identities. Clients of the token service are named by their whole id, as workloads of other meshes are.
     pub(super) fn workload<'a>(&self, principal: &'a SpiffeId) -> Option<&'a str> {
         let first = principal.path().split('/').nth(1)?;
         if principal.trust_domain() != self.trust_domain.as_str() {
             return Some(principal.as_str());
         }
-        if first == RESERVED_SEGMENT {
+        if first == RESERVED_SEGMENT && principal.client().is_none() {
             return None;
         }
         Some(principal.service_str().unwrap_or(principal.as_str()))

@@ -142,6 +142,7 @@ mod tests {
         *,
     };
     use crate::{
+        identity::TrustDomain,
         record::{Outcome, Reason},
         token::{TokenFault, TokenId},
     };
@@ -205,6 +206,19 @@ mod tests {
         }
         let inputs = Asked::new("web", "http:GET", "/items").query().inputs();
         assert_eq!(law.decide(&Query::of(&law.with_token(&inputs))).reason, Reason::Permitted);
+    }
+
+    #[test]
+    fn a_client_gets_what_policies_that_name_it_may_permit_and_is_in_the_roles_that_it_has() {
+        let billing = r#"Workload::"spiffe://shop.example/countersign/client/billing""#;
+        let law = law(&format!(
+            r#"@id("a") permit (principal == {billing}, action == Action::"http:POST", resource in Service::"catalog");
+            @id("b") permit (principal == Workload::"billing", action == Action::"http:PUT", resource);"#
+        ));
+        let own = TrustDomain::parse("shop.example").unwrap();
+        let of = |name: &str| words(&law.reach(&own.client(&ServiceName::parse(name).unwrap())));
+        assert_eq!(of("billing"), "http:POST", "and nothing of the service that is called like it");
+        assert_eq!(of("other"), "");
     }
 
     #[test]
