@@ -254,7 +254,7 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
     if let Err(error) = revoked {
         tracing::error!(%error, token.id = %id, "a stolen token could not be revoked");
     }
-    for subject in [Some(Subject::Instance(claims.instance)), thief.map(Subject::Workload)].into_iter().flatten() {
+    for subject in [claims.instance.map(Subject::Instance), thief.map(Subject::Workload)].into_iter().flatten() {
         signals::notice(plane, subject, Noticed::Theft(fault)).await;
     }
 }
