@@ -27,13 +27,20 @@ struct Instance {
     acknowledged: Option<InstanceRevision>,
 }
 
+/// Why an instance takes no more calls, and whether it runs no more.
+#[derive(Debug)]
+struct Gone {
+    reason: String,
+    ended: bool,
+}
+
 #[derive(Debug, Default)]
 struct State {
     instances: BTreeMap<InstanceId, Instance>,
     up_unsaid: BTreeSet<InstanceId>,
     waits_unsaid: BTreeSet<InstanceId>,
     acknowledged_unsaid: BTreeSet<InstanceId>,
-    down_unsaid: BTreeMap<InstanceId, String>,
+    down_unsaid: BTreeMap<InstanceId, Gone>,
 }
 
 /// The instances of this host and what control has not been told of them.
@@ -70,21 +77,20 @@ impl Acknowledgements {
         }
     }
 
-    /// An instance takes no more calls. What is still unsaid of it is dropped.
+    /// An instance takes no more calls; what it has begun it may end. What is still unsaid of it is dropped.
     pub(crate) fn down(&self, instance: &InstanceId, reason: &str) {
         let mut state = self.state.lock();
-        if state.instances.remove(instance).is_some_and(|known| known.up.is_some() || known.waits.is_some()) {
-            state.down_unsaid.insert(instance.clone(), reason.into());
+        if state.forget(instance).is_some_and(|known| known.up.is_some() || known.waits.is_some()) {
+            state.down_unsaid.insert(instance.clone(), Gone { reason: reason.into(), ended: false });
             self.news.notify_one();
         }
-        state.up_unsaid.remove(instance);
-        state.waits_unsaid.remove(instance);
-        state.acknowledged_unsaid.remove(instance);
     }
 
-    /// An instance without a proxy ended, of which control knows by the identity that it was issued.
+    /// An instance runs no more, or is not what it was: what it was issued is to be revoked.
     pub(crate) fn ended(&self, instance: &InstanceId, reason: &str) {
-        self.state.lock().down_unsaid.insert(instance.clone(), reason.into());
+        let mut state = self.state.lock();
+        state.forget(instance);
+        state.down_unsaid.insert(instance.clone(), Gone { reason: reason.into(), ended: true });
         self.news.notify_one();
     }
 
@@ -120,6 +126,13 @@ impl Acknowledgements {
         self.news.notify_one();
     }
 
+    /// Returns when nothing is unsaid.
+    pub(crate) async fn said(&self) {
+        while !self.state.lock().is_said() {
+            tokio::time::sleep(GATHER).await;
+        }
+    }
+
     /// Waits for news, lets it gather, and returns it: instances up first, then what they enforce, then those gone. When
     /// there is none for long, an acknowledgement of nothing is the sign of life.
     pub(crate) async fn news(&self) -> Vec<FollowRequest> {
@@ -137,6 +150,20 @@ impl Acknowledgements {
 }
 
 impl State {
+    fn is_said(&self) -> bool {
+        self.up_unsaid.is_empty()
+            && self.waits_unsaid.is_empty()
+            && self.acknowledged_unsaid.is_empty()
+            && self.down_unsaid.is_empty()
+    }
+
+    fn forget(&mut self, instance: &InstanceId) -> Option<Instance> {
+        self.up_unsaid.remove(instance);
+        self.waits_unsaid.remove(instance);
+        self.acknowledged_unsaid.remove(instance);
+        self.instances.remove(instance)
+    }
+
     fn acknowledge(&mut self, instance: &InstanceId, said: InstanceRevision, news: &Notify) {
         let known = self.instances.entry(instance.clone()).or_default();
         if known.acknowledged.as_ref() != Some(&said) {
@@ -161,8 +188,8 @@ impl State {
         if !instances.is_empty() {
             messages.push(Message::Acknowledgement(Acknowledgement { instances }));
         }
-        for (id, reason) in std::mem::take(&mut self.down_unsaid) {
-            messages.push(Message::Down(InstanceDown { instance: id.to_string(), reason }));
+        for (id, Gone { reason, ended }) in std::mem::take(&mut self.down_unsaid) {
+            messages.push(Message::Down(InstanceDown { instance: id.to_string(), reason, ended }));
         }
         messages.into_iter().map(|message| FollowRequest { message: Some(message) }).collect()
     }
@@ -183,6 +210,7 @@ mod tests {
     async fn said(acknowledgements: &Acknowledgements) -> String {
         let spell = |request: FollowRequest| match request.message.unwrap() {
             Message::Up(up) => format!("up {}", up.instance),
+            Message::Down(down) if down.ended => format!("ended {} ({})", down.instance, down.reason),
             Message::Down(down) => format!("down {} ({})", down.instance, down.reason),
             Message::Waits(waits) => format!("waits {}", waits.instance),
             Message::Acknowledgement(ack) => ack
@@ -217,8 +245,10 @@ mod tests {
         acknowledgements.down(&id("b/1"), "stopped");
         acknowledgements.say_all_again();
         assert_eq!(said(&acknowledgements).await, "up a/1, a/1@3");
-        acknowledgements.down(&id("a/1"), "stopped");
-        assert_eq!(said(&acknowledgements).await, "down a/1 (stopped)");
+        acknowledgements.down(&id("a/1"), "it drains");
+        assert_eq!(said(&acknowledgements).await, "down a/1 (it drains)");
+        acknowledgements.ended(&id("a/1"), "stopped");
+        assert_eq!(said(&acknowledgements).await, "ended a/1 (stopped)");
     }
 
     #[tokio::test(start_paused = true)]

@@ -44,7 +44,7 @@ use countersign_core::{
 use tokio::{sync::broadcast, task::JoinHandle};
 
 use crate::{
-    host::{Host, Parts},
+    host::{Contact, Host, Parts},
     isolate::Isolation,
     join::{Issued, JoinToken},
     link::ControlAddress,
@@ -53,6 +53,10 @@ use crate::{
     workload_api::registered::{self, Registered},
     workloads::Workloads,
 };
+
+/// How long an agent that stops waits until what it has to say of its instances is said, and how long that is then on its way.
+const HEARD_WITHIN: Duration = Duration::from_millis(500);
+const ON_ITS_WAY: Duration = Duration::from_millis(20);
 
 pub mod artifact;
 pub mod harden;
@@ -480,6 +484,14 @@ impl Agent {
     pub async fn stop(self, drain: Duration) {
         self.workloads.stop(drain).await;
         let host = self.host.clone();
+        // What was issued to instances that ended is revoked when control hears of it.
+        if *host.contact.borrow() == Contact::Followed {
+            let heard = async {
+                host.acknowledgements.said().await;
+                tokio::time::sleep(ON_ITS_WAY).await;
+            };
+            let _ = tokio::time::timeout(HEARD_WITHIN, heard).await;
+        }
         drop(self);
         let written = tokio::task::spawn_blocking(move || {
             host.held.write()?;

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use countersign_api::{mesh::IssuedToken, sidecar::Tokens};
 use countersign_core::{
+    change::Revision,
     identity::ServiceName,
     jws::{Presented, Typ},
     signal::Signals,
@@ -25,8 +26,18 @@ use crate::{
 /// However short a token lives, renewals are at least so far apart.
 const RENEW_APART: Duration = Duration::from_millis(500);
 
-/// What a proxy should hold: what each token is for, by the service that demands it.
-pub(crate) type Wanted = BTreeMap<ServiceName, Scope>;
+/// How long it is waited for the tokens that follow from a revision.
+pub(crate) const FOLLOW_WITHIN: Duration = Duration::from_secs(1);
+
+/// What each token is for, by the service that demands it.
+type Scopes = BTreeMap<ServiceName, Scope>;
+
+/// The tokens that a proxy should hold at a revision.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Wanted {
+    pub(crate) revision: Revision,
+    pub(crate) scopes: Arc<Scopes>,
+}
 
 /// An identity with the tokens that are bound to it.
 pub(crate) struct Identified {
@@ -58,9 +69,12 @@ impl Identified {
     }
 
     /// Whether these are the tokens to have now.
-    fn is_as_wanted(&self, wanted: &Wanted, signals: &Signals) -> bool {
-        let held = self.tokens.iter().map(|held| (&held.service, &held.claims.scope));
-        held.eq(wanted) && !self.tokens.iter().any(|held| signals.is_token_revoked(&held.claims))
+    fn is_as_wanted(&self, scopes: &Scopes, signals: &Signals) -> bool {
+        self.are_for(scopes) && !self.tokens.iter().any(|held| signals.is_token_revoked(&held.claims))
+    }
+
+    fn are_for(&self, scopes: &Scopes) -> bool {
+        self.tokens.iter().map(|held| (&held.service, &held.claims.scope)).eq(scopes)
     }
 
     /// When they should be renewed, if they are as wanted.
@@ -85,6 +99,35 @@ impl Held {
     }
 }
 
+/// Waits until a proxy has the tokens that follow from `revision`, but not longer than `until`: control may issue none.
+pub(crate) async fn follow(
+    revision: Revision,
+    until: Instant,
+    mut wanted: watch::Receiver<Wanted>,
+    mut identity: watch::Receiver<Option<Arc<Identified>>>,
+) {
+    let followed = async {
+        loop {
+            {
+                let (wanted, identity) = (wanted.borrow_and_update(), identity.borrow_and_update());
+                let are_for =
+                    |scopes: &Scopes| identity.as_ref().map_or(scopes.is_empty(), |held| held.are_for(scopes));
+                if wanted.revision >= revision && are_for(&wanted.scopes) {
+                    return;
+                }
+            }
+            let ended = tokio::select! {
+                changed = wanted.changed() => changed,
+                changed = identity.changed() => changed,
+            };
+            if ended.is_err() {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout_at(until, followed).await;
+}
+
 /// Puts tokens beside each identity of an instance's proxy until dropped, and hands on both.
 pub(crate) async fn keep_tokens_fresh(
     host: Arc<Host>,
@@ -97,7 +140,7 @@ pub(crate) async fn keep_tokens_fresh(
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
     loop {
         let identity = identities.borrow_and_update().clone();
-        let want = wanted.borrow_and_update().clone();
+        let want = wanted.borrow_and_update().scopes.clone();
         let known = signals.borrow_and_update().clone();
         let again_at = match identity {
             None => None,
@@ -137,7 +180,7 @@ async fn renew(
     of: &Instance,
     issued: Arc<Issued>,
     held: Option<&Identified>,
-    want: &Wanted,
+    want: &Scopes,
     signals: &Signals,
     backoff: &mut Backoff,
 ) -> Identified {

@@ -54,7 +54,7 @@ struct Inner {
     library: Library,
     unreadable: BTreeMap<Digest, String>,
     by_service: BTreeMap<ServiceName, watch::Sender<Option<Published>>>,
-    wanted_by_service: BTreeMap<ServiceName, watch::Sender<Arc<Wanted>>>,
+    wanted_by_service: BTreeMap<ServiceName, watch::Sender<Wanted>>,
     grants: Grants,
     contents: u64,
 }
@@ -74,12 +74,12 @@ impl Views {
     }
 
     /// The access tokens that proxies of `service` should hold, now and whenever that changes.
-    pub(crate) fn wanted(&self, service: &ServiceName, follower: &Follower) -> watch::Receiver<Arc<Wanted>> {
+    pub(crate) fn wanted(&self, service: &ServiceName, follower: &Follower) -> watch::Receiver<Wanted> {
         let mut inner = self.inner.lock();
         if let Some(sender) = inner.wanted_by_service.get(service) {
             return sender.subscribe();
         }
-        let sender = watch::Sender::new(Arc::default());
+        let sender = watch::Sender::new(Wanted::default());
         let receiver = sender.subscribe();
         inner.wanted_by_service.insert(service.clone(), sender);
         inner.take_up(follower, Some(service)); // and with it the contracts of those that it calls
@@ -188,13 +188,12 @@ impl Inner {
     fn take_up_wanted(&mut self, follower: &Follower) {
         let state = follower.state();
         for (service, sender) in &self.wanted_by_service {
-            let wanted = self.grants.of(state, &self.library, service);
-            sender.send_if_modified(|held| {
-                let is_new = **held != wanted;
-                if is_new {
-                    *held = Arc::new(wanted);
+            let scopes = self.grants.of(state, &self.library, service);
+            sender.send_modify(|held| {
+                held.revision = follower.revision();
+                if *held.scopes != scopes {
+                    held.scopes = Arc::new(scopes);
                 }
-                is_new
             });
         }
         self.grants.retain(state);

@@ -950,6 +950,9 @@ pub struct IdentityFilter {
     /// Those that name this workload, agent or control plane.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<SpiffeId>,
+    /// Those of this instance.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance: Option<InstanceId>,
     /// Those that were issued to this host: its workloads' and its agent's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<ServiceName>,

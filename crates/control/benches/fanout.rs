@@ -194,7 +194,7 @@ async fn come_and_go(plane: Arc<Plane>, services: usize) {
             there.push_back(instance);
         } else if there.len() > COME_AND_GO_AT_ONCE {
             let instance = there.pop_front().unwrap();
-            stream.say(Said::Down(mesh::InstanceDown { instance, reason: "it left".into() })).await;
+            stream.say(Said::Down(mesh::InstanceDown { instance, reason: "it left".into(), ended: false })).await;
         }
     }
 }

@@ -3,11 +3,16 @@
 //!
 //! INVARIANT (revocation-is-durable): a revocation is told to agents, and answered, only when the store has it.
 
-use std::collections::HashMap;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use countersign_api::local::{IdentityFilter, IdentityView, Problem, RevokeAs, Revoked, RevokedBy};
 use countersign_core::{
     gate::act::Act,
+    identity::{InstanceId, ServiceName},
     signal::{Revocation, Signal, SignalSeq},
 };
 
@@ -16,7 +21,9 @@ use crate::{
     acts::{self, By},
     audit::{self, Event},
     local_api::{problem, store_problem},
+    registry::Registry,
     store::{IssuedSerial, Store, StoreError, StoredSignal},
+    tokens,
 };
 
 /// Certificates that may be revoked at the same time. Every proxy holds all of them; more are revoked by their authority.
@@ -25,6 +32,10 @@ pub const REVOKED_MAX: u32 = 65_536;
 pub const IDENTITIES_MAX: u32 = 10_000;
 /// Longest reason, in characters.
 const REASON_CHARS_MAX: usize = 256;
+/// How long instances that ended gather before what they were issued is revoked together.
+const GATHER: Duration = Duration::from_millis(5);
+/// When it is tried again after the store failed.
+const RETRY: Duration = Duration::from_secs(1);
 /// Identities that the audit trail names of those that were revoked together.
 const NAMES_TOLD: usize = 16;
 
@@ -59,7 +70,8 @@ pub async fn list(plane: &Plane, filter: IdentityFilter) -> Result<Vec<IdentityV
 pub async fn revoke(plane: &Plane, asked: RevokeAs, by: By<'_>) -> Result<Revoked, Problem> {
     let RevokeAs { identities, reason, shown } = asked;
     if identities.is_everything() {
-        let help = "say which: `--serial`, `--id`, `--host` or `--key`; `countersign identity list` shows them";
+        let help =
+            "say which: `--serial`, `--id`, `--instance`, `--host` or `--key`; `countersign identity list` shows them";
         return Err(problem(422, "nothing says which identities are meant", None, Some(help)));
     }
     if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
@@ -105,6 +117,63 @@ pub async fn revoke(plane: &Plane, asked: RevokeAs, by: By<'_>) -> Result<Revoke
     let (by, reason) = (by.by.clone(), audit::cut(by.reason.as_str()));
     plane.tell(Event::Revoked { by, reason, signal, count, names });
     Ok(revoked)
+}
+
+/// Revokes what was issued to instances that run no more, for as long as the control plane runs.
+///
+/// INVARIANT (issued-to-what-runs): an instance that ended, that nothing admits any more or that its agent speaks of no more has no
+/// identity and no token.
+pub async fn follow_instances(plane: Arc<Plane>) {
+    loop {
+        plane.publisher.ended().await;
+        tokio::time::sleep(GATHER).await;
+        let ended = plane.publisher.registry(Registry::take_ended);
+        if let Err(error) = retire(&plane, &ended).await {
+            tracing::warn!(%error, "what was issued to instances that ended could not be revoked; it is tried again");
+            tokio::time::sleep(RETRY).await;
+            plane.publisher.registry(|registry| registry.keep_ended(ended));
+        }
+    }
+}
+
+async fn retire(plane: &Plane, ended: &BTreeSet<(ServiceName, InstanceId)>) -> Result<(), StoreError> {
+    let by = RevokedBy {
+        at_ms: plane.clock.now_ms(),
+        by: "countersign".to_owned(),
+        reason: "its instance ended".to_owned(),
+    };
+    for (host, instance) in ended {
+        tokens::retire(plane, host, instance).await?;
+    }
+    let (meant, written) = (ended.clone(), by.clone());
+    let put = move |store: &mut dyn Store| {
+        let mut issued = Vec::new();
+        for (host, instance) in meant {
+            let of = IdentityFilter { host: Some(host), instance: Some(instance), ..IdentityFilter::default() };
+            issued.extend(store.serials(&of, written.at_ms, REVOKED_MAX)?);
+        }
+        if issued.is_empty() {
+            return Ok(None);
+        }
+        let revocation = |one: &IssuedSerial| Revocation { serial: one.serial, expires_at_ms: one.expires_at_ms };
+        let revocations: Vec<_> = issued.iter().map(revocation).collect();
+        Ok(Some((store.put_revocations(&revocations, &written, REVOKED_MAX)?, issued)))
+    };
+    let Some((signal, issued)) = plane.storage.run("put_revocations", put).await? else { return Ok(()) };
+    let count = issued.len();
+    let Some(signal) = signal else {
+        tracing::warn!(
+            count,
+            "more than {REVOKED_MAX} identities would be revoked; those of instances that ended stay until they expire"
+        );
+        return Ok(());
+    };
+    catch_up(plane).await?;
+    plane.metrics.revoked.inc_by(count as u64);
+    tracing::info!(signal = signal.0, count, "identities of instances that ended were revoked");
+    let names = issued.iter().take(NAMES_TOLD).map(|one| one.id.to_string()).collect();
+    plane.tell(Event::Revoked { by: by.by, reason: by.reason, signal: signal.0, count, names });
+    Ok(())
 }
 
 fn views(

@@ -561,6 +561,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
     let mut tasks = JoinSet::new();
     let mut spawn = |part, task| tasks.spawn(until_stopped(part, task, stopping.clone()));
     spawn("the local API", local_api::serve(local, plane.clone()).boxed());
+    spawn("the following of instances", identities::follow_instances(plane.clone()).boxed());
     spawn("the heartbeat", beat(plane.clone()).boxed());
     if let Some(url) = shared {
         spawn("the following of the shared store", replicas::follow(plane.clone(), url).boxed());

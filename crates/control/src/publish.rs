@@ -48,6 +48,7 @@ pub struct Publisher {
     moved: watch::Sender<u64>,
     /// Told when there is an acknowledgement to write down.
     unwritten: Notify,
+    ended: Notify,
 }
 
 struct Inner {
@@ -142,7 +143,7 @@ impl Publisher {
             is_shared: false,
             dropped: 0,
         };
-        Self { inner: Mutex::new(inner), moved: watch::Sender::new(0), unwritten: Notify::new() }
+        Self { inner: Mutex::new(inner), moved: watch::Sender::new(0), unwritten: Notify::new(), ended: Notify::new() }
     }
 
     /// Takes in what other control planes of this store wrote, and writes down what this one knows whenever it is not there.
@@ -333,10 +334,12 @@ impl Publisher {
                 let moved = inner.registry.waits(host, &waits)?;
                 inner.unsaved = true;
                 inner.discover(moved);
+                self.ended.notify_one();
             }
             Said::Down(down) => {
                 let moved = inner.registry.down(host, &down)?;
                 inner.discover(moved);
+                self.ended.notify_one();
             }
             Said::Records(answer) => inner.answered(host, answer),
             Said::Hello(hello) => inner.registry.hear_refusal(&hello, host),
@@ -354,12 +357,18 @@ impl Publisher {
     pub fn sweep(&self, now_ms: u64) {
         let mut inner = self.inner.lock();
         let moved = inner.registry.sweep(now_ms);
+        self.ended.notify_one();
         if moved.down.is_empty() {
             return;
         }
         inner.discover(moved);
         drop(inner);
         self.bump();
+    }
+
+    /// Returns when an instance may have ended.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
     }
 
     /// Asks every connected host for records.

@@ -55,6 +55,8 @@ pub struct Registry {
     refused: BTreeMap<ServiceName, String>,
     /// Services whose instances are told to nobody.
     hidden: BTreeSet<ServiceName>,
+    /// Instances that run no more, whose identities and tokens are not yet revoked, and their hosts.
+    ended: BTreeSet<(ServiceName, InstanceId)>,
 }
 
 #[derive(Debug)]
@@ -280,7 +282,9 @@ impl Registry {
         let artifact = artifact(&waits.artifact)?;
         let instance = self.of_host(host, &id)?;
         (instance.leaves_at_ms, instance.artifact) = (None, artifact);
-        Ok(instance.wait(&id, &waits.reason))
+        let moved = instance.wait(&id, &waits.reason);
+        self.end(host, &id);
+        Ok(moved)
     }
 
     /// Takes out of discovery what is no deployment any more; its agent is about to end it.
@@ -312,13 +316,16 @@ impl Registry {
         moved
     }
 
-    /// An instance ended.
+    /// An instance takes no more calls, or ended.
     pub fn down(&mut self, host: &ServiceName, down: &mesh::InstanceDown) -> Result<Moved, Refused> {
         let id = InstanceId::parse(&down.instance)?;
         if self.instances.get(&id).is_some_and(|instance| instance.host != *host) {
             return Err(Refused::OtherHost(id));
         }
         let gone = self.instances.remove(&id).is_some_and(|instance| instance.endpoint.is_some());
+        if down.ended {
+            self.end(host, &id);
+        }
         Ok(Moved { up: Vec::new(), down: if gone { vec![id] } else { Vec::new() } })
     }
 
@@ -354,9 +361,33 @@ impl Registry {
         }
     }
 
-    /// Takes out what its agent did not speak of in time.
+    /// What was issued to an instance is to be revoked.
+    fn end(&mut self, host: &ServiceName, id: &InstanceId) {
+        if self.ended.len() < INSTANCES_PER_HOST_MAX {
+            self.ended.insert((host.clone(), id.clone()));
+        }
+    }
+
+    /// The instances that ended since the last call, and the hosts they ran on.
+    pub fn take_ended(&mut self) -> BTreeSet<(ServiceName, InstanceId)> {
+        std::mem::take(&mut self.ended)
+    }
+
+    /// They are still to be revoked.
+    pub fn keep_ended(&mut self, ended: BTreeSet<(ServiceName, InstanceId)>) {
+        ended.iter().for_each(|(host, id)| self.end(host, id));
+    }
+
+    /// Takes out what its agent did not speak of in time. One whose agent is here and speaks of it no more has ended; what runs on a
+    /// host that is away may go on.
     pub fn sweep(&mut self, now_ms: u64) -> Moved {
         let mut down = Vec::new();
+        let connected = |host: &ServiceName| self.hosts.get(host).is_some_and(|host| host.connected);
+        let is_over =
+            |i: &Instance| i.endpoint.is_some() && i.leaves_at_ms.is_some_and(|at| now_ms >= at) && connected(&i.host);
+        let over = self.instances.iter().filter(|(_, instance)| is_over(instance));
+        let over: Vec<_> = over.map(|(id, instance)| (instance.host.clone(), id.clone())).collect();
+        over.iter().for_each(|(host, id)| self.end(host, id));
         self.instances.retain(|id, instance| {
             let stays = instance.leaves_at_ms.is_none_or(|at| now_ms < at);
             if !stays && instance.endpoint.is_some() {
@@ -725,9 +756,13 @@ mod tests {
         ] {
             assert_eq!(registry.up(&name("h1"), &given, &any()).unwrap().up.len(), told, "{given:?}");
         }
-        let gone = mesh::InstanceDown { instance: "web/1".into(), ..Default::default() };
+        let mut gone = mesh::InstanceDown { instance: "web/1".into(), ..Default::default() };
         assert_eq!(registry.down(&name("h1"), &gone).unwrap().down.len(), 1);
         assert_eq!(registry.down(&name("h1"), &gone).unwrap().down.len(), 0);
+        assert!(registry.take_ended().is_empty(), "it drains");
+        gone.ended = true;
+        registry.down(&name("h1"), &gone).unwrap();
+        assert_eq!(registry.take_ended(), [(name("h1"), InstanceId::parse("web/1").unwrap())].into());
     }
 
     #[test]
@@ -765,8 +800,10 @@ mod tests {
         assert_eq!(registry.up(&h1, &up("web/1", "127.0.0.1:1", true), &any()).unwrap(), Moved::default());
         let swept = registry.sweep(2_000 + GRACE_MS);
         assert_eq!(swept.down, [InstanceId::parse("web/2").unwrap()]);
+        assert_eq!(registry.take_ended().len(), 1, "its agent is here and does not speak of it");
         registry.disconnect(&h1, 20_000);
         assert_eq!(registry.sweep(20_000 + GRACE_MS).down.len(), 1);
+        assert!(registry.take_ended().is_empty(), "nobody knows whether it runs");
         assert!(registry.reachable().is_empty());
         assert_eq!(registry.hosts().len(), 1, "the host stays known");
     }

@@ -259,6 +259,20 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
     }
 }
 
+/// Makes the tokens of an instance that runs no more good for nothing. Those of one that is not there are bound to a certificate that
+/// is revoked as well; so where revocations are many, those of people go first.
+pub async fn retire(plane: &Plane, host: &ServiceName, instance: &InstanceId) -> Result<(), StoreError> {
+    let of = TokenFilter { host: Some(host.clone()), instance: Some(instance.clone()), ..TokenFilter::default() };
+    let now_ms = plane.clock.now_ms();
+    let held = plane.storage.run("tokens", move |store| store.tokens(&of, now_ms, 1)).await?;
+    if held.is_empty() || plane.publisher.signals().tokens_revoked().len() > TOKENS_REVOKED_MAX as usize / 2 {
+        return Ok(());
+    }
+    let reason = "its instance ended".to_owned();
+    put_revocation(plane, TokensMeant::Instance(instance.clone()), "countersign".to_owned(), reason).await?;
+    Ok(())
+}
+
 /// The sign of a theft that a record shows, if any.
 pub fn theft_of(record: &DecisionRecord) -> Option<Theft> {
     let token = record.inputs.token.as_ref()?;

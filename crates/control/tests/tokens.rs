@@ -198,3 +198,40 @@ async fn a_token_that_somebody_else_shows_takes_its_family_with_it() {
     let listed: Vec<TokenView> = plane.get("/v1/tokens").await;
     assert!(listed.iter().all(|one| one.revoked) && listed.iter().any(|one| one.id == next.id));
 }
+
+/// PROVES (issued-to-what-runs)
+#[tokio::test]
+async fn what_was_issued_to_an_instance_is_revoked_when_it_ends_by_the_word_of_its_own_host_alone() {
+    let plane = mesh().await;
+    let (mut one, mut two) = (plane.agent("h1").await, plane.agent("h2").await);
+    let (first, second) = (leaf(&mut one, "web/1").await, leaf(&mut one, "web/2").await);
+    let tokens = [
+        claims(&one.issue_tokens("web/1", &first).await.unwrap()[0]),
+        claims(&one.issue_tokens("web/2", &second).await.unwrap()[0]),
+    ];
+    let mut stream = one.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let mut liar = two.follow(0, Digest::default()).await.unwrap();
+    liar.welcome().await;
+    let down = |instance: &str, ended| {
+        let (instance, reason) = (instance.into(), "stopped".into());
+        Said::Down(mesh::InstanceDown { instance, reason, ended })
+    };
+    let mut held = countersign_core::signal::Signals::default();
+    liar.say(down("web/2", true)).await;
+    stream.say(down("web/1", false)).await;
+    stream.say(down("web/1", true)).await;
+    let serial = |leaf: &[u8]| countersign_control::tokens::Leaf::read(leaf).unwrap().0;
+    while !held.is_revoked(&serial(&first)) || !held.is_token_revoked(&tokens[0]) {
+        if let Event::Signals(signals) = stream.news().await {
+            countersign_api::signals::take_in(&mut held, &signals).unwrap();
+        }
+    }
+    assert!(!held.is_revoked(&serial(&second)) && !held.is_token_revoked(&tokens[1]), "a host speaks for its own");
+    let listed: Vec<TokenView> = plane.get("/v1/tokens?subject=web").await;
+    let good: Vec<_> = listed.iter().filter(|one| !one.revoked).map(|one| one.instance.as_str()).collect();
+    assert_eq!(good, ["web/2"], "there are tokens of what runs alone");
+    let next = leaf(&mut one, "web/1").await;
+    let next = claims(&one.issue_tokens("web/1", &next).await.unwrap()[0]);
+    assert!(!held.is_token_revoked(&next), "it may come back");
+}

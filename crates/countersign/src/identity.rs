@@ -66,6 +66,9 @@ pub struct Which {
     /// Those that name this workload: `spiffe://shop.example/web`
     #[arg(long, value_name = "SPIFFE-ID")]
     id: Option<SpiffeId>,
+    /// Those of this instance
+    #[arg(long, value_name = "INSTANCE", value_parser = InstanceId::parse)]
+    instance: Option<InstanceId>,
     /// Those issued to this host, its agent's own among them
     #[arg(long, value_name = "HOST")]
     host: Option<ServiceName>,
@@ -83,8 +86,8 @@ fn digest(given: &str) -> Result<Digest, String> {
 
 impl Which {
     fn filter(self) -> IdentityFilter {
-        let Self { serial, id, host, key, authority } = self;
-        IdentityFilter { serial, id, host, key, authority }
+        let Self { serial, id, instance, host, key, authority } = self;
+        IdentityFilter { serial, id, instance, host, key, authority }
     }
 }
 

@@ -184,9 +184,10 @@ impl Instance {
             };
             leave.send_replace(drain);
             stay.await;
+            host.acknowledgements.ended(&self.id, "nothing admits it any more");
         }
         self.status.send_modify(|status| (status.phase, status.settled) = (Phase::Stopped, true));
-        host.acknowledgements.down(&self.id, "it was stopped");
+        host.acknowledgements.ended(&self.id, "it was stopped");
         tracing::info!(instance = %self.id, "an instance stopped");
         host.tell(AgentEvent::InstanceStopped { instance: self.id.clone() });
     }

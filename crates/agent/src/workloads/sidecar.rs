@@ -13,7 +13,7 @@ use countersign_api::{
     signals,
 };
 use countersign_core::{change::Revision, view::View};
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{FutureExt, SinkExt, StreamExt, future::BoxFuture};
 use tokio::{
     net::{
         UnixStream,
@@ -21,6 +21,7 @@ use tokio::{
     },
     process::{Child, Command},
     sync::{mpsc, watch},
+    time::Instant,
 };
 use tokio_util::codec::{FramedRead, FramedWrite};
 
@@ -30,7 +31,7 @@ use crate::{
     host::{Contact, Host},
     launch, probe,
     telemetry::{self, Source, Telemetry},
-    tokens::Identified,
+    tokens::{self, Identified},
     views::Published,
     workloads::output::Output,
 };
@@ -111,7 +112,7 @@ impl Talk<'_> {
         };
         let (host, instance) = (self.host, self.instance);
         let (order, probing) = mpsc::channel(1);
-        let listening = listen(host, instance, read);
+        let listening = listen(host, instance, self.identity.clone(), read);
         let speaking = self.speak(write, configure, queries, probing);
         let probes = probe::run(host, instance, order);
         let ended = tokio::select! {
@@ -304,9 +305,28 @@ fn identity(identified: &Identified) -> Identity {
 }
 
 /// Hears everything the sidecar says, until it says that it is drained; otherwise why it cannot be heard.
-async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> Result<(), String> {
+///
+/// That it enforces a revision is passed on once it has the tokens that follow from it: whoever hears that a change is in force
+/// everywhere may ask for what it permits.
+async fn listen(
+    host: &Arc<Host>,
+    instance: &Instance,
+    identity: watch::Receiver<Option<Arc<Identified>>>,
+    read: OwnedReadHalf,
+) -> Result<(), String> {
     let mut messages = FramedRead::new(read, AgentFrames::default());
-    while let Some(message) = messages.next().await {
+    let wanted = host.held.look(|follower| host.views.wanted(&instance.id.service(), follower));
+    let mut unsaid: Option<Unsaid> = None;
+    loop {
+        let message = tokio::select! {
+            biased;
+            revision = Unsaid::followed(&mut unsaid) => {
+                host.acknowledgements.enforces(&instance.id, revision, "");
+                continue;
+            }
+            message = messages.next() => message,
+        };
+        let Some(message) = message else { break };
         let SidecarMessage { message } = message.map_err(|error| format!("could not read from it: {error}"))?;
         match message {
             Some(Message::Listening(listening)) => {
@@ -315,12 +335,18 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
                 instance.listens(host, addresses);
             }
             Some(Message::Applied(applied)) => {
-                host.acknowledgements.enforces(&instance.id, Revision(applied.revision), &applied.error);
+                let revision = Revision(applied.revision);
                 if applied.error.is_empty() {
-                    instance.enforces(host, Revision(applied.revision));
+                    instance.enforces(host, revision);
+                    let until =
+                        unsaid.take().map_or_else(|| Instant::now() + tokens::FOLLOW_WITHIN, |before| before.until);
+                    let followed = tokens::follow(revision, until, wanted.clone(), identity.clone()).boxed();
+                    unsaid = Some(Unsaid { revision, until, followed });
                 } else {
+                    unsaid = None;
+                    host.acknowledgements.enforces(&instance.id, revision, &applied.error);
                     instance.refuses();
-                    let (service, revision) = (instance.id.service(), Revision(applied.revision));
+                    let service = instance.id.service();
                     tracing::error!(target: TOLD, instance = %instance.id, why = applied.error, "a proxy keeps its last good view");
                     host.tell(AgentEvent::ViewRefused { service, revision, why: applied.error });
                 }
@@ -348,6 +374,24 @@ async fn listen(host: &Arc<Host>, instance: &Instance, read: OwnedReadHalf) -> R
     Err("it closed its connection to the agent".into())
 }
 
+/// A revision that a sidecar enforces, while its tokens do not follow from it yet.
+struct Unsaid {
+    revision: Revision,
+    until: Instant,
+    followed: BoxFuture<'static, ()>,
+}
+
+impl Unsaid {
+    /// Waits until the tokens follow, and takes it.
+    async fn followed(unsaid: &mut Option<Self>) -> Revision {
+        let Some(waiting) = unsaid else { return std::future::pending().await };
+        (&mut waiting.followed).await;
+        let revision = waiting.revision;
+        *unsaid = None;
+        revision
+    }
+}
+
 fn heard(host: &Host, instance: &Instance, told: telemetry::Told) {
     if let Some(telemetry) = &host.telemetry {
         let source = Source { trust_domain: &host.trust_domain, host: &host.name, instance: &instance.id };
@@ -360,7 +404,7 @@ struct MetricsDue(Option<tokio::time::Interval>);
 
 fn metrics_due(telemetry: Option<&Telemetry>) -> MetricsDue {
     let every = telemetry.and_then(|telemetry| telemetry.metrics_every);
-    MetricsDue(every.map(|every| tokio::time::interval_at(tokio::time::Instant::now() + every, every)))
+    MetricsDue(every.map(|every| tokio::time::interval_at(Instant::now() + every, every)))
 }
 
 impl MetricsDue {

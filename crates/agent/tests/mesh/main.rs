@@ -93,6 +93,7 @@ fn tests(arguments: &Arguments) -> ExitCode {
         what_rests_on_a_tainted_root_is_replaced_at_once_and_the_token_of_a_root_that_is_gone_is_still_known
         what_is_revoked_is_told_before_any_identity_replaced_at_once_and_remembered
         access_tokens_come_with_an_identity_and_are_renewed_by_themselves
+        a_revision_is_enforced_once_the_tokens_that_follow_from_it_are_there_or_none_can_be_had
         a_host_whose_own_identity_is_revoked_says_so_and_what_to_do
         a_crashing_workload_is_started_again_ever_later_and_keeps_its_sidecar
         a_program_that_does_not_exist_is_named
@@ -583,50 +584,54 @@ fn tokens(ground: &Ground, service: &str) -> Vec<[String; 4]> {
     ground.words_of(service, "token").into_iter().map(read).collect()
 }
 
-async fn access_tokens_come_with_an_identity_and_are_renewed_by_themselves() {
-    let ground = ground().await;
-    let spec = |upstreams: &[&str], tokens| ServiceSpec {
-        upstreams: upstreams.iter().map(|upstream| name(upstream)).collect(),
-        tokens,
-        ..ServiceSpec::new(Protocol::Http)
-    };
-    let declared = |service: &str, spec| Change::DeclareService { name: name(service), spec };
-    let policy = |action: &str| {
-        format!(
-            "@id(\"web\")\npermit (principal == Workload::\"web\", action in {action}, resource in Service::\"orders\");"
-        )
-    };
-    let set = |text: &str| Change::SetPolicy {
-        id: "web".into(),
-        file: "policies/web.cedar".into(),
-        body: Digest::of(text.as_bytes()),
-    };
-    let reads = policy("[Action::\"http:GET\", Action::\"http:HEAD\"]");
-    ground.control.append(
-        vec![
-            declared("orders", spec(&[], Tokens::Required)),
-            declared("free", spec(&[], Tokens::Optional)),
-            declared("web", spec(&["orders", "free"], Tokens::Optional)),
-            set(&reads),
-        ],
-        &[&reads],
+const READS: &str = "http:GET http:HEAD";
+const WRITES: &str =
+    "http:COPY http:DELETE http:LOCK http:MKCOL http:MOVE http:PATCH http:POST http:PROPPATCH http:PUT http:UNLOCK";
+
+/// Permits `web` these actions of `orders`; control issues tokens of this scope.
+fn permit(ground: &Ground, actions: &str, scope: &str) -> u64 {
+    let text = format!(
+        "@id(\"web\")\npermit (principal == Workload::\"web\", action in {actions}, resource in Service::\"orders\");"
     );
-    let scope = |scope: &str| drop(ground.control.scopes.lock().insert("orders".into(), scope.into()));
-    scope("http:GET http:HEAD");
+    ground.control.scopes.lock().insert("orders".into(), scope.into());
+    let body = Digest::of(text.as_bytes());
+    ground
+        .control
+        .append(vec![Change::SetPolicy { id: "web".into(), file: "policies/web.cedar".into(), body }], &[&text])
+}
+
+/// `web` runs and holds a token to read at `orders`.
+async fn ground_with_tokens() -> (Ground, Agent) {
+    let ground = ground().await;
+    let declared = |service: &str, upstreams: &[&str], tokens| {
+        let upstreams = upstreams.iter().map(|upstream| name(upstream)).collect();
+        Change::DeclareService {
+            name: name(service),
+            spec: ServiceSpec { upstreams, tokens, ..ServiceSpec::new(Protocol::Http) },
+        }
+    };
+    let services = vec![
+        declared("orders", &[], Tokens::Required),
+        declared("free", &[], Tokens::Optional),
+        declared("web", &["orders", "free"], Tokens::Optional),
+    ];
+    ground.control.append(services, &[]);
+    permit(&ground, "[Action::\"http:GET\", Action::\"http:HEAD\"]", READS);
     let agent = ground.start(vec![idle("web")]).await;
     ground.told("web", "tokens 1").await;
+    (ground, agent)
+}
+
+async fn access_tokens_come_with_an_identity_and_are_renewed_by_themselves() {
+    let (ground, agent) = ground_with_tokens().await;
     let certificate =
         |at: usize| hex::encode(Digest::of(&hex::decode(&ground.words_of("web", "identity")[at]).unwrap()).0);
     let first = tokens(&ground, "web");
     assert_eq!(first.len(), 1, "of what demands one");
-    assert_eq!(first[0][..3], [certificate(0), "orders".into(), "http:GET http:HEAD".into()]);
+    assert_eq!(first[0][..3], [certificate(0), "orders".into(), READS.into()]);
 
     // What a policy permits now is what the token is for now, without a word from anybody.
-    let writes = policy("Action::\"write\"");
-    scope(
-        "http:COPY http:DELETE http:LOCK http:MKCOL http:MOVE http:PATCH http:POST http:PROPPATCH http:PUT http:UNLOCK",
-    );
-    ground.control.append(vec![set(&writes)], &[&writes]);
+    permit(&ground, "Action::\"write\"", WRITES);
     until("a token for what is permitted now", || tokens(&ground, "web").len() == 2).await;
     assert!(tokens(&ground, "web")[1][2].contains("http:POST"));
 
@@ -652,6 +657,28 @@ async fn access_tokens_come_with_an_identity_and_are_renewed_by_themselves() {
     let orders = ground.orders("web");
     let identity = orders.iter().rposition(|order| order.starts_with("identity")).unwrap();
     assert!(orders[identity + 1].starts_with("token "), "they come with it: {}", orders[identity + 1]);
+    agent.stop(Duration::ZERO).await;
+}
+
+async fn a_revision_is_enforced_once_the_tokens_that_follow_from_it_are_there_or_none_can_be_had() {
+    let (ground, agent) = ground_with_tokens().await;
+    // Control is not there yet: it signs what it signed before.
+    let revision = permit(&ground, "Action::\"write\"", READS);
+    ground.told("web", &format!("revision {revision}")).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_ne!(ground.acknowledged("web").unwrap().0, revision, "a caller would be refused what is permitted now");
+    ground.control.scopes.lock().insert("orders".into(), WRITES.into());
+    ground.enforced("web", revision).await;
+    assert_eq!(tokens(&ground, "web").last().unwrap()[2], WRITES);
+
+    ground.control.token_seconds.store(0, Ordering::Relaxed);
+    let revision = permit(&ground, "[Action::\"http:GET\", Action::\"http:HEAD\"]", READS);
+    ground.enforced("web", revision).await;
+    assert_eq!(
+        tokens(&ground, "web").last().unwrap()[2],
+        WRITES,
+        "no change waits for ever for tokens that nobody signs"
+    );
     agent.stop(Duration::ZERO).await;
 }
 
@@ -780,8 +807,9 @@ async fn stopping_ends_everything_and_says_so() {
     agent.stop(Duration::from_millis(500)).await;
     assert_eq!(pids.iter().filter(|pid| lives(**pid)).count(), 0);
     assert_eq!(ground.words_of("web", "drain"), ["500"]);
-    let down = || ground.control.said.lock().iter().filter(|message| matches!(message, Message::Down(_))).count();
-    until("control knows", || down() == 2).await;
+    let is_end = |message: &&Message| matches!(message, Message::Down(down) if down.ended);
+    let ended = || ground.control.said.lock().iter().filter(is_end).count();
+    until("control knows", || ended() == 2).await;
     assert!(!ground.data_dir().join("agent.sock").exists());
 }
 

@@ -1194,15 +1194,16 @@ impl Store for PostgresStore {
         let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms, authority FROM serials
                    WHERE expires_at_ms >= $1 AND ($2::TEXT IS NULL OR serial = $2) AND ($3::TEXT IS NULL OR id = $3)
                    AND ($4::TEXT IS NULL OR host = $4) AND ($5::TEXT IS NULL OR key = $5)
-                   AND ($6::BIGINT IS NULL OR authority = $6)
-                   ORDER BY issued_at_ms DESC, serial LIMIT $7";
+                   AND ($6::BIGINT IS NULL OR authority = $6) AND ($7::TEXT IS NULL OR instance = $7)
+                   ORDER BY issued_at_ms DESC, serial LIMIT $8";
         let serial = filter.serial.map(|serial| serial.to_string());
         let id = filter.id.as_ref().map(SpiffeId::as_str);
         let host = filter.host.as_ref().map(ServiceName::as_str);
         let key = filter.key.map(|key| key.to_string());
         let authority = filter.authority.map(i64::from);
+        let instance = filter.instance.as_ref().map(InstanceId::as_str);
         self.read(|s| {
-            s.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &authority, &i64::from(limit)])?
+            s.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &authority, &instance, &i64::from(limit)])?
                 .iter()
                 .map(|row| {
                     Ok(IssuedSerial {

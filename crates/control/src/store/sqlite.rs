@@ -849,12 +849,13 @@ impl Store for SqliteStore {
         let sql = "SELECT serial, id, instance, host, key, issued_at_ms, expires_at_ms, authority FROM serials
                    WHERE expires_at_ms >= ?1 AND (?2 IS NULL OR serial = ?2) AND (?3 IS NULL OR id = ?3)
                    AND (?4 IS NULL OR host = ?4) AND (?5 IS NULL OR key = ?5) AND (?6 IS NULL OR authority = ?6)
-                   ORDER BY issued_at_ms DESC, serial LIMIT ?7";
+                   AND (?7 IS NULL OR instance = ?7) ORDER BY issued_at_ms DESC, serial LIMIT ?8";
         let serial = filter.serial.map(|serial| serial.to_string());
         let id = filter.id.as_ref().map(SpiffeId::as_str);
         let host = filter.host.as_ref().map(ServiceName::as_str);
         let key = filter.key.map(|key| key.to_string());
-        self.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &filter.authority, &limit], |row| {
+        let instance = filter.instance.as_ref().map(InstanceId::as_str);
+        self.rows(sql, &[&signed(now_ms), &serial, &id, &host, &key, &filter.authority, &instance, &limit], |row| {
             Ok(IssuedSerial {
                 serial: parsed(row, 0)?,
                 id: parsed(row, 1)?,

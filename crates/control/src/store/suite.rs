@@ -230,6 +230,7 @@ fn certificates_are_found_by_what_they_are_for_until_they_expire() {
         let of =
             |serial: u8| IdentityFilter { serial: Some(all[usize::from(serial) - 1].serial), ..everything.clone() };
         let web = IdentityFilter { id: Some(all[0].id.clone()), ..everything.clone() };
+        let db = IdentityFilter { instance: all[2].instance.clone(), ..everything.clone() };
         let h2 = IdentityFilter { host: Some(host("h2")), ..everything.clone() };
         let key = IdentityFilter { key: all[0].key, ..everything.clone() };
         let both = IdentityFilter { host: Some(host("h2")), ..key.clone() };
@@ -240,6 +241,7 @@ fn certificates_are_found_by_what_they_are_for_until_they_expire() {
             (&everything, 0, 2, &[3, 2]),
             (&of(2), 0, 10, &[2]),
             (&web, 0, 10, &[2, 1]),
+            (&db, 0, 10, &[3]),
             (&h2, 0, 10, &[2]),
             (&key, 0, 10, &[1]),
             (&both, 0, 10, &[]),

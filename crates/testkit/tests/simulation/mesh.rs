@@ -502,7 +502,7 @@ impl Mesh {
     fn restart_proxy(&mut self, at: usize) {
         let host = &mut self.hosts[at];
         let gone = host.proxies.remove(self.chance.usize(..host.proxies.len()));
-        let down = mesh::InstanceDown { instance: gone.instance.to_string(), reason: "died".into() };
+        let down = mesh::InstanceDown { instance: gone.instance.to_string(), reason: "died".into(), ended: true };
         if let Some(stream) = host.stream.as_mut().filter(|stream| stream.is_welcome && gone.known.is_some()) {
             stream.to_control.push_back(Said::Down(down));
         }
