@@ -19,6 +19,7 @@
 //! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
 //! | `GET /v1/tokens?…` | query string of [`TokenFilter`] | `[`[`TokenView`]`]`: access tokens that have not expired, newest first |
+//! | `POST /v1/tokens/inspect` | [`InspectToken`] | [`TokenInspected`] |
 //! | `POST /v1/tokens/revoke` | [`RevokeTokensAs`] | [`TokensRevoked`] |
 //! | `GET /v1/signals?…` | query string of [`SignalFilter`] | `[`[`SignalView`]`]`: what is said, newest first |
 //! | `POST /v1/signals` | [`SendSignalAs`] | [`SignalSent`] |
@@ -74,7 +75,7 @@ use countersign_core::{
         statement::{Kind, Source, Statement, Subject},
     },
     state::MeshState,
-    token::{Scope, Thumbprint, TokenId},
+    token::{Scope, Thumbprint, TokenFault, TokenId},
 };
 
 /// RFC 9457 problem details, as `application/problem+json`.
@@ -1074,6 +1075,29 @@ pub struct TokenView {
     pub expires_at_ms: u64,
     /// Whether it was revoked.
     pub revoked: bool,
+}
+
+/// A token that somebody wants explained. It is looked at, and kept nowhere.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InspectToken {
+    /// The token, whatever it is.
+    pub token: String,
+}
+
+/// What a token says, and whether it would be believed now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenInspected {
+    /// Its header (RFC 7515) as it stands there; `null` when it is none. Nothing in it need be true.
+    pub header: serde_json::Value,
+    /// Its claims, likewise.
+    pub claims: serde_json::Value,
+    /// Why nobody believes it now; absent when the service that it is for believes it of whoever holds the key it is bound to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fault: Option<TokenFault>,
+    /// What is known of it, when it was issued here and has not expired.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub issued: Option<TokenView>,
 }
 
 /// Asks that access tokens be good for nothing from now on, and shows what the gate asks for.

@@ -356,6 +356,8 @@ pub struct Plane {
     pub gate: Arc<Gate>,
     /// What the access tokens of each service are for.
     pub granted: tokens::Granted,
+    /// The thefts of access tokens that were told last.
+    pub thefts: tokens::Thefts,
     /// Tells agents.
     pub publisher: Arc<Publisher>,
     /// Decision records.
@@ -512,6 +514,7 @@ pub async fn start_with_clock(config: ControlConfig, clock: Clock) -> Result<Con
         ledger,
         gate: Arc::default(),
         granted: tokens::Granted::default(),
+        thefts: tokens::Thefts::default(),
         publisher,
         decisions,
         telemetry: Telemetry::default(),

@@ -21,11 +21,11 @@ use tokio::{
 use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, Checked,
     CheckpointView, ClearSignalsAs, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment,
-    EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter, IdentityView, InstanceView, Invitation, InviteAs,
-    LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
+    EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter, IdentityView, InspectToken, InstanceView, Invitation,
+    InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
     RECOVERED_HEADER, RecordFilter, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew,
     SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited,
-    Status, StepAs, Stepped, TailEvent, TokenFilter, TokenView, TokensRevoked, Waited,
+    Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -137,6 +137,7 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/identities", get(list_identities))
         .route("/v1/identities/revoke", post(revoke_identities))
         .route("/v1/tokens", get(list_tokens))
+        .route("/v1/tokens/inspect", post(inspect_token))
         .route("/v1/tokens/revoke", post(revoke_tokens))
         .route("/v1/signals", get(list_signals).post(send_signal))
         .route("/v1/signals/clear", post(clear_signals))
@@ -717,6 +718,16 @@ async fn list_tokens(
 ) -> Answered<Vec<TokenView>> {
     reads(&plane, Act::ReadTokens, session.as_deref(), &headers).await?;
     Ok(Json(tokens::list(&plane, filter).await.map_err(stored)?))
+}
+
+async fn inspect_token(
+    State(plane): State<Arc<Plane>>,
+    headers: HeaderMap,
+    session: Option<Extension<Session>>,
+    Json(InspectToken { token }): Json<InspectToken>,
+) -> Answered<TokenInspected> {
+    reads(&plane, Act::ReadTokens, session.as_deref(), &headers).await?;
+    Ok(Json(tokens::inspect(&plane, &token).await?))
 }
 
 async fn revoke_tokens(

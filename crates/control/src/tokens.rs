@@ -4,10 +4,15 @@
 //! INVARIANT (token-follows-policy): a token is for the services that its caller declares, and for no operation that no policy in force
 //! may permit it.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use countersign_api::{
-    local::{Problem, RevokeTokensAs, RevokedBy, TokenFilter, TokenView, TokensRevoked},
+    local::{Problem, RevokeTokensAs, RevokedBy, TokenFilter, TokenInspected, TokenView, TokensRevoked},
     mesh::IssuedToken,
 };
 use countersign_core::{
@@ -15,12 +20,14 @@ use countersign_core::{
     change::Revision,
     gate::act::Act,
     identity::{InstanceId, ServiceName, SpiffeId},
+    jws::TOKEN_BYTES_MAX,
     policy::{Grants, Library},
     record::DecisionRecord,
     signal::{Serial, TokensMeant, statement::Subject},
-    token::{Claims, Confirmation, Scope, Thumbprint, TokenFault, TokenId},
+    token::{self, Claims, Confirmation, Scope, Thumbprint, TokenFault, TokenId},
 };
 use parking_lot::Mutex;
+use serde_json::Value;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::{
@@ -42,6 +49,10 @@ pub const TOKEN_LIFETIME: Duration = Duration::from_secs(5 * 60);
 pub const TOKENS_REVOKED_MAX: u32 = 65_536;
 /// Tokens that one question is answered with at most.
 pub const TOKENS_MAX: u32 = 10_000;
+/// How long after its revocation a token may still be on its way, in milliseconds.
+const ON_ITS_WAY_MS: u64 = 30_000;
+/// Tokens that were told to be stolen and are remembered, so that each is told once.
+const THEFTS_MAX: usize = 1_024;
 /// Longest reason, in characters.
 const REASON_CHARS_MAX: usize = 256;
 
@@ -72,6 +83,27 @@ pub struct Theft {
     pub shown_by: String,
     /// From where.
     pub origin: String,
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+/// The stolen tokens that were told last.
+#[derive(Default)]
+pub struct Thefts(Mutex<BTreeSet<TokenId>>);
+
+impl Thefts {
+    /// Whether it is told for the first time.
+    fn is_new(&self, id: TokenId) -> bool {
+        let mut told = self.0.lock();
+        while told.len() >= THEFTS_MAX {
+            told.pop_first(); // the oldest has expired first
+        }
+        told.insert(id)
+    }
+
+    fn forget(&self, id: TokenId) {
+        self.0.lock().remove(&id);
+    }
 }
 
 /// The certificate that tokens are asked to be bound to, as far as it is looked at.
@@ -209,6 +241,38 @@ pub async fn list(plane: &Plane, filter: TokenFilter) -> Result<Vec<TokenView>, 
     Ok(found.into_iter().filter_map(view).collect())
 }
 
+/// Says what a token says of itself, and whether it would be believed now.
+pub async fn inspect(plane: &Plane, token: &str) -> Result<TokenInspected, Problem> {
+    let help = "apply a mesh directory first: `countersign apply DIR`";
+    let authority = plane.authority().ok_or_else(|| problem(409, "there is no mesh yet", None, Some(help)))?;
+    let authorities = authority.bundle().token_authorities().ready();
+    let now_seconds = (plane.clock.now_ms() / 1000).cast_signed();
+    let mut parts = token.split('.').take(2).map(as_json);
+    let (header, claims) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    let audience = claims["aud"].as_str().and_then(|audience| SpiffeId::parse(audience).ok());
+    let audience = audience.unwrap_or_else(|| authority.trust_domain().control());
+    let (fault, id) = match token::verify(token, &authorities, &audience, now_seconds) {
+        Err((fault, id)) => (Some(fault), id),
+        Ok(verified) => {
+            let is_revoked = plane.publisher.signals().is_token_revoked(verified.claims());
+            (is_revoked.then_some(TokenFault::Revoked), Some(verified.claims().id))
+        }
+    };
+    let issued = match id {
+        None => None,
+        Some(id) => {
+            let filter = TokenFilter { id: Some(id), ..TokenFilter::default() };
+            list(plane, filter).await.map_err(|error| store_problem(&error))?.into_iter().next()
+        }
+    };
+    Ok(TokenInspected { header, claims, fault, issued })
+}
+
+fn as_json(part: &str) -> Value {
+    let bytes = URL_SAFE_NO_PAD.decode(part).ok().filter(|_| part.len() <= TOKEN_BYTES_MAX);
+    bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
 /// Makes the tokens that are meant and were issued until now good for nothing, if the gate lets whoever asks.
 pub async fn revoke(plane: &Plane, asked: RevokeTokensAs, by: By<'_>) -> Result<TokensRevoked, Problem> {
     let RevokeTokensAs { meant, reason, shown } = asked;
@@ -230,9 +294,15 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
         Ok(found) => found.into_iter().next().map(|one| one.claims),
         Err(error) => return tracing::error!(%error, token.id = %theft.id, "a stolen token could not be looked up"),
     };
-    // One that has expired is worth nothing to anybody; one that is revoked is known.
-    let Some(claims) = claims.filter(|claims| !plane.publisher.signals().is_token_revoked(claims)) else { return };
-    let Theft { id, fault, decision, shown_by, origin } = theft;
+    // One that has expired is worth nothing to anybody. One that is revoked may still be on its way, from its own holder.
+    let Some(claims) = claims else { return };
+    let Theft { id, fault, decision, shown_by, origin, at_ms } = theft;
+    let revoked_at_ms = plane.publisher.signals().token_revoked_at_ms(&claims);
+    let is_late = revoked_at_ms.is_some_and(|revoked_at_ms| at_ms > revoked_at_ms + ON_ITS_WAY_MS);
+    let is_sign = if fault == TokenFault::Revoked { is_late } else { is_late || revoked_at_ms.is_none() };
+    if !is_sign || !plane.thefts.is_new(id) {
+        return;
+    }
     // A partner's workload may be called as one of ours is.
     let ours = |id: &SpiffeId| id.trust_domain() == claims.subject.trust_domain();
     let thief = SpiffeId::parse(&shown_by).ok().filter(ours).and_then(|id| id.service());
@@ -240,7 +310,7 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
     let reason = format!("shown by {shown_by}: {}", fault.as_str());
     tracing::error!(
         token.id = %id, token.family = %claims.family, fault = fault.as_str(), shown_by, origin, decision,
-        "a stolen access token was shown; its family is revoked"
+        "a stolen access token was shown"
     );
     plane.tell(Event::TokenStolen {
         id: id.to_string(),
@@ -250,9 +320,12 @@ pub async fn answer_theft(plane: &Plane, theft: Theft) {
         fault: fault.as_str(),
         decision,
     });
-    let revoked = put_revocation(plane, TokensMeant::Family(claims.family), "countersign".to_owned(), reason).await;
-    if let Err(error) = revoked {
-        tracing::error!(%error, token.id = %id, "a stolen token could not be revoked");
+    if revoked_at_ms.is_none() {
+        let family = TokensMeant::Family(claims.family);
+        if let Err(error) = put_revocation(plane, family, "countersign".to_owned(), reason).await {
+            plane.thefts.forget(id); // the next who shows it is answered
+            tracing::error!(%error, token.id = %id, "a stolen token could not be revoked");
+        }
     }
     for subject in [claims.instance.map(Subject::Instance), thief.map(Subject::Workload)].into_iter().flatten() {
         signals::notice(plane, subject, Noticed::Theft(fault)).await;
@@ -273,16 +346,17 @@ pub async fn retire(plane: &Plane, host: &ServiceName, instance: &InstanceId) ->
     Ok(())
 }
 
-/// The sign of a theft that a record shows, if any.
+/// The sign of a theft that a record may show. That somebody shows a token that was revoked is one when its holder cannot have sent it.
 pub fn theft_of(record: &DecisionRecord) -> Option<Theft> {
     let token = record.inputs.token.as_ref()?;
-    let fault = token.fault.filter(|fault| fault.is_theft())?;
+    let fault = token.fault.filter(|fault| fault.is_theft() || *fault == TokenFault::Revoked)?;
     Some(Theft {
         id: token.id?,
         fault,
         decision: record.id.to_string(),
         shown_by: record.inputs.principal.to_string(),
         origin: record.inputs.origin.to_string(),
+        at_ms: record.at_ms,
     })
 }
 

@@ -331,7 +331,7 @@ async fn denials_are_kept_hosts_are_asked_for_the_rest_and_a_report_that_cannot_
     let records_json = vec![denial_json, Bytes::from_static(b"{"), vec![b'9'; 70_000].into()];
     stream.say(Said::Report(mesh::Report { records_json, ..Default::default() })).await;
     let kept = "countersign_control_store_job_seconds_count{job=\"put_report\"} 1";
-    while !metrics_of(plane.control.metrics.unwrap()).await.contains(kept) {
+    while !plane.metrics().await.contains(kept) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 
@@ -356,7 +356,7 @@ async fn denials_are_kept_hosts_are_asked_for_the_rest_and_a_report_that_cannot_
     });
     assert_eq!((detail.record, detail.mesh.revision), (denial, Revision(1)));
 
-    let page = metrics_of(plane.control.metrics.unwrap()).await;
+    let page = plane.metrics().await;
     for expected in [
         "countersign_control_denials_reported_total 1",
         "countersign_control_records_shed_total 2",
@@ -367,15 +367,6 @@ async fn denials_are_kept_hosts_are_asked_for_the_rest_and_a_report_that_cannot_
     ] {
         assert!(page.contains(expected), "{expected} is not in\n{page}");
     }
-}
-
-async fn metrics_of(address: std::net::SocketAddr) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await.unwrap();
-    page
 }
 
 #[tokio::test]

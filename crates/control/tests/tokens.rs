@@ -4,7 +4,8 @@ mod support;
 
 use countersign_api::{
     local::{
-        IdentityFilter, Problem, RevokeAs, RevokeTokensAs, Revoked, Shown, SignalWaited, TokenView, TokensRevoked,
+        IdentityFilter, InspectToken, Problem, RevokeAs, RevokeTokensAs, Revoked, Shown, SignalWaited, TokenInspected,
+        TokenView, TokensRevoked,
     },
     mesh::{self, IssuedToken, follow_event::Event, follow_request::Message as Said},
     svid::Bundle,
@@ -174,9 +175,9 @@ async fn a_token_that_somebody_else_shows_takes_its_family_with_it() {
     let next = claims(&agent.issue_tokens("web/1", &web).await.unwrap()[0]);
     let mut stream = agent.follow(0, Digest::default()).await.unwrap();
     stream.welcome().await;
-    let report = |fault: TokenFault, id: &str| {
+    let report_at = |at_ms: u64, fault: TokenFault, id: &str| {
         let record = serde_json::json!({
-            "id": format!("{:032x}", fastrand::u128(..)), "at_ms": 1, "instance": "orders/1", "revision": 1, "signal_seq": 0,
+            "id": format!("{:032x}", fastrand::u128(..)), "at_ms": at_ms, "instance": "orders/1", "revision": 1, "signal_seq": 0,
             "outcome": "deny", "reason": "token_refused", "policies": [], "judged": "at_start", "ended": null,
             "trace_id": null, "judge_ns": 1,
             "inputs": {
@@ -189,6 +190,7 @@ async fn a_token_that_somebody_else_shows_takes_its_family_with_it() {
         let records_json = vec![record.to_string().into()];
         Said::Report(mesh::Report { records_json, ..mesh::Report::default() })
     };
+    let report = |fault, id: &str| report_at(1, fault, id);
     // What an honest sidecar may come with is no theft, and what nobody was issued is none of ours.
     stream.say(report(TokenFault::Expired, &stolen.id.to_string())).await;
     stream.say(report(TokenFault::AnotherKey, &"7".repeat(32))).await;
@@ -197,6 +199,49 @@ async fn a_token_that_somebody_else_shows_takes_its_family_with_it() {
     assert_eq!((told.sequence, &*told.tokens_revoked[0].meant), (1, &*format!("family:{}", stolen.family)));
     let listed: Vec<TokenView> = plane.get("/v1/tokens").await;
     assert!(listed.iter().all(|one| one.revoked) && listed.iter().any(|one| one.id == next.id));
+
+    // Whom the revocation did not reach shows what its holder has no more; at the moment of it, the holder may have.
+    let (now_ms, id) = (told.tokens_revoked[0].issued_until_ms, next.id.to_string());
+    stream.say(report_at(now_ms + 30_000, TokenFault::Revoked, &id)).await;
+    stream.say(report_at(now_ms + 30_001, TokenFault::Revoked, &id)).await;
+    stream.say(report_at(now_ms + 30_002, TokenFault::AnotherKey, &id)).await;
+    let stolen = "countersign_control_tokens_stolen_total 2";
+    while !plane.metrics().await.contains(stolen) {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    stream.say(report_at(now_ms + 30_003, TokenFault::Revoked, &id)).await;
+    revoke(&plane, "all").await.unwrap();
+    while !matches!(stream.news().await, Event::Signals(_)) {}
+    assert!(plane.metrics().await.contains(stolen), "each is told once");
+}
+
+#[tokio::test]
+async fn a_token_is_explained_with_why_nobody_believes_it() {
+    let plane = mesh().await;
+    let mut agent = plane.agent("h1").await;
+    let web = leaf(&mut agent, "web/1").await;
+    let good = agent.issue_tokens("web/1", &web).await.unwrap().remove(0).token;
+    let svid = agent.issue_jwt("web/1", &["orders"]).await.unwrap();
+    let inspect = async |token: &str| {
+        let asked = InspectToken { token: token.into() };
+        plane.post::<TokenInspected>("/v1/tokens/inspect", &asked).await.unwrap()
+    };
+    let found = inspect(&good).await;
+    assert_eq!((found.fault, found.issued.unwrap().instance.as_str()), (None, "web/1"));
+    assert_eq!((&found.header["alg"], &found.claims["aud"]), (&"ES256".into(), &"spiffe://shop.example/orders".into()));
+    let (signed, signature) = good.rsplit_once('.').unwrap();
+    let other = signature.replacen(&signature[..1], if signature.starts_with('A') { "B" } else { "A" }, 1);
+    let forged = inspect(&format!("{signed}.{other}")).await;
+    assert_eq!((forged.fault, forged.issued), (Some(TokenFault::Signature), None));
+    let of_another_kind = inspect(&svid).await;
+    assert_eq!((of_another_kind.fault, &of_another_kind.header["typ"]), (Some(TokenFault::Malformed), &"JWT".into()));
+    for nonsense in ["", "x", "a.b.c", &"9".repeat(40_000)] {
+        let found = inspect(nonsense).await;
+        assert_eq!((found.fault, found.header.is_null()), (Some(TokenFault::Malformed), true));
+    }
+    revoke(&plane, "subject:web").await.unwrap();
+    let revoked = inspect(&good).await;
+    assert_eq!((revoked.fault, revoked.issued.unwrap().revoked), (Some(TokenFault::Revoked), true));
 }
 
 /// PROVES (issued-to-what-runs)

@@ -208,8 +208,13 @@ impl Signals {
 
     /// Whether an access token is revoked.
     pub fn is_token_revoked(&self, claims: &Claims) -> bool {
+        self.token_revoked_at_ms(claims).is_some()
+    }
+
+    /// When an access token was first revoked, in milliseconds since 1970; `None`: it is not.
+    pub fn token_revoked_at_ms(&self, claims: &Claims) -> Option<u64> {
         if self.tokens.is_empty() {
-            return false;
+            return None;
         }
         let issued_at_ms = claims.id.issued_at_ms();
         let service = |id: &crate::identity::SpiffeId| id.service();
@@ -228,7 +233,10 @@ impl Signals {
         ]
         .iter()
         .chain(named.iter().flatten())
-        .any(|meant| self.tokens.get(meant).is_some_and(|until| issued_at_ms <= until.issued_ms))
+        .filter_map(|meant| self.tokens.get(meant))
+        .filter(|until| issued_at_ms <= until.issued_ms)
+        .map(|until| until.issued_ms)
+        .min()
     }
 
     /// The access tokens that are revoked.
@@ -441,7 +449,7 @@ mod tests {
             };
             assert_eq!(meant.parse::<TokensMeant>().unwrap().to_string(), meant);
             signals.welcome(SignalSeq(1), [until(10)]);
-            assert_eq!(signals.is_token_revoked(&claims(10)), is_meant, "{meant}");
+            assert_eq!(signals.token_revoked_at_ms(&claims(10)), is_meant.then_some(10), "{meant}");
             assert!(!signals.is_token_revoked(&claims(11)), "{meant}: issued after it");
             signals.welcome(SignalSeq(2), [until(9)]);
             assert_eq!(signals.is_token_revoked(&claims(10)), is_meant, "{meant}: nothing comes back");

@@ -146,6 +146,8 @@ pub enum TokenFault {
     AnotherSubject,
     /// It was revoked.
     Revoked,
+    /// Its holder has long shown newer ones of its family.
+    Superseded,
 }
 
 /// The token that came with a request, as its receiver found it: what policies and records see of it.
@@ -358,7 +360,7 @@ impl<'de> Deserialize<'de> for Scope {
 
 impl TokenFault {
     /// Every fault. Kept records refer to places in this list: only append.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Malformed,
         Self::Signature,
         Self::Issuer,
@@ -368,6 +370,7 @@ impl TokenFault {
         Self::AnotherKey,
         Self::AnotherSubject,
         Self::Revoked,
+        Self::Superseded,
     ];
 
     /// The place of this fault in [`Self::ALL`].
@@ -387,6 +390,7 @@ impl TokenFault {
             Self::AnotherKey => "another_key",
             Self::AnotherSubject => "another_subject",
             Self::Revoked => "revoked",
+            Self::Superseded => "superseded",
         }
     }
 
@@ -402,12 +406,13 @@ impl TokenFault {
             Self::AnotherKey => "it is bound to another certificate than the one of whoever showed it",
             Self::AnotherSubject => "it is about another workload than the one that showed it",
             Self::Revoked => "it was revoked",
+            Self::Superseded => "its holder replaced it more than a minute ago, and shows newer ones",
         }
     }
 
     /// Whether it is a sign that somebody has a token that is not theirs: an honest sidecar never comes with such a one.
     pub fn is_theft(self) -> bool {
-        matches!(self, Self::AnotherKey | Self::AnotherSubject)
+        matches!(self, Self::AnotherKey | Self::AnotherSubject | Self::Superseded)
     }
 }
 

@@ -431,6 +431,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         }
         Command::Token(TokenVerb::List { which, asker }) => ask(token::list(&place(&global)?, which, &asker, output)),
         Command::Token(TokenVerb::Show { id, asker }) => ask(token::show(&place(&global)?, id, &asker, output)),
+        Command::Token(TokenVerb::Inspect { asker }) => ask(token::inspect(&place(&global)?, &asker, output)),
         Command::Token(TokenVerb::Revoke { meant, reason, timeout, asker }) => {
             ask(token::revoke(&place(&global)?, meant, reason, timeout, &asker, output))
         }

@@ -1,11 +1,11 @@
-//! `token list`, `show`: the access tokens that were issued and have not expired; the tokens themselves are nowhere. `token revoke`:
-//! from now on nobody believes them, and what was permitted with one is cut.
+//! `token list`, `show`: the access tokens that were issued and have not expired; the tokens themselves are nowhere. `token inspect`:
+//! what one says, and whether it would be believed. `token revoke`: from now on nobody believes them, and what was permitted with one is cut.
 
-use std::time::Duration;
+use std::{io::Read as _, time::Duration};
 
 use clap::{ArgGroup, Args, Subcommand};
 
-use countersign_api::local::{RevokeTokensAs, TokenFilter, TokenView, TokensRevoked};
+use countersign_api::local::{InspectToken, RevokeTokensAs, TokenFilter, TokenInspected, TokenView, TokensRevoked};
 use countersign_core::{
     gate::act::Act,
     identity::{InstanceId, ServiceName},
@@ -23,6 +23,9 @@ use crate::{
     signal,
 };
 
+/// Bytes of standard input that may be a token: more than any has.
+const INPUT_BYTES_MAX: u64 = 64 * 1024;
+
 /// What can be done with access tokens.
 #[derive(Debug, Subcommand)]
 pub enum TokenVerb {
@@ -39,6 +42,14 @@ pub enum TokenVerb {
     Show {
         /// Its id
         id: TokenId,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Explain a token: what it says, and whether it would be believed now, and why not
+    ///
+    /// It is read from standard input, where no list of processes and no history of a shell shows it.
+    Inspect {
         /// Who asks.
         #[command(flatten)]
         asker: Asker,
@@ -161,6 +172,52 @@ pub async fn show(place: &Place, id: TokenId, asker: &Asker, output: Output) -> 
         ];
         lines.iter().map(|(name, value)| format!("{} {value}\n", paint.dim(&format!("{name:<8}")))).collect()
     })
+}
+
+/// Explains the one that stands in standard input.
+pub async fn inspect(place: &Place, asker: &Asker, output: Output) -> Done {
+    let mut token = String::new();
+    let read = std::io::stdin().take(INPUT_BYTES_MAX).read_to_string(&mut token);
+    read.map_err(|error| Failure::new(format!("standard input cannot be read: {error}")))?;
+    let token = token.trim().to_owned();
+    if token.is_empty() {
+        let help = "pipe it in: `countersign token inspect < token`";
+        return Err(Failure::new("standard input holds no token").help(help));
+    }
+    let control = asker.opens(Client::control(place), Act::ReadTokens).await?;
+    let found: TokenInspected = control.post("/v1/tokens/inspect", &InspectToken { token }).await?;
+    render::answer(output, &found, |found, paint| explain(found, paint))
+}
+
+fn explain(found: &TokenInspected, paint: Paint) -> String {
+    let now_ms = render::now_ms();
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| {
+        text += &format!("{} {}\n", paint.dim(&format!("{name:<9}")), render::tame(value));
+    };
+    for (part, value) in [("header", &found.header), ("claims", &found.claims)] {
+        match value.as_object() {
+            None => line(part, "cannot be read"),
+            Some(members) => members.iter().for_each(|(name, value)| {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                line(name, &value);
+            }),
+        }
+    }
+    if let Some(issued) = &found.issued {
+        let expires = render::distance(issued.expires_at_ms, now_ms);
+        line(
+            "issued",
+            &format!("{}, to host {}; expires {expires}", render::distance(issued.issued_at_ms, now_ms), issued.host),
+        );
+    }
+    let verdict = match found.fault {
+        None => {
+            format!("{} by the service that it is for, of whoever holds the key it is bound to", paint.good("believed"))
+        }
+        Some(fault) => format!("{} {}", paint.bad("not believed:"), fault.in_words()),
+    };
+    text + &verdict + "\n"
 }
 
 /// Revokes some, and waits until every connected proxy enforces it.

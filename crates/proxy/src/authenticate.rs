@@ -7,7 +7,8 @@ use countersign_core::token::{self, AccessToken, Authorities, ShownToken, TokenF
 use http::{HeaderMap, HeaderValue};
 
 use crate::{
-    answer::Refusal, hygiene, identify::Peer, live::Exchange, shared::Shared, view::Compiled, workers::Worker,
+    answer::Refusal, families::Newest, hygiene, identify::Peer, live::Exchange, shared::Shared, view::Compiled,
+    workers::Worker,
 };
 
 /// Made only by [`authenticate`], from a verified peer.
@@ -32,6 +33,7 @@ pub(crate) struct Known {
     value: HeaderValue,
     authorities: Arc<Authorities>,
     token: Rc<AccessToken>,
+    family: Arc<Newest>,
 }
 
 impl PresentedToken {
@@ -90,14 +92,15 @@ impl Token {
     /// opened with.
     fn read(worker: &Worker, peer: &Peer, view: &Compiled, value: HeaderValue) -> Self {
         let now_seconds = (worker.now_ms() / 1000) as i64;
-        let token = match peer.verified_token(worker, view, value, now_seconds) {
-            Ok(token) => token,
+        let (token, family) = match peer.verified_token(worker, view, value, now_seconds) {
+            Ok(verified) => verified,
             Err((fault, id)) => return Self::refused(ShownToken::refused(fault, id)),
         };
         let is_revoked = worker.shared.signals().is_token_revoked(token.claims());
         let fault = token
             .fault_of(peer.id(), &peer.proof().certificate(), now_seconds)
-            .or(is_revoked.then_some(TokenFault::Revoked));
+            .or(is_revoked.then_some(TokenFault::Revoked))
+            .or_else(|| family.has_superseded(token.claims()).then_some(TokenFault::Superseded));
         Self { shown: token.shown(fault), held: Some(token), revoked: OnceCell::new() }
     }
 
@@ -124,19 +127,20 @@ impl Peer {
         view: &Compiled,
         value: HeaderValue,
         now_seconds: i64,
-    ) -> Result<Rc<AccessToken>, (TokenFault, Option<token::TokenId>)> {
+    ) -> Result<(Rc<AccessToken>, Arc<Newest>), (TokenFault, Option<token::TokenId>)> {
         let authorities = worker.shared.token_authorities();
         let mut known = self.known_token.borrow_mut();
         if let Some(known) = &*known
             && Arc::ptr_eq(&known.authorities, &authorities)
             && known.value == value
         {
-            return Ok(known.token.clone());
+            return Ok((known.token.clone(), known.family.clone()));
         }
         let text = value.to_str().map_err(|_| (TokenFault::Malformed, None))?;
         let audience = view.view.trust_domain.workload(&view.view.service);
         let token = Rc::new(token::verify(text, &authorities, &audience, now_seconds)?);
-        *known = Some(Known { value, authorities, token: token.clone() });
-        Ok(token)
+        let family = worker.shared.families.of(token.claims());
+        *known = Some(Known { value, authorities, token: token.clone(), family: family.clone() });
+        Ok((token, family))
     }
 }

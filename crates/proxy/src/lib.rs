@@ -43,6 +43,7 @@ pub mod counts;
 pub mod decided;
 pub mod dns;
 mod exchange;
+mod families;
 mod flow;
 mod forward;
 mod guard;

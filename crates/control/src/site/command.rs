@@ -78,6 +78,7 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::GET, "/v1/identities", Rule::Reads),
     (Method::POST, "/v1/identities/revoke", Rule::Names(&["shown", "operator"])),
     (Method::GET, "/v1/tokens", Rule::OfSession),
+    (Method::POST, "/v1/tokens/inspect", Rule::OfSession),
     (Method::POST, "/v1/tokens/revoke", Rule::Names(&["shown", "operator"])),
     (Method::GET, "/v1/signals", Rule::OfSession),
     (Method::POST, "/v1/signals", Rule::Names(&["shown", "operator"])),

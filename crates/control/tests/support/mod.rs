@@ -154,6 +154,16 @@ impl Plane {
         self.control.invite(Duration::from_secs(60), host.map(name)).await.unwrap()
     }
 
+    pub async fn metrics(&self) -> String {
+        let address = self.control.metrics.unwrap();
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut page = String::new();
+        stream.read_to_string(&mut page).await.unwrap();
+        page
+    }
+
     pub async fn bundle(&self) -> Bundle {
         let view: countersign_api::local::AuthorityView = self.get("/v1/authority").await;
         let (_, pem) = x509_parser::pem::parse_x509_pem(view.bundle_pem.as_bytes()).unwrap();

@@ -70,20 +70,35 @@ impl Mesh {
         Bundle::new(trust_domain(), sequence, roots).unwrap().with_token_authorities(tokens)
     }
 
-    /// A token of `caller` for the catalog that is bound to the certificate of `svid`.
+    /// A token of `caller` for the catalog that is bound to the certificate of `svid`, the first of its family.
     fn token(&self, caller: &str, svid: &X509Svid, scope: &str, lives_seconds: i64) -> (TokenId, String) {
+        let id = Self::id(now_ms());
+        (id, self.token_of(caller, svid, scope, lives_seconds, (id, id)))
+    }
+
+    fn id(at_ms: u64) -> TokenId {
+        TokenId::new(at_ms, fastrand::u128(..).to_be_bytes()[..10].try_into().unwrap())
+    }
+
+    fn token_of(
+        &self,
+        caller: &str,
+        svid: &X509Svid,
+        scope: &str,
+        lives_seconds: i64,
+        (family, id): (TokenId, TokenId),
+    ) -> String {
         let (at_ms, own) = (now_ms(), trust_domain());
-        let id = TokenId::new(at_ms, fastrand::u128(..).to_be_bytes()[..10].try_into().unwrap());
         let (header, at) = (json!({ "alg": "ES256", "kid": "one", "typ": "at+jwt" }), (at_ms / 1000) as i64);
         let claims = json!({
             "iss": ISSUER, "sub": own.workload(&name(caller)), "client_id": own.workload(&name(caller)),
             "aud": own.workload(&name("catalog")), "iat": at, "exp": at + lives_seconds, "jti": id, "scope": scope,
-            "cnf": { "x5t#S256": Thumbprint(svid.leaf_sha256().0) }, "instance": format!("{caller}/1"), "family": id,
+            "cnf": { "x5t#S256": Thumbprint(svid.leaf_sha256().0) }, "instance": format!("{caller}/1"), "family": family,
         });
         let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let input = format!("{}.{}", part(&header), part(&claims));
         let signature = self.key.sign(&SystemRandom::new(), input.as_bytes()).unwrap();
-        (id, format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref())))
+        format!("{input}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()))
     }
 
     /// Gives the sidecar of `caller` this token for the catalog, in place of what it had.
@@ -206,6 +221,25 @@ async fn a_token_that_is_not_of_this_connection_is_refused_whoever_shows_it() {
         Mesh::attach(caller, &token);
         assert_eq!(caller.get("http://catalog.mesh/").await.seen(), status, "{case}");
         assert_eq!((mesh.last().1, mesh.last().2), (reason, fault), "{case}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_its_holder_has_long_replaced_is_refused_even_from_who_has_its_key() {
+    let mesh = Mesh::new(Tokens::Required).await;
+    let svid = mesh.web.shared.identity().unwrap().svid();
+    let (old, new) = (Mesh::id(now_ms() - 100_000), Mesh::id(now_ms()));
+    let token = |id| mesh.token_of("web", &svid, "http:GET", 300, (old, id));
+    let (copied, renewed) = (token(old), token(new));
+    for (case, token, status, fault) in [
+        ("the first of its family", &copied, (200, None), None),
+        ("the next", &renewed, (200, None), None),
+        ("the copy", &copied, (401, Some("token-refused")), Some(TokenFault::Superseded)),
+        ("its holder's", &renewed, (200, None), None),
+    ] {
+        Mesh::attach(&mesh.web, token);
+        assert_eq!(mesh.web.get("http://catalog.mesh/").await.seen(), status, "{case}");
+        assert_eq!(mesh.last().2, fault, "{case}");
     }
 }
 
