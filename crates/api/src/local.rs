@@ -16,6 +16,7 @@
 //! | `GET /v1/services/{service}/checklist` | | `[`[`Checked`]`]`: what has to be there before it is let in |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `POST /v1/authority/steps` | [`StepAs`] | [`Stepped`] |
+//! | `POST /v1/authority/keys` | [`ReplaceKeyAs`] | [`KeyReplaced`] |
 //! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
 //! | `GET /v1/tokens?…` | query string of [`TokenFilter`] | `[`[`TokenView`]`]`: access tokens that have not expired, newest first |
@@ -911,6 +912,56 @@ pub struct StepAs {
     /// Who asks, and what the gate is shown for it.
     #[serde(default)]
     pub shown: Shown,
+}
+
+/// The keys that sign one kind of token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SigningKeys {
+    /// Access tokens.
+    Tokens,
+    /// JWT-SVIDs.
+    JwtSvids,
+}
+
+impl SigningKeys {
+    /// As it travels, and as the audit trail says it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tokens => "tokens",
+            Self::JwtSvids => "jwt_svids",
+        }
+    }
+}
+
+/// Asks that another key sign from now on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplaceKeyAs {
+    /// Which.
+    pub keys: SigningKeys,
+    /// Whether somebody else may have the key that signs now: nothing that it signed is believed any more.
+    #[serde(default)]
+    pub compromised: bool,
+    /// Who asks, and what the gate is shown for it.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// Another key signs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyReplaced {
+    /// Which kind of token it signs.
+    pub keys: SigningKeys,
+    /// The `kid` of the key that signs now.
+    pub key_id: String,
+    /// The `kid` of the one that signed before.
+    pub replaced: String,
+    /// Whether that one verifies nothing any more.
+    pub compromised: bool,
+    /// The signal by which what it signed was revoked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<SignalSeq>,
 }
 
 /// A step that was taken.

@@ -104,6 +104,8 @@ pub enum Event {
     TelemetrySilent { instance: String, host: String, since_ms: u64 },
     /// A root of the trust domain was prepared, or moved on; by an operator or by the schedule.
     AuthorityStepped { by: String, step: &'static str, number: u32, sha256: Digest, cut: usize },
+    /// Another key signs tokens of one kind.
+    KeyReplaced { by: String, keys: &'static str, key_id: String, compromised: bool },
     /// Access tokens were made good for nothing.
     TokensRevoked { by: String, reason: String, signal: u64, meant: String },
     /// Something was said of a workload, a host or an operator, or taken back.
@@ -404,6 +406,7 @@ mod tests {
                 sha256: Digest::of(b"root"),
                 cut: 0,
             },
+            Event::KeyReplaced { by: "alice".into(), keys: "tokens", key_id: "k".into(), compromised: true },
             Event::TokensRevoked { by: "alice".into(), reason: HOSTILE.into(), signal: 2, meant: "all".into() },
             Event::Stated {
                 by: "operator:alice".into(),

@@ -23,7 +23,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use countersign_api::{
-    local::{AuthorityStep, AuthorityView, CertificateView, RootView},
+    local::{AuthorityStep, AuthorityView, CertificateView, RootView, SigningKeys},
     mesh,
     svid::{Bundle, HOST_OID, SvidError, TlsIdentity, TokenAuthorities, UID_OID, X509Svid, pem},
 };
@@ -127,6 +127,9 @@ pub enum AuthorityError {
         /// Whose were asked for.
         wanted: TrustDomain,
     },
+    /// Another key cannot sign yet.
+    #[error(transparent)]
+    TooSoon(#[from] jwt_key::TooSoon),
     /// The step would leave the mesh without what it rests on.
     #[error(transparent)]
     Step(#[from] StepRefused),
@@ -514,6 +517,14 @@ impl Authority {
     /// The issuer of access tokens.
     pub fn token_issuer(&self) -> String {
         format!("https://{}", self.trust_domain)
+    }
+
+    /// The keys that sign tokens of one kind.
+    pub fn signing_keys(&self, keys: SigningKeys) -> &JwtKeys {
+        match keys {
+            SigningKeys::Tokens => &self.tokens,
+            SigningKeys::JwtSvids => &self.jwt,
+        }
     }
 
     /// Signs an access token (RFC 9068).

@@ -22,10 +22,11 @@ use countersign_api::local::{
     AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, Checked,
     CheckpointView, ClearSignalsAs, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment,
     EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter, IdentityView, InspectToken, InstanceView, Invitation,
-    InviteAs, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
-    RECOVERED_HEADER, RecordFilter, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew,
-    SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited,
-    Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
+    InviteAs, KeyReplaced, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail,
+    ProxyRevision, RECOVERED_HEADER, RecordFilter, ReplaceKeyAs, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter,
+    RiskView, SealedAnew, SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent,
+    SignalView, SignalWaited, Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView,
+    TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -133,6 +134,7 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/services/{service}/checklist", get(checklist))
         .route("/v1/authority", get(authority))
         .route("/v1/authority/steps", post(step_authority))
+        .route("/v1/authority/keys", post(replace_key))
         .route("/v1/authority/reseal", post(reseal))
         .route("/v1/identities", get(list_identities))
         .route("/v1/identities/revoke", post(revoke_identities))
@@ -567,6 +569,15 @@ async fn step_authority(
 ) -> Answered<Stepped> {
     let operator = asked.shown.operator.clone();
     Ok(Json(rotation::step(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn replace_key(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<ReplaceKeyAs>,
+) -> Answered<KeyReplaced> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(rotation::keys::replace(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
 }
 
 async fn reseal(State(plane): State<Arc<Plane>>, Json(asked): Json<Reseal>) -> Answered<SealedAnew> {

@@ -26,6 +26,8 @@ use crate::{
     store::{Document, Store, StoreError},
 };
 
+pub mod keys;
+
 /// How long a root that is due is known to everybody before it signs.
 const OVERLAP: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a root that signed before leads to its successor: no join token lives longer, and no host that was away.
@@ -71,6 +73,10 @@ fn failed(error: AuthorityError) -> Problem {
     match error {
         AuthorityError::Step(refused) => problem(409, refused.to_string(), None, Some(&refused.help())),
         AuthorityError::Store(error) => store_problem(&error),
+        AuthorityError::TooSoon(refused) => {
+            let help = format!("ask again in {} seconds", refused.seconds);
+            problem(409, refused.to_string(), None, Some(&help))
+        }
         other => problem(500, other.to_string(), std::error::Error::source(&other).map(ToString::to_string), None),
     }
 }

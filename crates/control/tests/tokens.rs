@@ -4,8 +4,8 @@ mod support;
 
 use countersign_api::{
     local::{
-        IdentityFilter, InspectToken, Problem, RevokeAs, RevokeTokensAs, Revoked, Shown, SignalWaited, TokenInspected,
-        TokenView, TokensRevoked,
+        IdentityFilter, InspectToken, KeyReplaced, Problem, ReplaceKeyAs, RevokeAs, RevokeTokensAs, Revoked, Shown,
+        SignalWaited, SigningKeys, TokenInspected, TokenView, TokensRevoked,
     },
     mesh::{self, IssuedToken, follow_event::Event, follow_request::Message as Said},
     svid::Bundle,
@@ -242,6 +242,45 @@ async fn a_token_is_explained_with_why_nobody_believes_it() {
     revoke(&plane, "subject:web").await.unwrap();
     let revoked = inspect(&good).await;
     assert_eq!((revoked.fault, revoked.issued.unwrap().revoked), (Some(TokenFault::Revoked), true));
+}
+
+#[tokio::test]
+async fn another_key_signs_without_a_failed_request_and_a_compromised_one_verifies_nothing_from_then_on() {
+    let plane = mesh().await;
+    let mut agent = plane.agent("h1").await;
+    let web = leaf(&mut agent, "web/1").await;
+    let replace = async |compromised| {
+        let asked = ReplaceKeyAs { keys: SigningKeys::Tokens, compromised, shown: Shown::default() };
+        plane.post::<KeyReplaced>("/v1/authority/keys", &asked).await
+    };
+    let verifies = async |bundle: &Bundle, token: &str| {
+        let (authorities, now) = (bundle.token_authorities().ready(), time::OffsetDateTime::now_utc().unix_timestamp());
+        token::verify(token, &authorities, &trust_domain().workload(&name("orders")), now).is_ok()
+    };
+    let known = plane.bundle().await;
+    let first = agent.issue_tokens("web/1", &web).await.unwrap().remove(0).token;
+    let replaced = replace(false).await.unwrap();
+    assert_eq!(replaced.signal, None);
+    let second = agent.issue_tokens("web/1", &web).await.unwrap().remove(0).token;
+    let kid = |token: &str| Presented::parse_as(token, Typ::Access).unwrap().key_id().unwrap().to_owned();
+    assert_eq!((kid(&first), kid(&second)), (replaced.replaced.clone(), replaced.key_id.clone()));
+    assert!(verifies(&known, &second).await, "whoever has not heard of it yet knows the key");
+    assert!(verifies(&plane.bundle().await, &first).await, "what was signed before is good");
+    let refused = replace(false).await.unwrap_err();
+    assert_eq!(refused.status, 409, "{refused:?}");
+    assert!(refused.help.unwrap().starts_with("ask again in "));
+
+    let plane = mesh().await;
+    let mut agent = plane.agent("h1").await;
+    let web = leaf(&mut agent, "web/1").await;
+    let stolen = agent.issue_tokens("web/1", &web).await.unwrap().remove(0).token;
+    let asked = ReplaceKeyAs { keys: SigningKeys::Tokens, compromised: true, shown: Shown::default() };
+    let replaced: KeyReplaced = plane.post("/v1/authority/keys", &asked).await.unwrap();
+    assert_eq!(replaced.signal, Some(SignalSeq(1)), "agents ask for others at once");
+    let bundle = plane.bundle().await;
+    assert!(!verifies(&bundle, &stolen).await);
+    let next = agent.issue_tokens("web/1", &web).await.unwrap().remove(0).token;
+    assert!(verifies(&bundle, &next).await);
 }
 
 /// PROVES (issued-to-what-runs)

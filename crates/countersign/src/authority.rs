@@ -1,21 +1,27 @@
 //! `authority show`: the roots that verify every identity of the mesh, what signs them now, and the key of its ledger.
 //! `authority rotate` and its steps: another root. `authority reseal`: another key that seals them.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 
 use countersign_api::local::{
-    AuthorityState, AuthorityStep, AuthorityView, CertificateView, KeyPlace, Reseal, RootView, SealedAnew, StepAs,
-    Stepped,
+    AuthorityState, AuthorityStep, AuthorityView, CertificateView, KeyPlace, KeyReplaced, ReplaceKeyAs, Reseal,
+    RootView, SealedAnew, SigningKeys, StepAs, Stepped,
 };
 
 use crate::{
     client::Client,
-    error::Done,
+    error::{Done, Failure},
     mesh_finder::Place,
     operator::{Asker, Who},
     render::{self, Output, Paint, cell},
     sealing_key::NextSealingKeyArguments,
+    signal,
 };
+
+/// How long it is waited for every proxy to enforce that tokens were revoked with the key that signed them.
+const ENFORCED_WITHIN: Duration = Duration::from_secs(10);
 
 /// What can be asked about the authority.
 #[derive(Debug, Subcommand)]
@@ -25,7 +31,18 @@ pub enum AuthorityVerb {
     /// Let another root sign, one step at a time: prepares it, or activates what is prepared
     ///
     /// Each step says what comes next. Nothing is cut by it: what was signed before is good until it expires.
+    ///
+    /// With `--tokens` or `--jwt-svids`: lets the next key sign these, which everybody knows already.
     Rotate {
+        /// Another key for access tokens, in place of another root
+        #[arg(long, conflicts_with = "jwt_svids")]
+        tokens: bool,
+        /// Another key for JWT-SVIDs, in place of another root
+        #[arg(long)]
+        jwt_svids: bool,
+        /// Somebody else may have the key that signs now: nothing that it signed is believed any more
+        #[arg(long)]
+        compromised: bool,
         /// Who asks.
         #[command(flatten)]
         asker: Asker,
@@ -85,7 +102,16 @@ pub enum AuthorityVerb {
 pub async fn authority(place: &Place, verb: AuthorityVerb, output: Output) -> Done {
     match verb {
         AuthorityVerb::Show => show(place, output).await,
-        AuthorityVerb::Rotate { asker } => step(place, AuthorityStep::Next, false, &asker, output).await,
+        AuthorityVerb::Rotate { tokens, jwt_svids, compromised, asker } => {
+            let keys = tokens.then_some(SigningKeys::Tokens).or(jwt_svids.then_some(SigningKeys::JwtSvids));
+            match keys {
+                Some(keys) => replace(place, keys, compromised, &asker, output).await,
+                None if compromised => Err(Failure::new("`--compromised` goes with `--tokens` or `--jwt-svids`").help(
+                    "of a root: `authority rotate`, twice, then `authority taint` and `authority revoke --force`",
+                )),
+                None => step(place, AuthorityStep::Next, false, &asker, output).await,
+            }
+        }
         AuthorityVerb::Prepare { asker } => step(place, AuthorityStep::Prepare, false, &asker, output).await,
         AuthorityVerb::Activate { root, asker } => {
             step(place, AuthorityStep::Activate(root), false, &asker, output).await
@@ -172,6 +198,33 @@ async fn step(place: &Place, step: AuthorityStep, force: bool, asker: &Asker, ou
         }
         format!("{text}\n{}", table(roots, paint))
     })
+}
+
+async fn replace(place: &Place, keys: SigningKeys, compromised: bool, asker: &Asker, output: Output) -> Done {
+    let control = Client::control(place);
+    let asked = ReplaceKeyAs { keys, compromised, shown: asker.shown() };
+    let replaced: KeyReplaced = control.post("/v1/authority/keys", &asked).await?;
+    let kind = match keys {
+        SigningKeys::Tokens => "access tokens",
+        SigningKeys::JwtSvids => "JWT-SVIDs",
+    };
+    render::answer(output, &replaced, |replaced, paint| {
+        let before = match replaced.compromised {
+            true => "is believed by nobody any more",
+            false => "still verifies what it signed, for an hour",
+        };
+        format!(
+            "{} {kind} with key {}\n{} key {} {before}\n",
+            paint.good("signs:"),
+            replaced.key_id,
+            paint.note("before:"),
+            replaced.replaced
+        )
+    })?;
+    match replaced.signal {
+        Some(signal) => signal::say(&signal::wait(&control, signal, ENFORCED_WITHIN).await?, output),
+        None => Ok(()),
+    }
 }
 
 async fn reseal(place: &Place, next: KeyPlace, who: &Who, output: Output) -> Done {

@@ -234,6 +234,16 @@ fn told(event: &Event) -> Told {
                 }),
             )
         },
+        Event::KeyReplaced { by, keys, key_id, compromised } => Told {
+            severity: Severity::High,
+            unmapped: json!({ "keys": keys, "compromised": compromised }),
+            ..plain(
+                ENTITY_MANAGEMENT,
+                (3, "Update"),
+                "another key signs tokens",
+                json!({ "entity": { "name": key_id, "type": "signing key" }, "actor": { "user": user(by) } }),
+            )
+        },
         Event::TokensRevoked { by, reason, signal, meant } => Told {
             severity: Severity::High,
             unmapped: json!({ "reason": reason, "signal": signal }),

@@ -34,6 +34,8 @@ pub(super) const TOKEN_KEYS: &str = "authority/tokens/keys";
 pub const JWT_SVID_LIFETIME: Duration = Duration::from_secs(5 * 60);
 /// How long one key signs. The next one is published for as long before.
 const SIGNS_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// How long the next key is published at least before it signs: until every proxy that hears of us has it.
+const KNOWN_FOR: Duration = Duration::from_secs(60);
 /// How long a key that signs no more is still published: longer than anything it signed, and than clocks are apart.
 const RETIRED_FOR: Duration = Duration::from_secs(60 * 60);
 
@@ -59,6 +61,8 @@ struct Generation {
     signing: Stored,
     signs_until_ms: u64,
     next: Stored,
+    #[serde(default)]
+    next_since_ms: u64,
     retired: Vec<Retired>,
 }
 
@@ -74,6 +78,14 @@ struct Retired {
     id: String,
     point: String,
     until_ms: u64,
+}
+
+/// The next key has not been published for long enough: not every proxy may know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the next key has been published for less than {} seconds: not every sidecar may know it yet", KNOWN_FOR.as_secs())]
+pub struct TooSoon {
+    /// How long to wait, in seconds.
+    pub seconds: u64,
 }
 
 /// A signed JWT-SVID.
@@ -120,6 +132,7 @@ impl Generation {
             signing: Stored::generate(),
             signs_until_ms: now_ms + SIGNS_FOR.as_millis() as u64,
             next: Stored::generate(),
+            next_since_ms: 0, // nobody verifies anything yet
             retired: Vec::new(),
         }
     }
@@ -133,16 +146,45 @@ impl Generation {
         }
         let sequence = self.sequence + 1;
         if !takes_over {
-            let (signing, next) = (self.signing.clone(), self.next.clone());
-            return Some(Self { sequence, signing, signs_until_ms: self.signs_until_ms, next, retired });
+            let (signing, next, next_since_ms) = (self.signing.clone(), self.next.clone(), self.next_since_ms);
+            return Some(Self { sequence, signing, signs_until_ms: self.signs_until_ms, next, next_since_ms, retired });
         }
-        retired.push(Retired {
-            id: self.signing.id.clone(),
-            point: self.signing.point.clone(),
-            until_ms: now_ms + RETIRED_FOR.as_millis() as u64,
-        });
-        let signs_until_ms = now_ms + SIGNS_FOR.as_millis() as u64;
-        Some(Self { sequence, signing: self.next.clone(), signs_until_ms, next: Stored::generate(), retired })
+        retired.push(self.retiring(now_ms));
+        Some(self.followed(now_ms, retired))
+    }
+
+    /// What comes after it when another key is to sign at once; the one that signed is still published, unless it is `compromised`.
+    fn replaced(&self, now_ms: u64, compromised: bool) -> Result<Self, TooSoon> {
+        self.may_be_replaced(now_ms)?;
+        let mut retired: Vec<Retired> = self.retired.iter().filter(|key| key.until_ms > now_ms).cloned().collect();
+        if !compromised {
+            retired.push(self.retiring(now_ms));
+        }
+        Ok(self.followed(now_ms, retired))
+    }
+
+    fn may_be_replaced(&self, now_ms: u64) -> Result<(), TooSoon> {
+        let known_at_ms = self.next_since_ms + KNOWN_FOR.as_millis() as u64;
+        match known_at_ms.checked_sub(now_ms) {
+            None | Some(0) => Ok(()),
+            Some(left_ms) => Err(TooSoon { seconds: left_ms.div_ceil(1000) }),
+        }
+    }
+
+    fn retiring(&self, now_ms: u64) -> Retired {
+        let until_ms = now_ms + RETIRED_FOR.as_millis() as u64;
+        Retired { id: self.signing.id.clone(), point: self.signing.point.clone(), until_ms }
+    }
+
+    fn followed(&self, now_ms: u64, retired: Vec<Retired>) -> Self {
+        Self {
+            sequence: self.sequence + 1,
+            signing: self.next.clone(),
+            signs_until_ms: now_ms + SIGNS_FOR.as_millis() as u64,
+            next: Stored::generate(),
+            next_since_ms: now_ms,
+            retired,
+        }
     }
 
     fn seal(&self, place: &str, sealer: &Sealer) -> Result<Vec<u8>, StoreError> {
@@ -232,28 +274,56 @@ impl JwtKeys {
     /// Lets the next key sign when the time of the one that signs is over, and takes up what another control plane did. Whether
     /// what is published changed.
     pub async fn rotate(&self) -> Result<bool, AuthorityError> {
-        let (before, place) = (self.sequence(), self.place);
+        let before = self.sequence();
         loop {
-            let sealed = self.storage.run("authority_keys", move |store| store.key(place)).await?;
-            let sealed = sealed.ok_or_else(|| AuthorityError::Damaged(format!("`{place}` is missing")))?;
-            let stored = Generation::open(place, &self.sealer, &sealed)?;
+            let (sealed, stored) = self.stored().await?;
             let Some(next) = stored.after(self.clock.now_ms()) else {
                 if stored.sequence != before {
                     *self.held.write() = Arc::new(Held::of(stored)?);
                 }
                 return Ok(self.sequence() != before);
             };
-            let swapped = {
-                let next = next.seal(place, &self.sealer)?;
-                let swap = move |store: &mut dyn Store| store.swap_key(place, &sealed, &[(place, &next)]);
-                self.storage.run("authority_keys", swap).await?
-            };
-            // Otherwise another control plane was faster: what it did is looked at.
-            if swapped {
-                *self.held.write() = Arc::new(Held::of(next)?);
+            if self.swap(sealed, next).await? {
                 return Ok(true);
             }
         }
+    }
+
+    /// Whether the next key is known to everybody who verifies.
+    pub fn may_replace(&self) -> Result<(), TooSoon> {
+        self.held.read().generation.may_be_replaced(self.clock.now_ms())
+    }
+
+    /// Lets the next key sign now. Returns the ids of that one and of the one before it, which is verified by nobody any more if it is
+    /// `compromised`.
+    pub async fn replace(&self, compromised: bool) -> Result<(String, String), AuthorityError> {
+        loop {
+            let (sealed, stored) = self.stored().await?;
+            let next = stored.replaced(self.clock.now_ms(), compromised)?;
+            let ids = (next.signing.id.clone(), stored.signing.id.clone());
+            if self.swap(sealed, next).await? {
+                return Ok(ids);
+            }
+        }
+    }
+
+    async fn stored(&self) -> Result<(Vec<u8>, Generation), AuthorityError> {
+        let place = self.place;
+        let sealed = self.storage.run("authority_keys", move |store| store.key(place)).await?;
+        let sealed = sealed.ok_or_else(|| AuthorityError::Damaged(format!("`{place}` is missing")))?;
+        let stored = Generation::open(place, &self.sealer, &sealed)?;
+        Ok((sealed, stored))
+    }
+
+    /// Puts `next` in the place of what was read. False when another control plane was faster: what it did is to be looked at.
+    async fn swap(&self, sealed: Vec<u8>, next: Generation) -> Result<bool, AuthorityError> {
+        let (place, anew) = (self.place, next.seal(self.place, &self.sealer)?);
+        let swap = move |store: &mut dyn Store| store.swap_key(place, &sealed, &[(place, &anew)]);
+        let swapped = self.storage.run("authority_keys", swap).await?;
+        if swapped {
+            *self.held.write() = Arc::new(Held::of(next)?);
+        }
+        Ok(swapped)
     }
 }
 
@@ -279,5 +349,17 @@ mod tests {
         let third = second.after(until + retired_for).unwrap();
         assert_eq!((third.retired.len(), third.sequence, third.signing.id.clone()), (0, 3, second.signing.id.clone()));
         assert!(RETIRED_FOR > JWT_SVID_LIFETIME);
+    }
+
+    #[test]
+    fn another_key_signs_at_once_only_when_it_has_been_known_for_a_while() {
+        let first = Generation::first(5);
+        let second = first.replaced(10, false).unwrap();
+        assert_eq!((&second.signing.id, &*second.retired[0].id), (&first.next.id, &*first.signing.id));
+        assert_eq!(second.replaced(11, true).err(), Some(TooSoon { seconds: 60 }), "nobody may know the next one yet");
+        let third = second.replaced(60_010, true).unwrap();
+        assert_eq!(third.signing.id, second.next.id);
+        let published: Vec<&str> = third.retired.iter().map(|key| &*key.id).collect();
+        assert_eq!(published, [&*first.signing.id], "what is compromised verifies nothing");
     }
 }
