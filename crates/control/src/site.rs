@@ -60,6 +60,7 @@ pub mod serve;
 pub mod session;
 pub mod sign_in;
 pub mod standing;
+pub mod tokens;
 #[cfg(test)]
 mod tests;
 pub mod words;

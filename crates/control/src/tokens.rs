@@ -23,7 +23,7 @@ use countersign_core::{
     jws::TOKEN_BYTES_MAX,
     policy::{Grants, Library},
     record::DecisionRecord,
-    signal::{Serial, TokensMeant, statement::Subject},
+    signal::{Serial, TokensMeant, statement::Subject}, Signal, SignalSeq, TokenRevocation, TokensMeant},
     token::{self, Claims, Confirmation, Scope, Thumbprint, TokenFault, TokenId},
 };
 use parking_lot::Mutex;
@@ -38,8 +38,7 @@ use crate::{
     identities::catch_up,
     ledger::Head,
     local_api::{problem, store_problem},
-    signals::{self, Noticed},
-    store::{Store, StoreError, StoredToken},
+    signals::{self, Noticed}, store::{Store, StoreError, StoredToken}, StoredSignal,
 };
 
 /// How long a token lives, as long as the certificate that it is bound to does.
@@ -239,6 +238,16 @@ pub async fn list(plane: &Plane, filter: TokenFilter) -> Result<Vec<TokenView>, 
         })
     };
     Ok(found.into_iter().filter_map(view).collect())
+}
+
+/// The revocations that hold, the newest first, with who asked for each and why.
+pub async fn revocations(plane: &Plane) -> Result<Vec<(TokenRevocation, RevokedBy)>, StoreError> {
+    let signals = plane.storage.run("signals", |store| store.signals(SignalSeq(0))).await?;
+    let of_tokens = |one: StoredSignal| match one.signal {
+        Signal::Tokens(revoked) => Some((revoked, one.by)),
+        Signal::Certificate(_) => None,
+    };
+    Ok(signals.into_iter().rev().filter_map(of_tokens).collect())
 }
 
 /// Says what a token says of itself, and whether it would be believed now.

@@ -18,6 +18,7 @@ use countersign_core::sign_in::{SignIn, SignInName};
 use super::{
     acts, changes, decisions, entries, live, overview, people,
     session::{Session, Visitor},
+    tokens,
 };
 use crate::{
     Plane,
@@ -34,6 +35,7 @@ pub fn router() -> Router<Arc<Plane>> {
         .route("/ledger/{revision}/proof", get(entries::proof))
         .route("/decisions", get(decisions::decisions))
         .route("/decisions/{id}", get(decisions::decision))
+        .route("/tokens", get(tokens::tokens))
         .route("/acts/{id}", get(acts::open))
         .route("/operators", get(people::operators))
         .route("/account", get(people::account))
@@ -59,10 +61,11 @@ pub struct Frame {
 }
 
 /// Path and name of each page of the navigation.
-const PAGES: [(&str, &str); 6] = [
+const PAGES: [(&str, &str); 7] = [
     ("/", "Overview"),
     ("/changes", "Changes"),
     ("/decisions", "Decisions"),
+    ("/tokens", "Tokens"),
     ("/ledger", "Ledger"),
     ("/operators", "Operators"),
     ("/account", "Account"),

@@ -29,6 +29,7 @@ use crate::{Control, ControlConfig, Plane, clock::Clock, gate::Petitioner, propo
 mod authenticators;
 mod commands;
 mod providers;
+mod tokens;
 mod trail;
 
 struct Mesh {
