@@ -60,9 +60,9 @@ pub mod serve;
 pub mod session;
 pub mod sign_in;
 pub mod standing;
-pub mod tokens;
 #[cfg(test)]
 mod tests;
+pub mod tokens;
 pub mod words;
 
 pub use place::{Site, SiteConfig, SiteError};

@@ -21,9 +21,10 @@ use countersign_core::{
     gate::act::Act,
     identity::{InstanceId, ServiceName, SpiffeId},
     jws::TOKEN_BYTES_MAX,
+    oauth,
     policy::{Grants, Library},
     record::DecisionRecord,
-    signal::{Serial, TokensMeant, statement::Subject}, Signal, SignalSeq, TokenRevocation, TokensMeant},
+    signal::{Serial, Signal, SignalSeq, TokenRevocation, TokensMeant, statement::Subject},
     token::{self, Claims, Confirmation, Scope, Thumbprint, TokenFault, TokenId},
 };
 use parking_lot::Mutex;
@@ -38,7 +39,8 @@ use crate::{
     identities::catch_up,
     ledger::Head,
     local_api::{problem, store_problem},
-    signals::{self, Noticed}, store::{Store, StoreError, StoredToken}, StoredSignal,
+    signals::{self, Noticed},
+    store::{Store, StoreError, StoredSignal, StoredToken},
 };
 
 /// How long a token lives, as long as the certificate that it is bound to does.
@@ -245,7 +247,7 @@ pub async fn revocations(plane: &Plane) -> Result<Vec<(TokenRevocation, RevokedB
     let signals = plane.storage.run("signals", |store| store.signals(SignalSeq(0))).await?;
     let of_tokens = |one: StoredSignal| match one.signal {
         Signal::Tokens(revoked) => Some((revoked, one.by)),
-        Signal::Certificate(_) => None,
+        Signal::Certificate(_) | Signal::Stated(_) => None,
     };
     Ok(signals.into_iter().rev().filter_map(of_tokens).collect())
 }
@@ -260,11 +262,19 @@ pub async fn inspect(plane: &Plane, token: &str) -> Result<TokenInspected, Probl
     let (header, claims) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let audience = claims["aud"].as_str().and_then(|audience| SpiffeId::parse(audience).ok());
     let audience = audience.unwrap_or_else(|| authority.trust_domain().control());
-    let (fault, id) = match token::verify(token, &authorities, &audience, now_seconds) {
+    let of_service = claims["iss"].as_str().filter(|issuer| **issuer != *authorities.issuer);
+    let of_service = of_service.and_then(|issuer| oauth::verify(token, issuer, &authorities.keys, now_seconds));
+    let verified = match of_service {
+        Some(claims) => Ok(claims),
+        None => token::verify(token, &authorities, &audience, now_seconds).map(|verified| verified.claims().clone()),
+    };
+    let (fault, id) = match verified {
         Err((fault, id)) => (Some(fault), id),
-        Ok(verified) => {
-            let is_revoked = plane.publisher.signals().is_token_revoked(verified.claims());
-            (is_revoked.then_some(TokenFault::Revoked), Some(verified.claims().id))
+        Ok(claims) => {
+            let head = plane.ledger.head();
+            let is_nobodys = !oauth::is_client(head.follower.state(), &claims.client_id);
+            let is_revoked = is_nobodys || plane.publisher.signals().is_token_revoked(&claims);
+            (is_revoked.then_some(TokenFault::Revoked), Some(claims.id))
         }
     };
     let issued = match id {

@@ -205,11 +205,10 @@ fn explain(found: &TokenInspected, paint: Paint) -> String {
         }
     }
     if let Some(issued) = &found.issued {
-        let expires = render::distance(issued.expires_at_ms, now_ms);
-        line(
-            "issued",
-            &format!("{}, to host {}; expires {expires}", render::distance(issued.issued_at_ms, now_ms), issued.host),
-        );
+        let to = issued.host.as_ref().map_or_else(String::new, |host| format!(", to host {host}"));
+        let (at, expires) =
+            (render::distance(issued.issued_at_ms, now_ms), render::distance(issued.expires_at_ms, now_ms));
+        line("issued", &format!("{at}{to}; expires {expires}"));
     }
     let verdict = match found.fault {
         None => {
