@@ -17,6 +17,8 @@
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `POST /v1/authority/steps` | [`StepAs`] | [`Stepped`] |
 //! | `POST /v1/authority/keys` | [`ReplaceKeyAs`] | [`KeyReplaced`] |
+//! | `POST /v1/authority/request` | [`AskAbove`] | [`AskedAbove`] |
+//! | `POST /v1/authority/accept` | [`AcceptAbove`] | [`AcceptedAbove`] |
 //! | `GET /v1/identities?…` | query string of [`IdentityFilter`] | `[`[`IdentityView`]`]`: X.509-SVIDs that have not expired, newest first |
 //! | `POST /v1/identities/revoke` | [`RevokeAs`] | [`Revoked`] |
 //! | `GET /v1/tokens?…` | query string of [`TokenFilter`] | `[`[`TokenView`]`]`: access tokens that have not expired, newest first |
@@ -838,6 +840,9 @@ pub struct AuthorityView {
     pub roots: Vec<RootView>,
     /// How SVIDs are issued.
     pub svid_lifetime_seconds: u64,
+    /// When an authority above was asked to sign a key, if it has not answered, in milliseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requested_at_ms: Option<u64>,
     /// Where the key that seals the keys comes from.
     pub sealed_by: String,
     /// What verifies the ledger's checkpoints: a C2SP vkey. Its name is the ledger's origin.
@@ -855,6 +860,9 @@ pub struct RootView {
     pub since_ms: u64,
     /// Its certificate.
     pub root: CertificateView,
+    /// Where its key is that of an authority above: what that signed of ours, and what leads from there to the root.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub above: Vec<CertificateView>,
     /// Its intermediate.
     pub issuing: CertificateView,
 }
@@ -974,6 +982,49 @@ pub struct Stepped {
     /// Identities that rested on it and are cut.
     pub cut: usize,
     /// The roots after it.
+    pub roots: Vec<RootView>,
+}
+
+/// Somebody asks for a request that an authority above is to sign.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AskAbove {
+    /// Whether it is of another key than the one that waits for an answer.
+    #[serde(default)]
+    pub fresh: bool,
+    /// Who asks, and what the gate is shown for it.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// What an authority above is to sign.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AskedAbove {
+    /// PKCS #10, PEM.
+    pub csr_pem: String,
+    /// Whether it was made now, and not shown again.
+    pub is_new: bool,
+}
+
+/// What an authority above answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AcceptAbove {
+    /// PEM: the certificate of our key, then each that signed the one before, up to the root.
+    pub chain_pem: String,
+    /// Who asks, and what the gate is shown for it.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// It was taken up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptedAbove {
+    /// The root that it leads to.
+    pub number: u32,
+    /// Whether that signs already, and goes on by the new certificate; else it is prepared.
+    pub renewed: bool,
+    /// The roots now.
     pub roots: Vec<RootView>,
 }
 

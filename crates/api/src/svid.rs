@@ -71,8 +71,9 @@ mod newcomer;
 
 pub use newcomer::newcomer_config;
 
-/// Certificates that we read of a peer at most, leaf included.
-pub const CHAIN_LENGTH_MAX: usize = 6;
+/// Certificates that we read of a peer at most, leaf included: two ways from an intermediate up to an authority above, each of three, and the
+/// roots that a control plane shows.
+pub const CHAIN_LENGTH_MAX: usize = 12;
 
 /// An identity with its private key, ready for TLS.
 pub struct X509Svid {

@@ -1,7 +1,8 @@
 //! The only room that signs. Two levels of ECDSA P-256: a root, which signs nothing but intermediates, and an
 //! intermediate, which signs SVIDs; how long each is good the ledger says. Their private keys lie sealed in the store; the root's is opened
 //! only to sign an intermediate and erased again. A root is followed by the next one while the mesh runs ([`generations`]). Beside
-//! them an Ed25519 key that signs the checkpoints of the ledger.
+//! them an Ed25519 key that signs the checkpoints of the ledger. Where the root's key is kept elsewhere, an authority above signs a key of ours
+//! that stands in the root's place here ([`upstream`]).
 //!
 //! Who may have which SVID is decided by whoever calls; here a name becomes a certificate that keeps to X509-SVID: one
 //! URI SAN, `cA` false, digitalSignature only, both usages (sections 2, 4.1, 4.3, 4.4); signing certificates name the
@@ -45,12 +46,15 @@ pub mod jwt_key;
 pub mod log_key;
 pub mod note_key;
 pub mod seal;
+mod upstream;
 
 pub use generations::StepRefused;
 use generations::{Der, GENERATIONS, Generation, Generations, Made, Secret, root_key};
 use jwt_key::{JWT_KEYS, JwtKeys, SignedJwtSvid, TOKEN_KEYS};
 use log_key::{LOG_KEY, LOG_SIGNED, LogKey};
 use seal::{Sealer, Unopened};
+use upstream::REQUESTED_KEY;
+pub use upstream::UpstreamRefused;
 
 /// How far the clocks of two hosts may differ before a fresh certificate looks not yet valid.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
@@ -133,6 +137,9 @@ pub enum AuthorityError {
     /// The step would leave the mesh without what it rests on.
     #[error(transparent)]
     Step(#[from] StepRefused),
+    /// What an authority above signed would leave somebody without a certificate that verifies.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamRefused),
     /// The signing request is none.
     #[error("the signing request is refused: {0}")]
     Request(&'static str),
@@ -315,7 +322,11 @@ impl Authority {
             }
             let generations = &held.generations;
             let Some(root) = self.root_issuer(generations.active()).await? else { return Ok(replaced) };
-            let root_ends_ms = certificate_view(&generations.active().root.0)?.not_after_ms;
+            let root_ends_ms = upstream::ends_ms(&generations.active().way_up())?;
+            // Another one would end with the same certificate above it.
+            if root_ends_ms <= held.issuing.not_after_ms {
+                return Ok(replaced);
+            }
             let (issuing, key) =
                 make_issuing(&generations.trust_domain, &root, now_ms, (self.lifetimes)(), root_ends_ms)?;
             let cross = match generations.old() {
@@ -324,7 +335,7 @@ impl Authority {
             };
             let after = generations.renewed(Der(issuing), Secret::of(&key), cross);
             replaced = true;
-            if self.swap(&held, after, None).await? {
+            if self.swap(&held, after, Vec::new()).await? {
                 return Ok(replaced);
             }
         }
@@ -352,7 +363,7 @@ impl Authority {
         }
     }
 
-    /// Puts `after` in the place of the record that `held` is of, whole or not at all, and keeps a secret beside it. False when another
+    /// Puts `after` in the place of the record that `held` is of, whole or not at all, and keeps secrets beside it. False when another
     /// control plane took a step first: then what it did is taken up, and whoever asked looks again.
     ///
     /// INVARIANT (one-step-at-a-time): a step begins at the record that it was judged by.
@@ -360,17 +371,17 @@ impl Authority {
         &self,
         held: &Held,
         after: Generations,
-        beside: Option<(String, Secret)>,
+        beside: Vec<(String, Secret)>,
     ) -> Result<bool, AuthorityError> {
         let (seals, seen) = (self.sealer.clone(), held.sealed.clone());
         let swap = move |store: &mut dyn Store| {
             let sealed = after.seal(&seals)?;
-            let beside = match &beside {
-                Some((name, secret)) => Some((name.as_str(), seals.seal(name, &secret.0)?)),
-                None => None,
-            };
+            let mut secrets = Vec::new();
+            for (name, secret) in &beside {
+                secrets.push((name.as_str(), seals.seal(name, &secret.0)?));
+            }
             let mut keys = vec![(GENERATIONS, &sealed[..])];
-            keys.extend(beside.as_ref().map(|(name, sealed)| (*name, &sealed[..])));
+            keys.extend(secrets.iter().map(|(name, sealed)| (*name, &sealed[..])));
             Ok(store.swap_key(GENERATIONS, &seen, &keys)?.then_some(sealed))
         };
         match self.storage.run("authority_keys", swap).await? {
@@ -393,7 +404,7 @@ impl Authority {
             let (made, root_secret) = make_root(&held.generations.trust_domain, now_ms, (self.lifetimes)())?;
             let number = held.generations.next();
             let after = held.generations.prepare(made, now_ms)?;
-            if self.swap(&held, after, Some((root_key(number), root_secret))).await? {
+            if self.swap(&held, after, vec![(root_key(number), root_secret)]).await? {
                 return Ok(number);
             }
         }
@@ -408,7 +419,7 @@ impl Authority {
             let key = read_key(&next.issuing_key.0)?;
             let cross = self.cross(generations, generations.active(), &key, &next.issuing.0).await?;
             let after = generations.activate(number, cross, self.clock.now_ms())?;
-            if self.swap(&held, after, None).await? {
+            if self.swap(&held, after, Vec::new()).await? {
                 return Ok(());
             }
         }
@@ -419,7 +430,7 @@ impl Authority {
         loop {
             let held = self.held();
             let after = held.generations.taint(number, self.clock.now_ms())?;
-            if self.swap(&held, after, None).await? {
+            if self.swap(&held, after, Vec::new()).await? {
                 return Ok(());
             }
         }
@@ -431,10 +442,72 @@ impl Authority {
             let held = self.held();
             let after = held.generations.revoke(number)?;
             let gone = (root_key(number), Secret(Zeroizing::new(Vec::new())));
-            if self.swap(&held, after, Some(gone)).await? {
+            if self.swap(&held, after, vec![gone]).await? {
                 return Ok(());
             }
         }
+    }
+
+    /// Asks an authority above to sign a key of ours: the request, PEM. The same one again until it is answered, unless `fresh` asks for
+    /// another key.
+    pub async fn request(&self, fresh: bool) -> Result<String, AuthorityError> {
+        loop {
+            let held = self.held();
+            if let Some(requested) = held.generations.requested.as_ref().filter(|_| !fresh) {
+                return Ok(requested.csr_pem.clone());
+            }
+            let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+            let csr_pem = upstream::request(&self.trust_domain, &key)?;
+            let after = held.generations.request(csr_pem.clone(), self.clock.now_ms());
+            if self.swap(&held, after, vec![(REQUESTED_KEY.to_owned(), Secret::of(&key))]).await? {
+                return Ok(csr_pem);
+            }
+        }
+    }
+
+    /// The request that waits for an answer.
+    pub fn requested(&self) -> Option<String> {
+        self.held().generations.requested.as_ref().map(|requested| requested.csr_pem.clone())
+    }
+
+    /// Whether `chain_pem` can be taken up as the answer.
+    pub async fn may_accept(&self, chain_pem: &str) -> Result<(), AuthorityError> {
+        self.examine(&self.held(), chain_pem).await.map(drop)
+    }
+
+    /// Takes up what an authority above answered: prepares its root, or replaces what it signed before for the root that signs. Returns
+    /// the number of the root, and whether it is the one that signs.
+    pub async fn accept(&self, chain_pem: &str) -> Result<(u32, bool), AuthorityError> {
+        loop {
+            let held = self.held();
+            let generations = &held.generations;
+            let (made, secret) = self.examine(&held, chain_pem).await?;
+            let renews = generations.answers(&made.root)?.is_some();
+            let cross = match generations.old() {
+                Some(old) if renews => {
+                    self.cross(generations, old, &read_key(&made.issuing_key.0)?, &made.issuing.0).await?
+                }
+                _ => None,
+            };
+            let (number, after) = generations.accepted(made, cross, self.clock.now_ms())?;
+            let used = (REQUESTED_KEY.to_owned(), Secret(Zeroizing::new(Vec::new())));
+            if self.swap(&held, after, vec![(root_key(number), secret), used]).await? {
+                return Ok((number, renews));
+            }
+        }
+    }
+
+    async fn examine(&self, held: &Held, chain_pem: &str) -> Result<(Made, Secret), AuthorityError> {
+        let generations = &held.generations;
+        generations.requested.as_ref().ok_or(UpstreamRefused::NothingRequested)?;
+        let chain = upstream::parse(chain_pem)?;
+        let sealed = self.storage.run("authority_keys", |store| store.key(REQUESTED_KEY)).await?;
+        let sealed = sealed.ok_or_else(|| AuthorityError::Damaged("the key that was asked for is missing".into()))?;
+        let secret = Secret(self.sealer.unseal(REQUESTED_KEY, &sealed)?);
+        let (lifetimes, now_ms) = ((self.lifetimes)(), self.clock.now_ms());
+        let made = upstream::examine(&chain, read_key(&secret.0)?, &self.trust_domain, lifetimes, now_ms)?;
+        generations.answers(&made.root)?;
+        Ok((made, secret))
     }
 
     /// Whether a step can be taken from where the record is now.
@@ -460,13 +533,24 @@ impl Authority {
             return Ok(None);
         };
         let key = read_key(&self.sealer.unseal(&name, &sealed)?)?;
-        Ok(Some(Issuer::from_ca_cert_der(&generation.root.0, key)?))
+        Ok(Some(Issuer::from_ca_cert_der(generation.signer(), key)?))
     }
 
     /// That what signs ends soon and is not replaced by itself.
     pub fn ends_soon(&self) -> Option<String> {
         let held = self.held();
         let now_ms = self.clock.now_ms();
+        let active = held.generations.active();
+        let above =
+            active.above.iter().filter_map(|der| certificate_view(&der.0).ok()).min_by_key(|one| one.not_after_ms);
+        if let Some(above) = above {
+            let life_ms = above.not_after_ms.saturating_sub(above.not_before_ms);
+            let left_ms = above.not_after_ms.saturating_sub(now_ms);
+            return (left_ms <= life_ms / 3).then(|| {
+                let (root, days) = (active.number, left_ms / (24 * 60 * 60 * 1000));
+                format!("what an authority above signed for root {root} ends in {days} days: `countersign authority request` another")
+            });
+        }
         let left_ms = held.issuing.not_after_ms.saturating_sub(now_ms);
         let (root, days) = (held.generations.active().number, left_ms / (24 * 60 * 60 * 1000));
         held.issuing.ends_soon(now_ms).then(|| {
@@ -484,7 +568,7 @@ impl Authority {
         issuing: &CertificateDer<'_>,
     ) -> Result<Option<Der>, AuthorityError> {
         let Some(root) = self.root_issuer(before).await? else { return Ok(None) };
-        let until_ms = certificate_view(issuing)?.not_after_ms.min(certificate_view(&before.root.0)?.not_after_ms);
+        let until_ms = certificate_view(issuing)?.not_after_ms.min(upstream::ends_ms(&before.way_up())?);
         let now_ms = self.clock.now_ms();
         let lifetime = Duration::from_millis(until_ms.saturating_sub(now_ms));
         let trust_domain = &generations.trust_domain;
@@ -575,6 +659,7 @@ impl Authority {
                 state: one.state,
                 since_ms: one.since_ms,
                 root: certificate_view(&one.root.0)?,
+                above: one.above.iter().map(|der| certificate_view(&der.0)).collect::<Result<_, _>>()?,
                 issuing: certificate_view(&one.issuing.0)?,
             })
         };
@@ -583,6 +668,7 @@ impl Authority {
             bundle_sequence: self.bundle().sequence(),
             bundle_pem: held.generations.roots().iter().map(|root| pem("CERTIFICATE", root)).collect(),
             roots: held.generations.all().iter().map(view).collect::<Result<_, _>>()?,
+            requested_at_ms: held.generations.requested.as_ref().map(|requested| requested.since_ms),
             svid_lifetime_seconds: (self.lifetimes)().svid_seconds.into(),
             sealed_by: format!("{} (key {})", self.sealer.place(), self.sealer.key().name()),
             log_key: self.log.verifier().to_string(),
@@ -615,21 +701,16 @@ impl Authority {
             let lifetime_ms = u64::from((self.lifetimes)().svid_seconds) * 1000;
             let expires_at_ms = (now_ms + lifetime_ms).min(held.issuing.not_after_ms);
             let serial = new_serial();
-            let mut params = CertificateParams::default();
-            params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
+            let mut params = leaf_params(id, &serial);
             params.not_before = at(now_ms.saturating_sub(CLOCK_SKEW.as_millis() as u64));
             params.not_after = at(expires_at_ms);
-            params.distinguished_name = name(&serial.to_string());
             // So that the other end of a connection knows what signals are about.
             let of = [(UID_OID, instance.map(InstanceId::as_str)), (HOST_OID, host.map(ServiceName::as_str))];
             for (oid, said) in of.into_iter().filter_map(|(oid, said)| Some((oid, said?))) {
                 params.distinguished_name.push(DnType::CustomDnType(oid.to_vec()), said);
             }
             params.subject_alt_names = names.clone();
-            params.is_ca = IsCa::ExplicitNoCa;
-            params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
             params.extended_key_usages = usages.clone();
-            params.use_authority_key_identifier_extension = true;
             let leaf = params.signed_by(key, &held.issuing.issuer)?.der().clone();
             let active = held.generations.active();
             let noted = IssuedSerial {
@@ -652,7 +733,7 @@ impl Authority {
                 Ok(holds)
             };
             if self.storage.run("put_serial", put).await? {
-                let chain = std::iter::once(leaf).chain(active.intermediates()).collect();
+                let chain = std::iter::once(leaf).chain(held.generations.shown()).collect();
                 return Ok(Issued { chain, expires_at_ms });
             }
             self.catch_up().await?;
@@ -690,7 +771,7 @@ async fn begin_record(
 ) -> Result<Vec<u8>, AuthorityError> {
     let root = CertificateDer::from(root);
     let issuing_key = Secret(sealer.unseal(ISSUING_KEY, &key)?);
-    let made = Made { root: Der(root.clone()), issuing: Der(issuing.clone().into()), issuing_key };
+    let made = Made { root: Der(root.clone()), above: Vec::new(), issuing: Der(issuing.clone().into()), issuing_key };
     let generations = Generations::first(trust_domain_of(&root)?, made, now_ms);
     let seals = sealer.clone();
     let begin = move |store: &mut dyn Store| {
@@ -713,7 +794,9 @@ fn make_root(trust_domain: &TrustDomain, now_ms: u64, lifetimes: Lifetimes) -> R
     let root_ends_ms = certificate_view(&root)?.not_after_ms;
     let issuer = Issuer::from_ca_cert_der(&root, key)?;
     let (issuing, issuing_key) = make_issuing(trust_domain, &issuer, now_ms, lifetimes, root_ends_ms)?;
-    Ok((Made { root: Der(root), issuing: Der(issuing), issuing_key: Secret::of(&issuing_key) }, secret))
+    let made =
+        Made { root: Der(root), above: Vec::new(), issuing: Der(issuing), issuing_key: Secret::of(&issuing_key) };
+    Ok((made, secret))
 }
 
 fn make_issuing(
@@ -730,6 +813,19 @@ fn make_issuing(
     let mut params = signing_params(trust_domain, "intermediate", limits, now_ms, lifetime);
     params.use_authority_key_identifier_extension = true;
     Ok((params.signed_by(&key, root)?.der().clone(), key))
+}
+
+/// What every SVID says but who it is issued to and for how long.
+fn leaf_params(id: &SpiffeId, serial: &Serial) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.serial_number = Some(SerialNumber::from_slice(serial.as_bytes()));
+    params.distinguished_name = name(&serial.to_string());
+    params.subject_alt_names = vec![uri(id)];
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.use_authority_key_identifier_extension = true;
+    params
 }
 
 fn days(count: u32) -> Duration {

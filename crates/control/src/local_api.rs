@@ -19,14 +19,14 @@ use tokio::{
 };
 
 use countersign_api::local::{
-    AnsweredProposal, Applied, ApplyAs, AuthorityView, Caller, Ceremony, ChangeDetail, ChangeSummary, Checked,
-    CheckpointView, ClearSignalsAs, Confirm, ContractView, DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment,
-    EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter, IdentityView, InspectToken, InstanceView, Invitation,
-    InviteAs, KeyReplaced, LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail,
-    ProxyRevision, RECOVERED_HEADER, RecordFilter, ReplaceKeyAs, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter,
-    RiskView, SealedAnew, SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent,
-    SignalView, SignalWaited, Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView,
-    TokensRevoked, Waited,
+    AcceptAbove, AcceptedAbove, AnsweredProposal, Applied, ApplyAs, AskAbove, AskedAbove, AuthorityView, Caller,
+    Ceremony, ChangeDetail, ChangeSummary, Checked, CheckpointView, ClearSignalsAs, Confirm, ContractView,
+    DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter,
+    IdentityView, InspectToken, InstanceView, Invitation, InviteAs, KeyReplaced, LedgerLine, Mesh, OPERATOR_HEADER,
+    Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, ReplaceKeyAs,
+    Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew, SendSignalAs, ServiceView,
+    SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited, Status, StepAs, Stepped,
+    TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -135,6 +135,8 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/authority", get(authority))
         .route("/v1/authority/steps", post(step_authority))
         .route("/v1/authority/keys", post(replace_key))
+        .route("/v1/authority/request", post(ask_above))
+        .route("/v1/authority/accept", post(accept_above))
         .route("/v1/authority/reseal", post(reseal))
         .route("/v1/identities", get(list_identities))
         .route("/v1/identities/revoke", post(revoke_identities))
@@ -578,6 +580,24 @@ async fn replace_key(
 ) -> Answered<KeyReplaced> {
     let operator = asked.shown.operator.clone();
     Ok(Json(rotation::keys::replace(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn ask_above(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<AskAbove>,
+) -> Answered<AskedAbove> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(rotation::ask_above(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
+}
+
+async fn accept_above(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<AcceptAbove>,
+) -> Answered<AcceptedAbove> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(rotation::accept_above(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
 }
 
 async fn reseal(State(plane): State<Arc<Plane>>, Json(asked): Json<Reseal>) -> Answered<SealedAnew> {

@@ -1,24 +1,30 @@
 //! One root follows another while the mesh runs: prepare, activate, taint, revoke. Steps that operators ask for are judged by the gate;
-//! those that are due by themselves are only written down. What would cut the mesh is refused before anything is asked of the gate.
+//! those that are due by themselves are only written down. What an authority above signed is prepared, or takes the place of what it signed
+//! before, in the same way. What would cut the mesh is refused before anything is asked of the gate.
 //!
 //! | a crash | leaves |
 //! |---|---|
 //! | before a step is in the store | the roots as they were |
 //! | after it, before anybody is told | the roots after it: whoever starts publishes them, and other control planes find them within a second |
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use countersign_api::local::{
-    AuthorityState, AuthorityStep, AuthorityView, IdentityFilter, Problem, RootView, StepAs, Stepped,
+    AcceptAbove, AcceptedAbove, AskAbove, AskedAbove, AuthorityState, AuthorityStep, AuthorityView, CertificateView,
+    IdentityFilter, Problem, RootView, StepAs, Stepped,
 };
-use countersign_core::{canonical::Digest, gate::act::Act, identity::ServiceName};
+use countersign_core::{
+    canonical::Digest,
+    gate::act::Act,
+    identity::{OperatorName, ServiceName},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Plane,
     acts::{self, By},
     audit::Event,
-    authority::{Authority, AuthorityError},
+    authority::{Authority, AuthorityError, UpstreamRefused},
     enrol::INVITATION_LIFETIME_MAX,
     identities,
     local_api::{problem, store_problem},
@@ -53,11 +59,15 @@ struct Lack {
 /// Takes a step, if nothing rests on its not being taken and the gate lets whoever asks.
 pub async fn step(plane: &Plane, asked: StepAs, by: By<'_>) -> Result<Stepped, Problem> {
     let StepAs { step, force, shown } = asked;
-    let help = "apply a mesh directory first: `countersign apply DIR`";
-    let authority = plane.authority().ok_or_else(|| problem(409, "there is no mesh yet", None, Some(help)))?;
+    let authority = authority_of(plane)?;
     let view = authority.view().map_err(failed)?;
+    let is_above = in_state(&view.roots, AuthorityState::Active).is_some_and(|active| !active.above.is_empty());
     let step = match (step, in_state(&view.roots, AuthorityState::Prepared)) {
         (AuthorityStep::Next, Some(prepared)) => AuthorityStep::Activate(prepared.number),
+        (AuthorityStep::Next, None) if is_above => {
+            let help = "ask it for another with `countersign authority request`, or go back to a root of the mesh's own with `countersign authority prepare`";
+            return Err(problem(409, "the root that signs is that of an authority above", None, Some(help)));
+        }
         (AuthorityStep::Next, None) => AuthorityStep::Prepare,
         (step, _) => step,
     };
@@ -65,12 +75,58 @@ pub async fn step(plane: &Plane, asked: StepAs, by: By<'_>) -> Result<Stepped, P
     authority.may(step).map_err(|refused| failed(refused.into()))?;
     let cut = examine(plane, &view, step, force).await?;
     let opened = acts::pass(plane, Act::RotateAuthority, by, &shown).await?;
-    let actor = opened.operator.map_or_else(|| "local".to_owned(), |operator| operator.to_string());
+    let actor = name_of_actor(opened.operator);
     take(plane, &authority, step, &actor, cut).await.map_err(failed)
+}
+
+/// Asks an authority above to sign a key that is made for it here; nothing changes by that. What was asked for and not answered is shown again.
+pub async fn ask_above(plane: &Plane, asked: AskAbove, by: By<'_>) -> Result<AskedAbove, Problem> {
+    let authority = authority_of(plane)?;
+    if let Some(csr_pem) = authority.requested().filter(|_| !asked.fresh) {
+        return Ok(AskedAbove { csr_pem, is_new: false });
+    }
+    let opened = acts::pass(plane, Act::RotateAuthority, by, &asked.shown).await?;
+    let csr_pem = authority.request(asked.fresh).await.map_err(failed)?;
+    let (by, sha256) = (name_of_actor(opened.operator), Digest::of(csr_pem.as_bytes()));
+    tracing::warn!(by, request = %sha256, "an authority above is asked to sign a key");
+    plane.tell(Event::AuthorityStepped { by, step: "request", number: 0, sha256, cut: 0 });
+    Ok(AskedAbove { csr_pem, is_new: true })
+}
+
+/// Takes up what an authority above signed, if the mesh's own verifiers take what rests on it and the gate lets whoever asks.
+pub async fn accept_above(plane: &Plane, asked: AcceptAbove, by: By<'_>) -> Result<AcceptedAbove, Problem> {
+    let authority = authority_of(plane)?;
+    // What is wrong is said before a factor is used up for it.
+    authority.may_accept(&asked.chain_pem).await.map_err(failed)?;
+    let opened = acts::pass(plane, Act::RotateAuthority, by, &asked.shown).await?;
+    let (number, renewed) = authority.accept(&asked.chain_pem).await.map_err(failed)?;
+    let roots = authority.view().map_err(failed)?.roots;
+    let sha256 = roots.iter().find(|one| one.number == number).map(|one| one.root.sha256).unwrap_or_default();
+    let (by, step) = (name_of_actor(opened.operator), if renewed { "renew" } else { "accept" });
+    tracing::warn!(by, step, number, root = %sha256, "what an authority above signed was taken up");
+    plane.tell(Event::AuthorityStepped { by, step, number, sha256, cut: 0 });
+    plane.show_authority(&authority).await.map_err(failed)?;
+    Ok(AcceptedAbove { number, renewed, roots })
+}
+
+fn authority_of(plane: &Plane) -> Result<Arc<Authority>, Problem> {
+    let help = "apply a mesh directory first: `countersign apply DIR`";
+    plane.authority().ok_or_else(|| problem(409, "there is no mesh yet", None, Some(help)))
+}
+
+fn name_of_actor(operator: Option<OperatorName>) -> String {
+    operator.map_or_else(|| "local".to_owned(), |operator| operator.to_string())
 }
 
 fn failed(error: AuthorityError) -> Problem {
     match error {
+        AuthorityError::Upstream(refused) => {
+            let status = match refused {
+                UpstreamRefused::NothingRequested | UpstreamRefused::KnownRoot(_) => 409,
+                _ => 422,
+            };
+            problem(status, refused.to_string(), None, Some(refused.help()))
+        }
         AuthorityError::Step(refused) => problem(409, refused.to_string(), None, Some(&refused.help())),
         AuthorityError::Store(error) => store_problem(&error),
         AuthorityError::TooSoon(refused) => {
@@ -230,14 +286,15 @@ fn due(roots: &[RootView], svid_lifetime: Duration, now_ms: u64) -> Option<Autho
         return (since(tainted) >= svid_lifetime).then_some(AuthorityStep::Revoke(tainted.number));
     }
     let active = in_state(roots, AuthorityState::Active)?;
-    let (left_ms, life_ms) = (
-        active.root.not_after_ms.saturating_sub(now_ms),
-        active.root.not_after_ms.saturating_sub(active.root.not_before_ms),
-    );
-    if left_ms >= life_ms / FOLLOWED_AT {
+    let ends_soon = |one: &CertificateView| {
+        one.not_after_ms.saturating_sub(now_ms) < one.not_after_ms.saturating_sub(one.not_before_ms) / FOLLOWED_AT
+    };
+    if !active.above.iter().chain([&active.root]).any(ends_soon) {
         return None;
     }
     match in_state(roots, AuthorityState::Prepared) {
+        // Nobody leaves the authority that operators chose by themselves: `status` says that it is to be asked.
+        None if !active.above.is_empty() => None,
         None => Some(AuthorityStep::Prepare),
         Some(prepared) => (since(prepared) >= OVERLAP).then_some(AuthorityStep::Activate(prepared.number)),
     }
@@ -260,7 +317,7 @@ mod tests {
             not_after_ms: 9 * YEAR_MS,
             sha256: Digest::default(),
         };
-        RootView { number, state, since_ms, root: certificate.clone(), issuing: certificate }
+        RootView { number, state, since_ms, root: certificate.clone(), above: Vec::new(), issuing: certificate }
     }
 
     #[test]
@@ -268,6 +325,8 @@ mod tests {
         use AuthorityState::{Active, Old, Prepared, Tainted};
         use AuthorityStep::{Activate, Prepare, Revoke, Taint};
         let (late, active) = (6 * YEAR_MS + 1, root(1, Active, 0));
+        let mut below = active.clone();
+        below.above = vec![CertificateView { not_after_ms: 3 * YEAR_MS, ..active.root.clone() }];
         for (what, roots, now_ms, expected) in [
             ("young", vec![active.clone()], 6 * YEAR_MS, None),
             ("its last third begins", vec![active.clone()], late, Some(Prepare)),
@@ -278,6 +337,9 @@ mod tests {
             ("and no longer", vec![root(1, Old, late), root(2, Active, late)], late + DAY_MS, Some(Taint(1))),
             ("what rests on it has an hour", vec![root(1, Tainted, 5), root(2, Active, 0)], 5 + HOUR_MS - 1, None),
             ("and no more", vec![root(1, Tainted, 5), root(2, Active, 0)], 5 + HOUR_MS, Some(Revoke(1))),
+            ("of an authority above, nothing is prepared by itself", vec![below.clone()], late, None),
+            ("what it signed is young", vec![below.clone(), root(2, Prepared, 0)], 2 * YEAR_MS, None),
+            ("what it signed is due", vec![below, root(2, Prepared, 0)], 2 * YEAR_MS + 1, Some(Activate(2))),
             ("one after the other", vec![root(1, Old, late), active, root(3, Prepared, 5)], late + 5, None),
         ] {
             assert_eq!(due(&roots, Duration::from_millis(HOUR_MS), now_ms), expected, "{what}");

@@ -11,12 +11,19 @@ use std::{
 };
 
 use countersign_api::{
-    local::{AuthorityState, AuthorityStep, AuthorityView, IdentityView, Problem, StepAs, Stepped},
+    local::{
+        AcceptAbove, AcceptedAbove, AskAbove, AskedAbove, AuthorityState, AuthorityStep, AuthorityView, IdentityView,
+        Problem, StepAs, Stepped,
+    },
     mesh::{self, follow_event::Event, mesh_client::MeshClient},
     svid::{Bundle, PeerSide, verify_peer},
 };
 use countersign_control::{StartError, clock::Clock, start, start_with_clock};
 use countersign_core::{canonical::Digest, change::Change, lifetimes::Lifetimes};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, GeneralSubtree, IsCa, KeyPair,
+    KeyUsagePurpose, NameConstraints, SanType,
+};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use support::{Agent, Plane, config, trust_domain};
 use tonic::Code;
@@ -284,4 +291,309 @@ async fn the_schedule_takes_every_step_by_itself_and_writes_it_down() {
 
 fn now_ms() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+/// An authority above, of somebody else.
+struct Above {
+    certificate: CertificateDer<'static>,
+    issuer: rcgen::Issuer<'static, KeyPair>,
+}
+
+impl Above {
+    fn params(common: &str, days: i64) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(DnType::CountryName, "DE");
+        params.distinguished_name.push(DnType::CommonName, common);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.use_authority_key_identifier_extension = true;
+        let now = time::OffsetDateTime::now_utc();
+        (params.not_before, params.not_after) = (now - time::Duration::days(3), now + time::Duration::days(days));
+        params
+    }
+
+    fn root(common: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = Self::params(common, 3000);
+        change(&mut params);
+        let certificate = params.self_signed(&key).unwrap().der().clone();
+        Self { issuer: rcgen::Issuer::from_ca_cert_der(&certificate, key).unwrap(), certificate }
+    }
+
+    fn below(&self, common: &str, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = Self::params(common, 2000);
+        change(&mut params);
+        let certificate = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+        Self { issuer: rcgen::Issuer::from_ca_cert_der(&certificate, key).unwrap(), certificate }
+    }
+
+    /// Signs what is asked for, as it is asked but for what `change` does.
+    fn sign(&self, csr_pem: &str, change: impl FnOnce(&mut CertificateParams)) -> CertificateDer<'static> {
+        let mut request = CertificateSigningRequestParams::from_pem(csr_pem).unwrap();
+        let asked = Self::params("", 1000);
+        (request.params.not_before, request.params.not_after) = (asked.not_before, asked.not_after);
+        request.params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+        change(&mut request.params);
+        request.signed_by(&self.issuer).unwrap().der().clone()
+    }
+}
+
+fn chain_pem(chain: &[&CertificateDer<'_>]) -> String {
+    chain.iter().map(|der| countersign_api::svid::pem("CERTIFICATE", der)).collect()
+}
+
+async fn request(plane: &Plane, fresh: bool) -> AskedAbove {
+    plane.post("/v1/authority/request", &AskAbove { fresh, shown: Default::default() }).await.unwrap()
+}
+
+async fn accept(plane: &Plane, chain_pem: String) -> Result<AcceptedAbove, Problem> {
+    plane.post("/v1/authority/accept", &AcceptAbove { chain_pem, shown: Default::default() }).await
+}
+
+/// PROVES (nothing-above-cuts)
+#[tokio::test]
+async fn what_an_authority_above_signed_is_refused_unless_everybody_would_verify_it() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let before: AuthorityView = plane.get("/v1/authority").await;
+    let (root, other) = (Above::root("root", |_| {}), Above::root("other", |_| {}));
+    let between = root.below("between", |_| {});
+    let nothing = accept(&plane, chain_pem(&[&root.certificate, &root.certificate])).await.unwrap_err();
+    assert_eq!((nothing.status, &*nothing.title), (409, "no authority above was asked for anything"));
+
+    let forgotten = root.sign(&request(&plane, false).await.csr_pem, |_| {});
+    let asked = request(&plane, true).await;
+    let again = request(&plane, false).await;
+    assert_eq!((asked.is_new, again.is_new, &again.csr_pem), (true, false, &asked.csr_pem));
+    let csr = &asked.csr_pem;
+    let parsed = CertificateSigningRequestParams::from_pem(csr).unwrap().params;
+    assert_eq!(parsed.subject_alt_names, [SanType::URI("spiffe://shop.example".try_into().unwrap())]);
+
+    let ours = between.sign(csr, |_| {});
+    let day = time::Duration::days(1);
+    let now = time::OffsetDateTime::now_utc();
+    let same_name = Above::root("root", |_| {});
+    let short =
+        |days: u8| Above::root("root", move |params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(days)));
+    let narrow = short(1);
+    let wide = short(2);
+    let deep = wide.below("between", |_| {});
+    let constrained = |subtree: GeneralSubtree| {
+        Above::root("root", |params| {
+            params.name_constraints =
+                Some(NameConstraints { permitted_subtrees: vec![subtree], excluded_subtrees: Vec::new() });
+        })
+    };
+    let by_subject = constrained(GeneralSubtree::DirectoryName({
+        let mut name = rcgen::DistinguishedName::new();
+        name.push(DnType::OrganizationName, "Countersign");
+        name
+    }));
+    let no_keys = Above::root("root", |params| params.key_usages = vec![KeyUsagePurpose::CrlSign]);
+    let edits: [(&str, CertificateDer<'_>, &Above, &str); 13] = [
+        (
+            "another key",
+            forgotten,
+            &root,
+            "no certificate of the chain is of the key that was asked for; the first is `",
+        ),
+        (
+            "no CA",
+            root.sign(csr, |p| p.is_ca = IsCa::ExplicitNoCa),
+            &root,
+            "is no signing certificate: it says no CA:TRUE",
+        ),
+        (
+            "nothing said",
+            root.sign(csr, |p| p.is_ca = IsCa::NoCa),
+            &root,
+            "is no signing certificate: it says no CA:TRUE",
+        ),
+        (
+            "no keyCertSign",
+            root.sign(csr, |p| p.key_usages = vec![KeyUsagePurpose::DigitalSignature]),
+            &root,
+            "is no signing certificate: it says no keyCertSign",
+        ),
+        (
+            "a root without",
+            no_keys.sign(csr, |_| {}),
+            &no_keys,
+            "`C=DE, CN=root` is no signing certificate: it says no keyCertSign",
+        ),
+        (
+            "no level below",
+            root.sign(csr, |p| p.is_ca = IsCa::Ca(BasicConstraints::Constrained(0))),
+            &root,
+            "allows 0 signing certificates below it, and 1 are there",
+        ),
+        (
+            "too few levels below the root",
+            narrow.sign(csr, |_| {}),
+            &narrow,
+            "`C=DE, CN=root` allows 1 signing certificates below it, and 2 are there",
+        ),
+        ("expired", root.sign(csr, |p| p.not_after = now - day), &root, "expired on "),
+        ("ends tomorrow", root.sign(csr, |p| p.not_after = now + day), &root, "too soon"),
+        ("not yet", root.sign(csr, |p| p.not_before = now + day), &root, "is not valid before "),
+        (
+            "another trust domain",
+            root.sign(csr, |p| p.subject_alt_names = vec![SanType::URI("spiffe://bank.example".try_into().unwrap())]),
+            &root,
+            "names `spiffe://bank.example`, and a signing certificate of this mesh names `spiffe://shop.example` or nothing",
+        ),
+        ("held to subjects", by_subject.sign(csr, |_| {}), &by_subject, "`C=DE, CN=root` constrains names by subjects"),
+        ("a key of that name", root.sign(csr, |_| {}), &same_name, "is not that of the certificate that follows it"),
+    ];
+    let mut cases: Vec<(&str, String, &str)> = edits
+        .iter()
+        .map(|(what, ours, above, expected)| (*what, chain_pem(&[ours, &above.certificate]), *expected))
+        .collect();
+    let (by_between, by_root) = (&between.certificate, &root.certificate);
+    let direct = root.sign(csr, |_| {});
+    cases.extend([
+        ("no PEM", "certificates".to_owned(), "the chain has 0 certificates, and needs 2 to 4"),
+        ("PEM of nothing", countersign_api::svid::pem("CERTIFICATE", b"0").repeat(2), "the chain cannot be read: "),
+        (
+            "broken off",
+            chain_pem(&[&ours, by_between, by_root]).replace("-----END", "-----"),
+            "the chain cannot be read: ",
+        ),
+        ("too long", chain_pem(&[&ours, by_between, by_root]).repeat(60), "it is longer than 64 KiB"),
+        ("alone", chain_pem(&[&ours]), "the chain has 1 certificates"),
+        (
+            "without its root",
+            chain_pem(&[&ours, by_between]),
+            "the chain ends with `C=DE, CN=between`, which was signed by `C=DE, CN=root`",
+        ),
+        (
+            "one left out",
+            chain_pem(&[&ours, by_root]),
+            "was signed by `C=DE, CN=between`, and is followed by `C=DE, CN=root`",
+        ),
+        (
+            "the other way round",
+            chain_pem(&[by_root, by_between, &ours]),
+            "is number 3 of the chain, and has to be the first",
+        ),
+        (
+            "two swapped",
+            chain_pem(&[&ours, by_root, by_between]),
+            "was signed by `C=DE, CN=between`, and is followed by `C=DE, CN=root`",
+        ),
+        (
+            "of another root",
+            chain_pem(&[&ours, by_between, &other.certificate]),
+            "was signed by `C=DE, CN=root`, and is followed by `C=DE, CN=other`",
+        ),
+        (
+            "of another key",
+            chain_pem(&[&ours, by_between, &same_name.certificate]),
+            "the signature of `C=DE, CN=between` is not that of",
+        ),
+        (
+            "with a level too many",
+            chain_pem(&[&deep.sign(csr, |_| {}), &deep.certificate, &wide.certificate]),
+            "`C=DE, CN=root` allows 2 signing certificates below it, and 3 are there",
+        ),
+        ("deep", chain_pem(&[&ours, by_between, by_root, by_root, by_root]), "the chain has 5 certificates"),
+    ]);
+    for (what, chain, expected) in cases {
+        let refused = accept(&plane, chain).await.expect_err(what);
+        assert!(refused.status == 422 && refused.title.contains(expected), "{what}: {refused:?}");
+        assert!(refused.help.is_some(), "{what}");
+    }
+    let mut unchanged: AuthorityView = plane.get("/v1/authority").await;
+    assert!(unchanged.requested_at_ms.take().is_some());
+    assert_eq!(
+        AuthorityView { bundle_sequence: 0, ..unchanged },
+        AuthorityView { bundle_sequence: 0, ..before },
+        "nothing of it was kept"
+    );
+    let dns = constrained(GeneralSubtree::DnsName("shop.example".into()));
+    let held_to_names_that_nobody_has = chain_pem(&[&dns.sign(csr, |_| {}), &dns.certificate]);
+    accept(&plane, held_to_names_that_nobody_has).await.unwrap();
+    assert_eq!(accept(&plane, chain_pem(&[&direct, by_root])).await.unwrap_err().status, 409, "it was answered");
+}
+
+#[tokio::test]
+async fn an_authority_above_takes_over_renews_and_is_left_again_and_nobody_is_cut() {
+    let mut plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let token = plane.invite(None).await.token;
+    let (mut here, away) = (plane.agent("h1").await, plane.agent("h2").await);
+    let own = Bundle::clone(&here.identity.bundle());
+    let root = Above::root("root", |params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(3)));
+    let between = root.below("between", |params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(2)));
+    let chain = |csr: &str| {
+        // Many authorities leave out what they are asked to call it.
+        let ours = between.sign(csr, |params| params.subject_alt_names.clear());
+        chain_pem(&[&ours, &between.certificate, &root.certificate])
+    };
+    let answer = chain(&request(&plane, false).await.csr_pem);
+    plane = plane.restart().await.unwrap();
+    here = plane.agent("h1").await;
+    let mut stream = here.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let accepted = accept(&plane, answer).await.unwrap();
+    assert_eq!((accepted.number, accepted.renewed), (2, false));
+    assert_eq!(states(&plane).await[&2], AuthorityState::Prepared);
+    let waits = step_as(&plane, AuthorityStep::Prepare, false).await.unwrap_err();
+    assert_eq!(waits.title, "root 2 is prepared already");
+
+    let both = bundle_told(&mut stream).await;
+    let lacks = step_as(&plane, AuthorityStep::Activate(2), false).await.unwrap_err();
+    assert_eq!(lacks.title, "1 hosts do not hold root 2 yet: h1");
+    here.identity.trust(both.clone());
+    asks(&mut here).await.unwrap();
+    step(&plane, AuthorityStep::Next).await;
+    let above = Bundle::new(trust_domain(), 9, vec![root.certificate.clone()]).unwrap();
+    let svid = here.issue("web/1").await.unwrap().chain_der;
+    assert!(verifies(&svid, &above) && verifies(&svid, &own), "whoever holds one of the roots verifies it");
+    connects(&plane, &away).await.expect("it was away for both steps");
+    plane.join_seeing(&token, "h3", &own).await.expect("a token of before");
+    plane.join_seeing(&plane.invite(None).await.token, "h4", &above).await.expect("a token of now");
+    let next = step_as(&plane, AuthorityStep::Next, false).await.unwrap_err();
+    assert!(next.title.contains("of an authority above") && next.help.is_some());
+
+    // The same root again: what it signed before is replaced at once, and both verify.
+    let answer = chain(&request(&plane, false).await.csr_pem);
+    let renewed = accept(&plane, answer).await.unwrap();
+    assert_eq!((renewed.number, renewed.renewed), (2, true));
+    let after = here.issue("web/2").await.unwrap().chain_der;
+    assert!(after[1..] != svid[1..] && verifies(&after, &above) && verifies(&svid, &above) && verifies(&after, &own));
+    plane = plane.restart().await.unwrap();
+    let view: AuthorityView = plane.get("/v1/authority").await;
+    assert_eq!((view.roots[1].above.len(), view.requested_at_ms), (2, None));
+
+    // Another authority above, in its place: both ways up fit into one chain.
+    step(&plane, AuthorityStep::Taint(1)).await;
+    step_as(&plane, AuthorityStep::Revoke(1), true).await.unwrap();
+    let asked = request(&plane, false).await.csr_pem;
+    let known = accept(&plane, chain_pem(&[&root.sign(&asked, |_| {}), &root.certificate])).await.unwrap();
+    assert!(known.renewed, "it may sign directly as well");
+    let asked = request(&plane, false).await.csr_pem;
+    let second = Above::root("second", |_| {});
+    let b = second.below("b", |_| {});
+    let c = b.below("c", |_| {});
+    let answer = chain_pem(&[&c.sign(&asked, |_| {}), &c.certificate, &b.certificate, &second.certificate]);
+    let accepted = accept(&plane, answer).await.unwrap();
+    assert_eq!((accepted.number, accepted.renewed), (3, false));
+    let mut here = plane.agent("h1").await;
+    step(&plane, AuthorityStep::Activate(3)).await;
+    let newest = Bundle::new(trust_domain(), 9, vec![second.certificate.clone()]).unwrap();
+    let svid = here.issue("web/3").await.unwrap().chain_der;
+    assert!(verifies(&svid, &newest) && verifies(&svid, &above), "{}", svid.len());
+    plane.join_seeing(&plane.invite(None).await.token, "h5", &above).await.expect("control shows both");
+
+    // Back to a root of the mesh's own, which the authority above leads to.
+    step(&plane, AuthorityStep::Taint(2)).await;
+    step_as(&plane, AuthorityStep::Revoke(2), true).await.unwrap();
+    step(&plane, AuthorityStep::Prepare).await;
+    step(&plane, AuthorityStep::Activate(4)).await;
+    let mut here = plane.agent("h1").await;
+    let svid = here.issue("web/4").await.unwrap().chain_der;
+    assert!(verifies(&svid, &newest) && verifies(&svid, &plane.bundle().await));
 }

@@ -1,13 +1,16 @@
 //! `authority show`: the roots that verify every identity of the mesh, what signs them now, and the key of its ledger.
 //! `authority rotate` and its steps: another root. `authority reseal`: another key that seals them.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::Subcommand;
 
 use countersign_api::local::{
-    AuthorityState, AuthorityStep, AuthorityView, CertificateView, KeyPlace, KeyReplaced, ReplaceKeyAs, Reseal,
-    RootView, SealedAnew, SigningKeys, StepAs, Stepped,
+    AcceptAbove, AcceptedAbove, AskAbove, AskedAbove, AuthorityState, AuthorityStep, AuthorityView, CertificateView,
+    KeyPlace, KeyReplaced, ReplaceKeyAs, Reseal, RootView, SealedAnew, SigningKeys, StepAs, Stepped,
 };
 
 use crate::{
@@ -84,6 +87,29 @@ pub enum AuthorityVerb {
         #[command(flatten)]
         asker: Asker,
     },
+    /// Ask an authority above to sign a key of this mesh: prints the request (PKCS #10, PEM)
+    ///
+    /// The key is made here and stays sealed. Have the request signed as CA:TRUE with pathlen:1 by a root whose key is offline, or by
+    /// your own certificate authority, and hand the answer in with `authority accept`. Shown again until it is answered.
+    Request {
+        /// Make another key, and forget the one that waits for an answer
+        #[arg(long)]
+        fresh: bool,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
+    /// Take up what an authority above signed: prepares its root, or replaces what it signed before
+    ///
+    /// Refused while anything about it would not be verified by everybody; nothing is cut by it.
+    Accept {
+        /// The certificates, PEM: the signed one first, then each that signed the one before; the root is the last
+        #[arg(long, value_name = "FILE")]
+        chain: PathBuf,
+        /// Who asks.
+        #[command(flatten)]
+        asker: Asker,
+    },
     /// Seal every key with another key-encryption key from now on; the old one opens nothing any more
     ///
     /// It is a change: the gate judges it, and the ledger names the new key by a fingerprint. Where a factor or somebody's
@@ -120,6 +146,8 @@ pub async fn authority(place: &Place, verb: AuthorityVerb, output: Output) -> Do
         AuthorityVerb::Revoke { root, force, asker } => {
             step(place, AuthorityStep::Revoke(root), force, &asker, output).await
         }
+        AuthorityVerb::Request { fresh, asker } => request(place, fresh, &asker, output).await,
+        AuthorityVerb::Accept { chain, asker } => accept(place, &chain, &asker, output).await,
         AuthorityVerb::Reseal { next, who } => reseal(place, next.place()?, &who, output).await,
     }
 }
@@ -128,7 +156,7 @@ async fn show(place: &Place, output: Output) -> Done {
     let authority: AuthorityView = Client::control(place).get("/v1/authority").await?;
     render::answer(output, &authority, |authority, paint| {
         format!(
-            "{} {}\n{} {}s\n{} {}\n{} {}\n{} {}\n\n{}\n{}",
+            "{} {}\n{} {}s\n{} {}\n{} {}\n{} {}\n{}\n{}\n{}",
             paint.dim("trust domain   "),
             paint.strong(authority.trust_domain.as_str()),
             paint.dim("SVID lifetime  "),
@@ -139,6 +167,10 @@ async fn show(place: &Place, output: Output) -> Done {
             authority.bundle_sequence,
             paint.dim("log key        "),
             authority.log_key,
+            authority.requested_at_ms.map_or_else(String::new, |requested_at_ms| {
+                let since = render::distance(requested_at_ms, render::now_ms());
+                format!("{} {since}, and not answered: `countersign authority accept`\n", paint.dim("asked above    "))
+            }),
             table(&authority.roots, paint),
             authority.bundle_pem,
         )
@@ -158,7 +190,8 @@ fn table(roots: &[RootView], paint: Paint) -> String {
     };
     let rows = roots.iter().flat_map(|one| {
         let state = format!("{} {}", one.state, render::distance(one.since_ms, now_ms));
-        [row(one.number.to_string(), state, &one.root), row(String::new(), String::new(), &one.issuing)]
+        let below = one.above.iter().rev().chain([&one.issuing]).map(|one| row(String::new(), String::new(), one));
+        std::iter::once(row(one.number.to_string(), state, &one.root)).chain(below).collect::<Vec<_>>()
     });
     render::table(&["ROOT", "STATE", "SUBJECT", "EXPIRES", "SHA-256"], rows, paint)
 }
@@ -225,6 +258,43 @@ async fn replace(place: &Place, keys: SigningKeys, compromised: bool, asker: &As
         Some(signal) => signal::say(&signal::wait(&control, signal, ENFORCED_WITHIN).await?, output),
         None => Ok(()),
     }
+}
+
+async fn request(place: &Place, fresh: bool, asker: &Asker, output: Output) -> Done {
+    let asked = AskAbove { fresh, shown: asker.shown() };
+    let asked: AskedAbove = Client::control(place).post("/v1/authority/request", &asked).await?;
+    if !asked.is_new {
+        eprintln!("note: this one was made before and waits for its answer; `--fresh` makes another key");
+    }
+    render::answer(output, &asked, |asked, _| asked.csr_pem.clone())
+}
+
+async fn accept(place: &Place, chain: &Path, asker: &Asker, output: Output) -> Done {
+    let unreadable =
+        |error: std::io::Error| Failure::new(format!("could not read `{}`", chain.display())).because(&error);
+    let chain_pem = std::fs::read_to_string(chain).map_err(unreadable)?;
+    if chain_pem.contains("PRIVATE KEY-----") {
+        let title = format!("`{}` holds a private key, and none of it was sent", chain.display());
+        return Err(
+            Failure::new(title).help("give the certificates alone; the key of an authority above stays with it")
+        );
+    }
+    let asked = AcceptAbove { chain_pem, shown: asker.shown() };
+    let accepted: AcceptedAbove = Client::control(place).post("/v1/authority/accept", &asked).await?;
+    render::answer(output, &accepted, |accepted, paint| {
+        let AcceptedAbove { number, renewed, roots } = accepted;
+        let (done, next) = match renewed {
+            true => (format!("{} what signs below root {number}", paint.good("replaced:")), String::new()),
+            false => (
+                format!("{} root {number}", paint.good("prepared:")),
+                format!(
+                    "{} once every host holds it, in a moment: `countersign authority activate {number}`\n",
+                    paint.note("next:")
+                ),
+            ),
+        };
+        format!("{done}\n{next}\n{}", table(roots, paint))
+    })
 }
 
 async fn reseal(place: &Place, next: KeyPlace, who: &Who, output: Output) -> Done {

@@ -21,7 +21,7 @@ use zeroize::{Zeroize, Zeroizing};
 use countersign_api::local::AuthorityState;
 use countersign_core::{canonical::Digest, identity::TrustDomain};
 
-use super::{AuthorityError, seal::Sealer};
+use super::{AuthorityError, seal::Sealer, upstream::UpstreamRefused};
 use crate::store::StoreError;
 
 /// Where the record lies sealed.
@@ -37,6 +37,18 @@ pub(super) struct Generations {
     all: Vec<Generation>,
     /// What the next one is called.
     next: u32,
+    /// What an authority above was asked for and has not answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requested: Option<Requested>,
+}
+
+/// A request that an authority above sign a key of ours. The key lies apart.
+#[derive(Serialize, Deserialize, Clone)]
+pub(super) struct Requested {
+    /// PKCS #10, PEM.
+    pub csr_pem: String,
+    /// When it was made, in milliseconds since 1970.
+    pub since_ms: u64,
 }
 
 /// A root and the intermediate that signs below it.
@@ -48,6 +60,9 @@ pub(super) struct Generation {
     /// When it came into this state, in milliseconds since 1970.
     pub since_ms: u64,
     pub root: Der,
+    /// Where the root is not ours: the certificate of our key that signs intermediates, and what leads from it to the root.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub above: Vec<Der>,
     pub issuing: Der,
     pub issuing_key: Secret,
     /// The key of `issuing`, certified by the root before: how those verify it who hold only that one.
@@ -57,6 +72,7 @@ pub(super) struct Generation {
 /// What is prepared.
 pub(super) struct Made {
     pub root: Der,
+    pub above: Vec<Der>,
     pub issuing: Der,
     pub issuing_key: Secret,
 }
@@ -127,7 +143,7 @@ impl Generations {
     /// Of a mesh that begins.
     pub fn first(trust_domain: TrustDomain, made: Made, now_ms: u64) -> Self {
         let first = Generation::of(1, made, AuthorityState::Active, now_ms);
-        Self { version: 1, trust_domain, all: vec![first], next: 2 }
+        Self { version: 1, trust_domain, all: vec![first], next: 2, requested: None }
     }
 
     /// All of them, in the order in which they were prepared.
@@ -240,6 +256,36 @@ impl Generations {
         after
     }
 
+    /// An authority above is asked to sign a key.
+    pub fn request(&self, csr_pem: String, since_ms: u64) -> Self {
+        Self { requested: Some(Requested { csr_pem, since_ms }), ..self.stepped() }
+    }
+
+    /// What it answered: another root, prepared; or, of the root that signs, another certificate of ours below it, in use at once.
+    pub fn accepted(&self, made: Made, cross: Option<Der>, now_ms: u64) -> Result<(u32, Self), AuthorityError> {
+        let (number, mut after) = match self.answers(&made.root)? {
+            None => (self.next, self.prepare(made, now_ms)?),
+            Some(active) => {
+                let mut after = self.renewed(made.issuing, made.issuing_key, cross);
+                for one in after.all.iter_mut().filter(|one| one.number == active) {
+                    one.above.clone_from(&made.above);
+                }
+                (active, after)
+            }
+        };
+        after.requested = None;
+        Ok((number, after))
+    }
+
+    /// Which root an answer renews that ends at `root`; `None` when it prepares another.
+    pub fn answers(&self, root: &Der) -> Result<Option<u32>, AuthorityError> {
+        match self.all.iter().find(|one| one.root == *root) {
+            Some(one) if one.state == AuthorityState::Active && !one.above.is_empty() => Ok(Some(one.number)),
+            Some(one) => Err(UpstreamRefused::KnownRoot(one.number).into()),
+            None => self.may_prepare().map(|()| None).map_err(Into::into),
+        }
+    }
+
     fn stepped(&self) -> Self {
         Self { version: self.version + 1, ..self.clone() }
     }
@@ -249,6 +295,15 @@ impl Generations {
         let active = self.active();
         let others = self.all.iter().filter(|one| one.number != active.number);
         std::iter::once(active).chain(others).map(|one| one.root.0.clone()).collect()
+    }
+
+    /// What is shown between a leaf and a root: the way to the one that signs, and the way to the one that signed before.
+    pub fn shown(&self) -> Vec<CertificateDer<'static>> {
+        let active = self.active();
+        let led = active.cross.as_ref().zip(self.old());
+        let to_active = std::iter::once(&active.issuing).chain(&active.above);
+        let to_old = led.into_iter().flat_map(|(cross, old)| std::iter::once(cross).chain(&old.above));
+        to_active.chain(to_old).map(|der| der.0.clone()).collect()
     }
 
     /// Those that nothing new is to rest on.
@@ -275,8 +330,8 @@ impl Generations {
 
 impl Generation {
     fn of(number: u32, made: Made, state: AuthorityState, since_ms: u64) -> Self {
-        let Made { root, issuing, issuing_key } = made;
-        Self { number, state, since_ms, root, issuing, issuing_key, cross: None }
+        let Made { root, above, issuing, issuing_key } = made;
+        Self { number, state, since_ms, root, above, issuing, issuing_key, cross: None }
     }
 
     fn step(&mut self, state: AuthorityState, now_ms: u64) {
@@ -300,14 +355,19 @@ impl Generation {
         Digest::of(&self.root.0)
     }
 
-    /// Where its root's key lies sealed.
+    /// Where the key lies sealed that signs its intermediates.
     pub fn root_key(&self) -> String {
         root_key(self.number)
     }
 
-    /// What is shown between a leaf and the root.
-    pub fn intermediates(&self) -> impl Iterator<Item = CertificateDer<'static>> {
-        [Some(&self.issuing), self.cross.as_ref()].into_iter().flatten().map(|der| der.0.clone())
+    /// The certificate of that key: the root's, or ours as an authority above signed it.
+    pub fn signer(&self) -> &CertificateDer<'static> {
+        &self.above.first().unwrap_or(&self.root).0
+    }
+
+    /// From the signer to the root.
+    pub fn way_up(&self) -> Vec<CertificateDer<'static>> {
+        self.above.iter().chain([&self.root]).map(|der| der.0.clone()).collect()
     }
 }
 
@@ -366,7 +426,7 @@ mod tests {
     fn made(name: &str) -> Made {
         let der = |part: &str| Der(CertificateDer::from(format!("{name} {part}").into_bytes()));
         let issuing_key = Secret(Zeroizing::new(Vec::new()));
-        Made { root: der("root"), issuing: der("issuing"), issuing_key }
+        Made { root: der("root"), above: Vec::new(), issuing: der("issuing"), issuing_key }
     }
 
     fn shown(record: &Generations) -> String {

@@ -75,6 +75,8 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::GET, "/v1/authority", Rule::Reads),
     (Method::POST, "/v1/authority/steps", Rule::Names(&["shown", "operator"])),
     (Method::POST, "/v1/authority/keys", Rule::Names(&["shown", "operator"])),
+    (Method::POST, "/v1/authority/request", Rule::Names(&["shown", "operator"])),
+    (Method::POST, "/v1/authority/accept", Rule::Names(&["shown", "operator"])),
     (Method::POST, "/v1/authority/reseal", Rule::Refused(HERE)),
     (Method::GET, "/v1/identities", Rule::Reads),
     (Method::POST, "/v1/identities/revoke", Rule::Names(&["shown", "operator"])),
