@@ -14,6 +14,7 @@
 //! | `GET /v1/decisions/tail?…` | query string of [`RecordFilter`] | newline-delimited [`TailEvent`]s, until the client leaves |
 //! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
 //! | `GET /v1/services/{service}/checklist` | | `[`[`Checked`]`]`: what has to be there before it is let in |
+//! | `GET /v1/edges` | | list of [`EdgeView`] |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `POST /v1/authority/steps` | [`StepAs`] | [`Stepped`] |
 //! | `POST /v1/authority/keys` | [`ReplaceKeyAs`] | [`KeyReplaced`] |
@@ -67,7 +68,7 @@ use serde::{Deserialize, Serialize};
 use countersign_core::{
     assurance::challenge::Purpose,
     canonical::Digest,
-    change::{Bodies, ChangeSet, Revision},
+    change::{Bodies, ChangeSet, Edge, Revision},
     countersignature::{Bytes, Countersignature},
     gate::{Author, Requires, act::Act},
     identity::{FactorId, InstanceId, OperatorName, ServiceName, SpiffeId, TrustDomain},
@@ -825,6 +826,46 @@ pub struct Caller {
     pub revision: Revision,
     /// When they were last reported, in milliseconds since 1970.
     pub seen_at_ms: u64,
+}
+
+/// An edge to a service, as it was used or asked for, or as an operator approved it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EdgeView {
+    /// The service that is called.
+    pub service: ServiceName,
+    /// Who calls, in which way.
+    #[serde(flatten)]
+    pub edge: Edge,
+    /// Whether it is let through.
+    pub standing: EdgeStanding,
+    /// When it was reported first, in milliseconds since 1970; absent when it never was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_ms: Option<u64>,
+    /// When it was reported last: used for the first time at a sidecar, or held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_ms: Option<u64>,
+}
+
+/// Whether an edge is let through, as far as policies permit it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EdgeStanding {
+    /// Its service holds what is not approved, and it is not.
+    Held,
+    /// Its service lets every edge through.
+    Open,
+    /// An operator approved it.
+    Approved,
+}
+
+impl fmt::Display for EdgeStanding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Held => "held",
+            Self::Open => "open",
+            Self::Approved => "approved",
+        })
+    }
 }
 
 /// The keys of the trust domain.

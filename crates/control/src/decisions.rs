@@ -18,6 +18,7 @@ use countersign_core::{
 use crate::{
     clock::Clock,
     denials::Denials,
+    edges,
     local_api::{problem, store_problem},
     metrics::Metrics,
     publish::Publisher,
@@ -185,6 +186,7 @@ async fn write_down(
     metrics: Arc<Metrics>,
     clock: Clock,
 ) {
+    let mut seen = edges::Seen::default();
     while let Some((mut records, mut edges)) = waiting.recv().await {
         // What queued up meanwhile is written in one commit.
         while let Ok((more_records, more_edges)) = waiting.try_recv() {
@@ -192,6 +194,9 @@ async fn write_down(
             edges.extend(more_edges);
         }
         let (count, now_ms) = (records.len() as u64, clock.now_ms());
+        if let Err(error) = seen.note(&storage, &records, now_ms).await {
+            tracing::warn!(%error, "the edges that were used or held could not be kept");
+        }
         let written = storage.run("put_report", move |store| store.put_report(&records, &edges, now_ms)).await;
         if let Err(error) = written {
             metrics.shed.inc_by(count);

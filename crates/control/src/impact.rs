@@ -78,6 +78,8 @@ pub fn concerns(change_set: &ChangeSet) -> bool {
                 | Change::ApproveService { .. }
                 | Change::SuspendService { .. }
                 | Change::ResumeService { .. }
+                | Change::ApproveEdge { .. }
+                | Change::RevokeEdge { .. }
                 | Change::SetRole { .. }
                 | Change::RemoveRole { .. }
                 | Change::SetPolicy { .. }

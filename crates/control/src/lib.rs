@@ -30,6 +30,7 @@
 //! | `replicas` | takes up what other control planes of one store wrote | writes to the ledger |
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
 //! | [`denials`] | notices who is denied in many ways | denies anything |
+//! | [`edges`] | who came to which service, in which way | decides about one |
 //! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
 //! | [`site`] | pages and JSON for browsers, the local API for commands on other machines | enforces a rule in a browser |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
@@ -77,6 +78,7 @@ pub mod checkpoint;
 pub mod clock;
 pub mod decisions;
 pub mod denials;
+mod edges;
 pub mod enrol;
 pub mod gate;
 pub mod identities;

@@ -21,12 +21,12 @@ use tokio::{
 use countersign_api::local::{
     AcceptAbove, AcceptedAbove, AnsweredProposal, Applied, ApplyAs, AskAbove, AskedAbove, AuthorityView, Caller,
     Ceremony, ChangeDetail, ChangeSummary, Checked, CheckpointView, ClearSignalsAs, Confirm, ContractView,
-    DecisionDetail, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal, IdentityFilter,
-    IdentityView, InspectToken, InstanceView, Invitation, InviteAs, KeyReplaced, LedgerLine, Mesh, OPERATOR_HEADER,
-    Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER, RecordFilter, ReplaceKeyAs,
-    Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew, SendSignalAs, ServiceView,
-    SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited, Status, StepAs, Stepped,
-    TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
+    DecisionDetail, EdgeView, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal,
+    IdentityFilter, IdentityView, InspectToken, InstanceView, Invitation, InviteAs, KeyReplaced, LedgerLine, Mesh,
+    OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
+    RecordFilter, ReplaceKeyAs, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew,
+    SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited,
+    Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -43,7 +43,7 @@ use crate::{
     acts::{self, By},
     audit,
     authority::log_key::SignError,
-    ceremony, decisions, enrol, gate, identities,
+    ceremony, decisions, edges, enrol, gate, identities,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused, EnrolsFrom},
     onboarding,
@@ -132,6 +132,7 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/services/{service}/callers", get(callers))
         .route("/v1/services/{service}/checklist", get(checklist))
+        .route("/v1/edges", get(list_edges))
         .route("/v1/authority", get(authority))
         .route("/v1/authority/steps", post(step_authority))
         .route("/v1/authority/keys", post(replace_key))
@@ -555,6 +556,10 @@ async fn callers(State(plane): State<Arc<Plane>>, UrlPath(given): UrlPath<String
     let service = ServiceName::parse(&given).map_err(|e| problem(400, e.to_string(), None, Some(help)))?;
     let callers = plane.storage.run("callers", move |store| store.callers(&service, CALLERS_MAX)).await;
     Ok(Json(callers.map_err(stored)?))
+}
+
+async fn list_edges(State(plane): State<Arc<Plane>>) -> Answered<Vec<EdgeView>> {
+    Ok(Json(edges::list(&plane).await.map_err(stored)?))
 }
 
 async fn authority(State(plane): State<Arc<Plane>>) -> Answered<AuthorityView> {

@@ -582,7 +582,9 @@ fn about(change_set: &[u8], before: &Head, after: &Head) -> Vec<ServiceName> {
             | Change::QuarantineService { name }
             | Change::ApproveService { name }
             | Change::SuspendService { name, .. }
-            | Change::ResumeService { name } => vec![name.clone()],
+            | Change::ResumeService { name }
+            | Change::ApproveEdge { service: name, .. }
+            | Change::RevokeEdge { service: name, .. } => vec![name.clone()],
             _ => Vec::new(),
         })
         .collect()

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use countersign_api::{
-    local::{Caller, DecisionDetail, Invitation, Invite, RecordFilter, TailEvent, Waited},
+    local::{Caller, DecisionDetail, EdgeView, Invitation, Invite, RecordFilter, TailEvent, Waited},
     mesh::{self, follow_event::Event, follow_request::Message as Said},
     svid::{PeerSide, verify_peer},
 };
@@ -16,6 +16,7 @@ use countersign_core::{
     jwt_svid,
     ledger::{Batch, Follower, Snapshot},
     record::DecisionRecord,
+    service::{FirstContact, Protocol, ServiceSpec},
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 use support::{Plane, csr, declare, identity, name, permit, trust_domain};
@@ -367,6 +368,60 @@ async fn denials_are_kept_hosts_are_asked_for_the_rest_and_a_report_that_cannot_
     ] {
         assert!(page.contains(expected), "{expected} is not in\n{page}");
     }
+}
+
+#[tokio::test]
+async fn an_edge_that_is_held_is_listed_until_it_is_approved_and_one_of_another_mesh_under_its_own_name() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let mut spec = ServiceSpec::new(Protocol::Http);
+    let mut agent = plane.agent("h1").await;
+    let mut stream = agent.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    let reported = |at_ms: u64, principal: &str, path: &str, reason: &str, first: bool| -> Bytes {
+        let (_, record) = record("0a", if reason == "permitted" { "permit" } else { "deny" });
+        let mut json = serde_json::to_value(&record).unwrap();
+        (json["at_ms"], json["reason"]) = (at_ms.into(), reason.into());
+        (json["inputs"]["principal"], json["inputs"]["path"]) = (principal.into(), path.into());
+        json["inputs"]["first_contact"] = first.into();
+        json.to_string().into()
+    };
+    let web = "spiffe://shop.example/web";
+    let records_json = vec![
+        reported(5, web, "/items/4", "permitted", true),
+        reported(6, web, "/items/5", "edge_held", true),
+        reported(6, web, "/known", "permitted", false),
+        reported(7, web, "/denied", "no_policy_permits", true),
+        reported(8, "spiffe://other.example/web", "/items", "edge_held", false),
+        reported(9, "spiffe://shop.example/gone", "/items", "edge_held", false),
+    ];
+    stream.say(Said::Report(mesh::Report { records_json, ..Default::default() })).await;
+    let listed = async || -> Vec<String> {
+        let edges: Vec<EdgeView> = plane.get("/v1/edges").await;
+        let first = |view: &EdgeView| view.first_ms.map_or("-".to_owned(), |first_ms| first_ms.to_string());
+        edges
+            .iter()
+            .map(|view| format!("{} to {}: {} {}", view.edge, view.service, view.standing, first(view)))
+            .collect()
+    };
+    let begun = std::time::Instant::now();
+    while listed().await.len() < 2 {
+        assert!(begun.elapsed() < support::WITHIN, "{:?}", listed().await);
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let foreign = "spiffe://other.example/web GET /items to catalog";
+    assert_eq!(listed().await, ["web GET /items/* to catalog: open 5".to_owned(), format!("{foreign}: open 8")]);
+    spec.first_contact = FirstContact::Hold;
+    plane.apply(1, vec![Change::DeclareService { name: support::name("catalog"), spec }]).await.unwrap();
+    assert_eq!(listed().await, ["web GET /items/* to catalog: held 5".to_owned(), format!("{foreign}: held 8")]);
+    let edges: Vec<EdgeView> = plane.get("/v1/edges").await;
+    let approve = |view: &EdgeView| Change::ApproveEdge { service: view.service.clone(), edge: view.edge.clone() };
+    plane.apply(2, vec![approve(&edges[0])]).await.unwrap();
+    assert_eq!(listed().await, ["web GET /items/* to catalog: approved 5".to_owned(), format!("{foreign}: held 8")]);
+    let again = plane.apply(3, vec![approve(&edges[0])]).await.unwrap_err();
+    assert!(again.detail.unwrap_or(again.title).contains("it is approved already"));
+    let plane = plane.restart().await.unwrap();
+    assert_eq!(plane.get::<Vec<EdgeView>>("/v1/edges").await.len(), 2, "they are kept");
 }
 
 #[tokio::test]

@@ -179,6 +179,7 @@ fn view(total: usize, policy: &dyn Fn(usize) -> String) -> View {
         services: BTreeMap::new(),
         routes: BTreeMap::new(),
         barred: [].into(),
+        edges: [].into(),
     }
 }
 

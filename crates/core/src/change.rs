@@ -79,6 +79,22 @@ pub enum Change {
         /// Its name.
         name: ServiceName,
     },
+    /// Opens an edge to a service that holds what is not approved (`first_contact = "hold"`); to another it does nothing yet.
+    ApproveEdge {
+        /// The service that is called.
+        service: ServiceName,
+        /// Who calls, in which way.
+        #[serde(flatten)]
+        edge: Edge,
+    },
+    /// Takes an approval back: the edge is held again.
+    RevokeEdge {
+        /// The service that is called.
+        service: ServiceName,
+        /// Who calls, in which way.
+        #[serde(flatten)]
+        edge: Edge,
+    },
     /// Adds a role, or replaces its members.
     SetRole {
         /// Its name.
@@ -279,6 +295,16 @@ pub enum Member {
     Workload(SpiffeId),
 }
 
+/// Who comes to a service, in which way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Edge {
+    /// Who calls.
+    pub caller: Member,
+    /// An operation of the service's contract; without one its method and the class of its path, `GET /items/*`. Absent: any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<Arc<str>>,
+}
+
 /// What one `apply` asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -304,6 +330,8 @@ impl Change {
         "approve_service",
         "suspend_service",
         "resume_service",
+        "approve_edge",
+        "revoke_edge",
         "set_role",
         "remove_role",
         "set_policy",
@@ -346,6 +374,8 @@ impl Change {
             Self::ApproveService { .. } => "approve_service",
             Self::SuspendService { .. } => "suspend_service",
             Self::ResumeService { .. } => "resume_service",
+            Self::ApproveEdge { .. } => "approve_edge",
+            Self::RevokeEdge { .. } => "revoke_edge",
             Self::SetRole { .. } => "set_role",
             Self::RemoveRole { .. } => "remove_role",
             Self::SetPolicy { .. } => "set_policy",
@@ -389,6 +419,9 @@ impl Change {
             | Self::ApproveService { name }
             | Self::SuspendService { name, .. }
             | Self::ResumeService { name } => format!("service {name}"),
+            Self::ApproveEdge { service, edge } | Self::RevokeEdge { service, edge } => {
+                format!("edge {edge} to {service}")
+            }
             Self::SetRole { name, .. } | Self::RemoveRole { name } => format!("role {name}"),
             Self::SetPolicy { id, .. } | Self::RemovePolicy { id } => format!("policy {id}"),
             Self::SetRoute { name, .. } | Self::RemoveRoute { name } => format!("route {name}"),
@@ -512,6 +545,15 @@ impl fmt::Display for Member {
         match self {
             Self::Service(name) => name.fmt(f),
             Self::Workload(id) => id.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Edge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.operation {
+            Some(operation) => write!(f, "{} {operation}", self.caller),
+            None => self.caller.fmt(f),
         }
     }
 }

@@ -135,6 +135,8 @@ pub enum Part {
     Deployment(ServiceName),
     /// Whether one service is part of the mesh.
     Standing(ServiceName),
+    /// The approved edges to one service.
+    Edges(ServiceName),
     /// The key that seals the control plane's own keys.
     SealingKey,
 }
@@ -280,6 +282,12 @@ pub fn touches(change_set: &ChangeSet) -> BTreeSet<Part> {
             | Change::ResumeService { name } => {
                 touched.insert(Part::Service(name.clone()));
             }
+            Change::ApproveEdge { service, edge } | Change::RevokeEdge { service, edge } => {
+                touched.insert(Part::Service(service.clone()));
+                if let Member::Service(caller) = &edge.caller {
+                    touched.insert(Part::Service(caller.clone()));
+                }
+            }
             Change::CreateMesh { .. }
             | Change::RemoveService { .. }
             | Change::RemoveRole { .. }
@@ -321,13 +329,18 @@ pub fn writes(change_set: &ChangeSet) -> BTreeSet<Part> {
             Change::CreateMesh { .. } => Part::Mesh,
             Change::DeclareService { name, .. } => Part::Service(name.clone()),
             Change::RemoveService { name } => {
-                written.extend([Part::Deployment(name.clone()), Part::Standing(name.clone())]);
+                written.extend([
+                    Part::Deployment(name.clone()),
+                    Part::Standing(name.clone()),
+                    Part::Edges(name.clone()),
+                ]);
                 Part::Service(name.clone())
             }
             Change::QuarantineService { name }
             | Change::ApproveService { name }
             | Change::SuspendService { name, .. }
             | Change::ResumeService { name } => Part::Standing(name.clone()),
+            Change::ApproveEdge { service, .. } | Change::RevokeEdge { service, .. } => Part::Edges(service.clone()),
             Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => Part::Policy(id.clone()),
             Change::SetRoute { name, .. } | Change::RemoveRoute { name } => Part::Route(name.clone()),
             Change::Deploy { service, .. } => Part::Deployment(service.clone()),

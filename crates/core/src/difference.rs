@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     assurance::authenticators::Authenticators,
     canonical::Digest,
-    change::{Bodies, Change},
+    change::{Bodies, Change, Edge},
     contract::Contract,
     lifetimes::Lifetimes,
     operator::{EnrolledFactor, Operator},
@@ -72,6 +72,9 @@ fn text_before(change: &Change, state: &MeshState, bodies: &Bodies) -> Option<St
         | Change::ApproveService { name }
         | Change::SuspendService { name, .. }
         | Change::ResumeService { name } => state.services.contains_key(name).then(|| standing(state.barred.get(name))),
+        Change::ApproveEdge { service, edge } | Change::RevokeEdge { service, edge } => {
+            Some(approved(edge, state.edges.get(service).is_some_and(|edges| edges.contains(edge))))
+        }
         Change::SetIssuer { name, .. } | Change::RemoveIssuer { name } => state.issuers.get(name).map(toml),
         Change::SetPipeline { name, .. } | Change::RemovePipeline { name } => state.pipelines.get(name).map(toml),
         Change::SetSignIn { name, .. } | Change::RemoveSignIn { name } => state.sign_ins.get(name).map(toml),
@@ -107,6 +110,8 @@ fn text_after(change: &Change, brought: &Bodies, known: Option<&Bodies>) -> Opti
         Change::QuarantineService { .. } => Some(standing(Some(&Barred::Quarantined))),
         Change::SuspendService { reason, .. } => Some(standing(Some(&Barred::Suspended { reason: reason.clone() }))),
         Change::ApproveService { .. } | Change::ResumeService { .. } => Some(standing(None)),
+        Change::ApproveEdge { edge, .. } => Some(approved(edge, true)),
+        Change::RevokeEdge { edge, .. } => Some(approved(edge, false)),
         Change::SetIssuer { issuer, .. } => Some(toml(issuer)),
         Change::SetPipeline { pipeline, .. } => Some(toml(pipeline)),
         Change::SetSignIn { sign_in, .. } => Some(toml(sign_in)),
@@ -137,6 +142,13 @@ fn standing(barred: Option<&Barred>) -> String {
             format!("suspended: found by nobody, and reaches nobody\nreason = {reason:?}\n")
         }
     }
+}
+
+/// Whether an edge is open where new ones are held.
+fn approved(edge: &Edge, is_approved: bool) -> String {
+    let held = if is_approved { "approved" } else { "held, unless approved by another entry" };
+    let operation = edge.operation.as_deref().map_or_else(|| "in every way".to_owned(), |name| format!("by {name:?}"));
+    format!("{} {operation}: {held}\n", edge.caller)
 }
 
 /// What a service declares, with the operations of its contract: what is hashed is their list.

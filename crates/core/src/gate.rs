@@ -474,7 +474,9 @@ fn service_of(change: &Change) -> Option<&ServiceName> {
         | Change::QuarantineService { name }
         | Change::ApproveService { name }
         | Change::SuspendService { name, .. }
-        | Change::ResumeService { name } => Some(name),
+        | Change::ResumeService { name }
+        | Change::ApproveEdge { service: name, .. }
+        | Change::RevokeEdge { service: name, .. } => Some(name),
         _ => None,
     }
 }
@@ -553,7 +555,9 @@ fn resource_of(change: &Change, state: &MeshState) -> EntityUid {
         | Change::QuarantineService { name }
         | Change::ApproveService { name }
         | Change::SuspendService { name, .. }
-        | Change::ResumeService { name } => uid("Service", name.as_str()),
+        | Change::ResumeService { name }
+        | Change::ApproveEdge { service: name, .. }
+        | Change::RevokeEdge { service: name, .. } => uid("Service", name.as_str()),
         Change::SetRole { name, .. } | Change::RemoveRole { name } => uid("Role", name),
         Change::SetPolicy { id, .. } | Change::RemovePolicy { id } => uid("Policy", id),
         Change::SetGatePolicy { id, .. } | Change::RemoveGatePolicy { id } => uid("GatePolicy", id),

@@ -121,6 +121,8 @@ pub enum Reason {
     TokenRefused,
     /// The access token that came is for something else.
     TokenScope,
+    /// The service holds edges that nobody has approved, and this is one.
+    EdgeHeld,
 }
 
 /// Which judgement of the exchange this was.
@@ -214,11 +216,12 @@ impl Reason {
             Self::TokenMissing => "the service demands an access token, and none came",
             Self::TokenRefused => "the access token that came is not believed",
             Self::TokenScope => "the access token that came is not for this operation",
+            Self::EdgeHeld => "the service holds what nobody has approved yet, and this edge is new to it",
         }
     }
 
     /// Every reason. Kept records refer to places in this list: only append.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Permitted,
         Self::NoPolicyPermits,
         Self::Forbidden,
@@ -231,6 +234,7 @@ impl Reason {
         Self::TokenMissing,
         Self::TokenRefused,
         Self::TokenScope,
+        Self::EdgeHeld,
     ];
 
     /// The place of this reason in [`Self::ALL`].
@@ -252,7 +256,8 @@ impl Reason {
             | Self::CallerBarred
             | Self::TokenMissing
             | Self::TokenRefused
-            | Self::TokenScope => Outcome::Deny,
+            | Self::TokenScope
+            | Self::EdgeHeld => Outcome::Deny,
         }
     }
 
@@ -271,6 +276,7 @@ impl Reason {
             Self::TokenMissing => "token_missing",
             Self::TokenRefused => "token_refused",
             Self::TokenScope => "token_scope",
+            Self::EdgeHeld => "edge_held",
         }
     }
 }
@@ -316,6 +322,6 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             assert_eq!(reason.place(), place);
         }
-        assert_eq!(Reason::TokenScope.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
+        assert_eq!(Reason::EdgeHeld.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
     }
 }

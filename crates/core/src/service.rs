@@ -40,6 +40,8 @@ pub enum FirstContact {
     Mark,
     /// Small and plain: few headers, a short body that says its length and its type.
     Inspect,
+    /// Approved: what policies permit is held until an operator approves the edge, every time.
+    Hold,
 }
 
 /// Whether a request must come with an access token.

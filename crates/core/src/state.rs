@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     assurance::authenticators::{Aaguid, Authenticators, MODELS_MAX, ROOTS_MAX},
     canonical::Digest,
-    change::{Change, ChangeSet, Member, PolicyId, RoleName, RouteName},
+    change::{Change, ChangeSet, Edge, Member, PolicyId, RoleName, RouteName},
     client::Client,
     directory::{PLAIN_NAME, is_plain_name},
     gate::OWNER,
@@ -64,6 +64,9 @@ pub struct MeshState {
     /// The declared services that are no part of the mesh; any other is active.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub barred: BTreeMap<ServiceName, Barred>,
+    /// The edges that are approved, by the service that is called.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub edges: BTreeMap<ServiceName, BTreeSet<Edge>>,
     /// Whose tokens are believed.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub issuers: BTreeMap<IssuerName, Issuer>,
@@ -86,6 +89,10 @@ pub struct MeshState {
 
 /// Executables and images of one service at the same time: the old ones and the new ones of a rollout.
 pub const ARTIFACTS_MAX: usize = 16;
+/// Approved edges of one service.
+pub const EDGES_MAX: usize = 4096;
+/// Longest name of an operation of an edge, in bytes.
+const EDGE_BYTES_MAX: usize = 1024;
 
 /// A declared service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +177,14 @@ pub enum FoldError {
     /// None, or too many, executables and images.
     #[error("a deployment names 1 to {ARTIFACTS_MAX} executables or images")]
     Artifacts,
+    /// An edge that is none, or one too many.
+    #[error("edge {edge}: {what}")]
+    Edge {
+        /// As it was given.
+        edge: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// Too many ways to be one service.
     #[error("a service has at most {REGISTRATIONS_MAX} registrations")]
     Registrations,
@@ -230,6 +245,12 @@ impl MeshState {
                 known(self.services.remove(name).is_some())?;
                 self.deployments.remove(name);
                 self.barred.remove(name);
+                self.edges.remove(name);
+                // Whoever is called so later is somebody else.
+                self.edges.retain(|_, edges| {
+                    edges.retain(|edge| edge.caller != Member::Service(name.clone()));
+                    !edges.is_empty()
+                });
             }
             Change::QuarantineService { name }
             | Change::ApproveService { name }
@@ -239,6 +260,17 @@ impl MeshState {
                 match self.barred_after(change, name)? {
                     Some(barred) => drop(self.barred.insert(name.clone(), barred)),
                     None => drop(self.barred.remove(name)),
+                }
+            }
+            Change::ApproveEdge { service, edge } => {
+                self.may_be_approved(service, edge)?;
+                self.edges.entry(service.clone()).or_default().insert(edge.clone());
+            }
+            Change::RevokeEdge { service, edge } => {
+                let edges = self.edges.get_mut(service).ok_or_else(|| FoldError::Unknown(change.subject()))?;
+                known(edges.remove(edge))?;
+                if edges.is_empty() {
+                    self.edges.remove(service);
                 }
             }
             Change::SetRole { name, members } => {
@@ -349,6 +381,32 @@ impl MeshState {
             (_, None) => refused("active", "there is nothing to lift"),
             (_, Some(Barred::Quarantined)) => refused("quarantined", "it is no part of the mesh already"),
             (_, Some(Barred::Suspended { .. })) => refused("suspended", "resume it first"),
+        }
+    }
+
+    /// Whether `service` lets `caller` come in this way where it holds what nobody approved.
+    pub fn is_approved(&self, service: &ServiceName, caller: &Member, operation: &str) -> bool {
+        let is_it =
+            |edge: &Edge| edge.caller == *caller && edge.operation.as_deref().is_none_or(|way| way == operation);
+        self.edges.get(service).is_some_and(|edges| edges.iter().any(is_it))
+    }
+
+    fn may_be_approved(&self, service: &ServiceName, edge: &Edge) -> Result<(), FoldError> {
+        let refused = |what| Err(FoldError::Edge { edge: format!("{edge} to {service}"), what });
+        let approved = self.edges.get(service);
+        let is_plain = |operation: &Arc<str>| {
+            !operation.is_empty() && operation.len() <= EDGE_BYTES_MAX && !operation.chars().any(char::is_control)
+        };
+        match &edge.caller {
+            _ if !self.services.contains_key(service) => refused("the service is not declared"),
+            Member::Service(caller) if !self.services.contains_key(caller) => refused("the caller is not declared"),
+            Member::Workload(id) if id.trust_domain() == self.trust_domain.as_ref().map_or("", |own| own.as_str()) => {
+                refused("a service of this mesh is called by its name")
+            }
+            _ if !edge.operation.as_ref().is_none_or(is_plain) => refused("an operation has 1 to 1024 printable bytes"),
+            _ if approved.is_some_and(|edges| edges.contains(edge)) => refused("it is approved already"),
+            _ if approved.is_some_and(|edges| edges.len() >= EDGES_MAX) => refused("the service has 4096 already"),
+            _ => Ok(()),
         }
     }
 
@@ -588,6 +646,62 @@ mod tests {
         for change in [quarantine, approve, suspend("x"), resume] {
             assert!(matches!(state.apply(&change), Err(FoldError::Unknown(_))), "{}", change.kind());
         }
+    }
+
+    #[test]
+    fn an_edge_is_approved_once_between_those_that_are_there_and_goes_with_them() {
+        let mut state = created();
+        for service in ["web", "catalog", "cron"] {
+            state.apply(&declare(service)).unwrap();
+        }
+        let written = serde_json::to_string(&state).unwrap();
+        assert!(!written.contains("edges"), "the digests of older histories stay: {written}");
+        let edge = |caller: &str, operation: Option<&str>| Edge {
+            caller: Member::try_from(caller.to_owned()).unwrap(),
+            operation: operation.map(Into::into),
+        };
+        let approve = |edge: &Edge, service: &str| Change::ApproveEdge { service: name(service), edge: edge.clone() };
+        let revoke = |edge: &Edge, service: &str| Change::RevokeEdge { service: name(service), edge: edge.clone() };
+        let (one, all, foreign) =
+            (edge("web", Some("getItem")), edge("cron", None), edge("spiffe://other.example/web", None));
+        for change in [approve(&one, "catalog"), approve(&all, "catalog"), approve(&foreign, "web")] {
+            let json = serde_json::to_string(&change).unwrap();
+            assert_eq!(serde_json::from_str::<Change>(&json).unwrap(), change, "{json}");
+            state.apply(&change).unwrap();
+        }
+        let is_approved = |state: &MeshState, caller: &str, way: &str| {
+            state.is_approved(&name("catalog"), &Member::try_from(caller.to_owned()).unwrap(), way)
+        };
+        assert!(is_approved(&state, "web", "getItem") && !is_approved(&state, "web", "listItems"));
+        assert!(is_approved(&state, "cron", "listItems") && !is_approved(&state, "catalog", "getItem"));
+        for (change, expected) in [
+            (approve(&one, "catalog"), "edge web getItem to catalog: it is approved already"),
+            (approve(&one, "gone"), "edge web getItem to gone: the service is not declared"),
+            (approve(&edge("gone", None), "web"), "edge gone to web: the caller is not declared"),
+            (
+                approve(&edge("spiffe://shop.example/web", None), "web"),
+                "edge spiffe://shop.example/web to web: a service of this mesh is called by its name",
+            ),
+            (approve(&edge("web", Some("")), "web"), "edge web  to web: an operation has 1 to 1024 printable bytes"),
+            (
+                approve(&edge("web", Some("a\nb")), "web"),
+                "edge web a\nb to web: an operation has 1 to 1024 printable bytes",
+            ),
+            (revoke(&edge("web", None), "catalog"), "edge web to catalog does not exist"),
+            (revoke(&one, "cron"), "edge web getItem to cron does not exist"),
+        ] {
+            let before = state.clone();
+            assert_eq!(state.apply(&change).unwrap_err().to_string(), expected);
+            assert_eq!(state, before);
+        }
+        let many = (0..EDGES_MAX).map(|n| edge("web", Some(&n.to_string())));
+        state.edges.insert(name("cron"), many.collect());
+        assert!(state.apply(&approve(&one, "cron")).unwrap_err().to_string().contains("4096 already"));
+        state.apply(&Change::RemoveService { name: name("cron") }).unwrap();
+        assert_eq!(state.edges[&name("catalog")], [one.clone()].into(), "whoever is called so later is somebody else");
+        state.apply(&revoke(&one, "catalog")).unwrap();
+        state.apply(&Change::RemoveService { name: name("web") }).unwrap();
+        assert!(state.edges.is_empty());
     }
 
     #[test]

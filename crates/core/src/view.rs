@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     canonical::Digest,
-    change::{Member, PolicyId, Revision, RoleName, RouteName},
+    change::{Edge, Member, PolicyId, Revision, RoleName, RouteName},
     contract::Contract,
     identity::{ServiceName, TrustDomain},
     policy::Library,
@@ -45,6 +45,9 @@ pub struct View {
     /// The declared services that are no part of the mesh: none of them is let in as a caller, whatever policies say.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub barred: BTreeSet<ServiceName>,
+    /// The approved edges to this service.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub edges: BTreeSet<Edge>,
 }
 
 /// A policy of the request gate, by value.
@@ -167,6 +170,7 @@ pub fn view(state: &MeshState, revision: Revision, library: &Library, local: &Lo
         services,
         routes,
         barred: state.barred.keys().cloned().collect(),
+        edges: state.edges.get(&local.service).filter(|_| !is_barred).cloned().unwrap_or_default(),
     })
 }
 
@@ -182,5 +186,6 @@ impl View {
             && self.services == other.services
             && self.routes == other.routes
             && self.barred == other.barred
+            && self.edges == other.edges
     }
 }

@@ -9,7 +9,7 @@ use countersign_core::{
         webauthn::{PublicKey, RelyingParty},
     },
     canonical::Digest,
-    change::{Bodies, Change, ChangeSet, Member, Revision},
+    change::{Bodies, Change, ChangeSet, Edge, Member, Revision},
     client::Client,
     gate::{
         self, Answer, Asked, Author, ChangeGate, Origin, Pipeline, Requires,
@@ -197,6 +197,7 @@ fn one_of(kind: &str, author: &str) -> Change {
     let (id, body): (Arc<str>, _) = ("any".into(), Digest::default());
     let file: Arc<str> = "x.cedar".into();
     let route = || serde_json::from_value::<Route>(serde_json::json!({ "service": "web", "rank": 0 })).unwrap();
+    let edge = || Edge { caller: Member::Service(service("web")), operation: None };
     let other = || name(if author == "bob" { "alice" } else { "bob" });
     match kind {
         "create_mesh" => Change::CreateMesh { trust_domain: TrustDomain::parse("shop.example").unwrap() },
@@ -206,6 +207,8 @@ fn one_of(kind: &str, author: &str) -> Change {
         "approve_service" => Change::ApproveService { name: service("web") },
         "suspend_service" => Change::SuspendService { name: service("web"), reason: "x".into() },
         "resume_service" => Change::ResumeService { name: service("web") },
+        "approve_edge" => Change::ApproveEdge { service: service("web"), edge: edge() },
+        "revoke_edge" => Change::RevokeEdge { service: service("web"), edge: edge() },
         "set_role" => Change::SetRole { name: id, members: [Member::Service(service("web"))].into() },
         "remove_role" => Change::RemoveRole { name: id },
         "set_policy" => Change::SetPolicy { id, file, body },

@@ -18,6 +18,7 @@ use crate::{
     agent, apply,
     authority::{self, AuthorityVerb},
     change, control, decision, declare, deploy, doctor,
+    edge::{self, EdgeVerb},
     error::{Done, Failure},
     exec, host,
     identity::{self, IdentityVerb},
@@ -147,6 +148,9 @@ pub enum Command {
     /// Decisions about requests
     #[command(subcommand)]
     Decision(DecisionVerb),
+    /// Who came to which service, in which way, and what is let through where new edges are held
+    #[command(subcommand)]
+    Edge(EdgeVerb),
     /// The keys of the trust domain
     #[command(subcommand)]
     Authority(AuthorityVerb),
@@ -496,6 +500,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Decision(DecisionVerb::Show { id, asker }) => {
             ask(decision::show(&place(&global)?, &id, &asker, output))
         }
+        Command::Edge(verb) => ask(edge::edge(&place(&global)?, verb, output)),
         Command::Authority(verb) => ask(authority::authority(&place(&global)?, verb, output)),
         Command::Ledger(LedgerVerb::Verify(arguments)) => ledger::verify(&arguments, || place(&global), output),
         Command::Ledger(LedgerVerb::Checkpoint) => ask(ledger::checkpoint(&place(&global)?, output)),

@@ -227,6 +227,8 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
         text.push_str("\nno policy was asked: what is no operation of the contract is denied\n");
     } else if matches!(record.reason, Reason::TokenMissing | Reason::TokenRefused | Reason::TokenScope) {
         text.push_str("\npolicies alone do not permit it: `countersign token list` shows which tokens there are\n");
+    } else if record.reason == Reason::EdgeHeld {
+        text.push_str("\npolicies permit it, and nobody has approved the edge: `countersign edge list --held`\n");
     } else if record.policies.is_empty() {
         text.push_str("\nno policy decided: what no policy permits is denied\n");
     }

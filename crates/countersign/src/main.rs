@@ -17,6 +17,7 @@ mod deploy;
 mod diff;
 mod difference;
 mod doctor;
+mod edge;
 mod error;
 mod exec;
 mod glance;

@@ -241,16 +241,26 @@ pub async fn change(
     output: Output,
     planned: impl Fn(&Mesh) -> Result<Change, Failure>,
 ) -> Done {
+    changes(control, who, output, |mesh| planned(mesh).map(|change| vec![change])).await
+}
+
+/// The same with several, in one change-set.
+pub async fn changes(
+    control: &Client,
+    who: &Who,
+    output: Output,
+    planned: impl Fn(&Mesh) -> Result<Vec<Change>, Failure>,
+) -> Done {
     let mut attempts = 0;
     let is_signed = sign::is_wanted(control, who, output).await?;
     let applied: Applied = loop {
         if is_signed {
             let ground = sign::verified(control, who).await?;
-            let change_set = ChangeSet { base: ground.mesh.revision, changes: vec![planned(&ground.mesh)?] };
+            let change_set = ChangeSet { base: ground.mesh.revision, changes: planned(&ground.mesh)? };
             break sign::ask(control, &ground, who, Apply { change_set, bodies: Bodies::default() }).await?;
         }
         let mesh: Mesh = control.get("/v1/mesh").await?;
-        let change_set = ChangeSet { base: mesh.revision, changes: vec![planned(&mesh)?] };
+        let change_set = ChangeSet { base: mesh.revision, changes: planned(&mesh)? };
         let asked = ApplyAs { apply: Apply { change_set, bodies: Bodies::default() }, shown: who.shown() };
         match control.post("/v1/changes", &asked).await {
             Ok(applied) => break applied,

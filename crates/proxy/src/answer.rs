@@ -31,6 +31,7 @@ pub(crate) enum Refusal {
     TokenMissing(DecisionId),
     TokenRefused(DecisionId),
     TokenScope(DecisionId),
+    EdgeHeld(DecisionId),
     Malformed(&'static str),
     HeadTooLarge,
     UnknownService,
@@ -57,7 +58,7 @@ pub(crate) enum Refusal {
 }
 
 /// One of each kind, in the order in which they are counted.
-pub(crate) const ALL: [Refusal; 28] = [
+pub(crate) const ALL: [Refusal; 29] = [
     Refusal::Denied(DecisionId(0)),
     Refusal::Malformed("framing"),
     Refusal::HeadTooLarge,
@@ -86,6 +87,7 @@ pub(crate) const ALL: [Refusal; 28] = [
     Refusal::TokenRefused(DecisionId(0)),
     Refusal::TokenScope(DecisionId(0)),
     Refusal::NoToken,
+    Refusal::EdgeHeld(DecisionId(0)),
 ];
 
 /// How long a worker says nothing more of a refusal that it has just logged: an outage is not as loud as its traffic.
@@ -151,6 +153,14 @@ impl Refusal {
                 Info,
                 false,
                 "the caller's token is not for this operation yet: its sidecar gets one as soon as a policy permits it",
+            ),
+            EdgeHeld(_) => (
+                403,
+                7,
+                "edge-held",
+                Info,
+                false,
+                "the service holds callers, in ways, that nobody has approved: `countersign edge list --held`, then `edge approve`",
             ),
             NoToken => (
                 503,
@@ -284,7 +294,8 @@ impl Refusal {
             | Self::NotInContract(id)
             | Self::TokenMissing(id)
             | Self::TokenRefused(id)
-            | Self::TokenScope(id) => {
+            | Self::TokenScope(id)
+            | Self::EdgeHeld(id) => {
                 format!(r#"{{"error":"{}","decision":"{id}"}}"#, self.row().reason)
             }
             Self::Malformed(defect) | Self::FirstContact(defect) => {
@@ -314,7 +325,8 @@ fn response(refusal: Refusal, kind: Kind) -> Response<Watched> {
             | Refusal::NotInContract(id)
             | Refusal::TokenMissing(id)
             | Refusal::TokenRefused(id)
-            | Refusal::TokenScope(id) => format!("{}; decision {id}", row.reason),
+            | Refusal::TokenScope(id)
+            | Refusal::EdgeHeld(id) => format!("{}; decision {id}", row.reason),
             Refusal::Malformed(defect) | Refusal::FirstContact(defect) => format!("{}: {defect}", row.reason),
             _ => row.reason.to_owned(),
         };

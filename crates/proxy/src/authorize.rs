@@ -33,6 +33,7 @@ pub(crate) async fn authorize(
         Reason::NotInContract => return Err(Refusal::NotInContract(id)),
         Reason::TokenMissing => return Err(Refusal::TokenMissing(id)),
         Reason::TokenRefused => return Err(Refusal::TokenRefused(id)),
+        Reason::EdgeHeld => return Err(Refusal::EdgeHeld(id)),
         Reason::TokenScope => return Err(Refusal::TokenScope(id)),
         _ => return Err(Refusal::Denied(id)), // no caller can step up before tokens carry assurance
     }

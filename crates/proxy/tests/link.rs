@@ -105,6 +105,7 @@ fn view(revision: u64, policies: &[&str]) -> View {
         services: BTreeMap::new(),
         routes: BTreeMap::new(),
         barred: [].into(),
+        edges: [].into(),
     }
 }
 

@@ -66,6 +66,7 @@ fn view(of: &str, revision: u64, policies: &[&str]) -> View {
         services: [(service("web"), visible(1)), (service("catalog"), visible(2))].into(),
         routes: BTreeMap::new(),
         barred: [].into(),
+        edges: [].into(),
     }
 }
 

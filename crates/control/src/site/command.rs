@@ -72,6 +72,7 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::POST, "/v1/acts/{act}", Rule::Asks(&["operator"])),
     (Method::GET, "/v1/services/{service}/callers", Rule::Reads),
     (Method::GET, "/v1/services/{service}/checklist", Rule::Reads),
+    (Method::GET, "/v1/edges", Rule::Reads),
     (Method::GET, "/v1/authority", Rule::Reads),
     (Method::POST, "/v1/authority/steps", Rule::Names(&["shown", "operator"])),
     (Method::POST, "/v1/authority/keys", Rule::Names(&["shown", "operator"])),

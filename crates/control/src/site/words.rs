@@ -4,7 +4,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339, macros::form
 
 use countersign_api::local::{Proposal, ProposalState};
 use countersign_core::{
-    change::{Bodies, Change},
+    change::{Bodies, Change, Edge},
     difference,
     record::Outcome,
     state::MeshState,
@@ -229,6 +229,13 @@ fn words(change: &Change, state: Option<&MeshState>) -> Option<String> {
             format!("{name} is as if it were not there: what it and its callers have open is cut at once.")
         }
         Change::ResumeService { name } => format!("{name} is part of the mesh again."),
+        Change::ApproveEdge { service, edge: Edge { caller, operation } } => format!(
+            "{caller} may come to {service} {}, as far as policies permit it.",
+            operation.as_deref().map_or_else(|| "in every way".to_owned(), |operation| format!("by {operation}"))
+        ),
+        Change::RevokeEdge { service, edge } => {
+            format!("{service} holds what {} asks for again; what is open of it is cut at once.", edge.caller)
+        }
         Change::SetPipeline { name, .. } => format!("Pipeline {name} may propose changes; operators countersign them."),
         Change::SetSignIn { name, .. } => format!("Who is in these groups at {name} gets these roles of the mesh."),
         Change::SetClient { name, .. } => format!("Client {name}, which is no workload, gets tokens for these services."),

@@ -49,7 +49,8 @@ pub(super) struct Mesh {
 const ISOLATE: [(&str, Isolate); 3] = [("auto", Isolate::Auto), ("required", Isolate::Required), ("off", Isolate::Off)];
 const PROTOCOL: [(&str, Protocol); 3] = [("http", Protocol::Http), ("grpc", Protocol::Grpc), ("tcp", Protocol::Tcp)];
 const RECORDED: [(&str, Recorded); 2] = [("best_effort", Recorded::BestEffort), ("always", Recorded::Always)];
-const FIRST_CONTACT: [(&str, FirstContact); 2] = [("mark", FirstContact::Mark), ("inspect", FirstContact::Inspect)];
+const FIRST_CONTACT: [(&str, FirstContact); 3] =
+    [("mark", FirstContact::Mark), ("inspect", FirstContact::Inspect), ("hold", FirstContact::Hold)];
 const TOKENS: [(&str, Tokens); 2] = [("optional", Tokens::Optional), ("required", Tokens::Required)];
 const STALENESS_MS: std::ops::RangeInclusive<u64> = 1_000..=86_400_000;
 const EXCHANGES: std::ops::RangeInclusive<u64> = 1..=1_000_000;

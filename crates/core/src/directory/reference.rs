@@ -288,10 +288,11 @@ pub(super) const SERVICE: &[Key] = &[
     ),
     key(
         "first_contact",
-        "`\"mark\"` or `\"inspect\"`",
+        "`\"mark\"`, `\"inspect\"` or `\"hold\"`",
         "`\"mark\"`",
         "The first exchange of a caller by one operation (without a contract: method and class of path) is marked in its record and reported. With `\"inspect\"` it \
-         must also be small and plain, or is refused (`first-contact`): [onboarding.md](onboarding.md#first-contact).",
+         must also be small and plain, or is refused (`first-contact`). With `\"hold\"` every exchange of it is refused (`edge-held`) until an operator approves the \
+         edge: [onboarding.md](onboarding.md#first-contact).",
     ),
     key(
         "attest",

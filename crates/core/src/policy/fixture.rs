@@ -46,6 +46,7 @@ pub(super) fn view(policies: &str) -> View {
         services: BTreeMap::new(),
         routes: BTreeMap::new(),
         barred: [].into(),
+        edges: [].into(),
     }
 }
 

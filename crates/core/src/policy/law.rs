@@ -4,7 +4,7 @@
 //! policies whose scope holds. A property test holds its answers to those of Cedar's authorizer over the whole set.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -26,10 +26,11 @@ use super::{
 };
 use crate::{
     canonical::Digest,
+    change::Edge,
     contract::{Contract, Matcher},
     identity::{RESERVED_SEGMENT, ServiceName, SpiffeId, TrustDomain},
-    record::{Outcome, Reason},
-    service::{Protocol, Tokens},
+    record::{Outcome, Reason, push_way},
+    service::{FirstContact, Protocol, Tokens},
     view::View,
 };
 
@@ -50,6 +51,19 @@ pub struct Law {
     barred: HashSet<Box<str>, FxBuildHasher>,
     pub(super) protocol: Protocol,
     tokens: Tokens,
+    /// The edges that are open, where the service holds every other.
+    open: Option<OpenEdges>,
+}
+
+/// The approved edges of a service, by caller as policies name it.
+#[derive(Default)]
+struct OpenEdges(HashMap<Box<str>, Ways, FxBuildHasher>);
+
+/// In which ways one caller may come.
+#[derive(Default)]
+struct Ways {
+    any: bool,
+    named: HashSet<Arc<str>, FxBuildHasher>,
 }
 
 /// The contract of the service, made ready for deciding. All of it is found by the place of an operation.
@@ -81,6 +95,20 @@ const STRANGER: u32 = 0;
 struct Class {
     keys: SmallVec<[PrincipalKey; 4]>,
     roles: Arc<HashSet<EntityUID>>,
+}
+
+impl OpenEdges {
+    fn of(edges: &BTreeSet<Edge>) -> Self {
+        let mut open = Self::default();
+        for edge in edges {
+            let ways = open.0.entry(edge.caller.to_string().into()).or_default();
+            match &edge.operation {
+                Some(operation) => drop(ways.named.insert(operation.clone())),
+                None => ways.any = true,
+            }
+        }
+        open
+    }
 }
 
 /// Where a query stands in the index. Queries at one place have the same candidates.
@@ -211,6 +239,11 @@ impl Law {
             barred: view.barred.iter().map(|name| name.as_str().into()).collect(),
             protocol: view.spec.as_ref().map_or(Protocol::default(), |spec| spec.protocol),
             tokens: view.spec.as_ref().map_or(Tokens::default(), |spec| spec.tokens),
+            open: view
+                .spec
+                .as_ref()
+                .filter(|spec| spec.first_contact == FirstContact::Hold)
+                .map(|_| OpenEdges::of(&view.edges)),
             by_scope,
             paths,
             classes_by_workload,
@@ -332,6 +365,8 @@ impl Law {
     /// `decision`, which whatever stands at its place shares, as one of this request: of its operation, and with its token.
     ///
     /// INVARIANT (token-demanded): where a service demands tokens, nothing is permitted without one that is for what is asked.
+    ///
+    /// INVARIANT (held-until-approved): where a service holds edges, nothing is permitted to a caller in a way that nobody has approved.
     pub(super) fn of_request(&self, standing: Standing, query: &Query<'_>, decision: Decision) -> Decision {
         let decision = Decision { operation: self.name_of(standing.operation), ..decision };
         if decision.outcome != Outcome::Permit {
@@ -340,9 +375,26 @@ impl Law {
         let missing = match query.context.token {
             None if self.tokens == Tokens::Required => Reason::TokenMissing,
             Some(token) if !token.scope.covers(self.scope_name(standing, query), query.action) => Reason::TokenScope,
+            _ if !self.is_open(decision.operation.as_deref(), query) => Reason::EdgeHeld,
             _ => return decision,
         };
         Decision { outcome: missing.outcome(), reason: missing, policies: Arc::default(), ..decision }
+    }
+
+    /// Whether the edge is approved, where that is asked for.
+    fn is_open(&self, operation: Option<&str>, query: &Query<'_>) -> bool {
+        let Some(open) = &self.open else { return true };
+        let ways = self.workload(query.principal).and_then(|caller| open.0.get(caller));
+        let Some(ways) = ways else { return false };
+        let is_named = || match operation {
+            Some(operation) => ways.named.contains(operation),
+            None => {
+                let mut way = String::new();
+                push_way(&mut way, None, query.context.method, query.path);
+                ways.named.contains(way.as_str())
+            }
+        };
+        ways.any || is_named()
     }
 
     /// The operation as scopes name it: of the contract; of gRPC also without one.
@@ -839,6 +891,63 @@ mod tests {
                 (asked("spiffe://other.example/web", "http:GET", "/"), "permit permitted by all"),
             ],
         );
+    }
+
+    /// PROVES (held-until-approved)
+    #[test]
+    fn where_edges_are_held_policies_permit_nothing_to_whom_nobody_approved_for_that_operation() {
+        let all = r#"
+            @id("all") permit (principal, action, resource);
+            @id("no") forbid (principal == Workload::"cron", action == Action::"http:DELETE", resource);
+        "#;
+        let edge = |caller: &str, operation: Option<&str>| Edge {
+            caller: crate::change::Member::try_from(caller.to_owned()).unwrap(),
+            operation: operation.map(Into::into),
+        };
+        let edges = [
+            edge("cron", None),
+            edge("web", Some("getItem")),
+            edge("web", Some("GET /items/*")),
+            edge("spiffe://other.example/web", Some("GET /")),
+        ];
+        let with = |first_contact, operations: &[(&str, &str, &str)]| {
+            let mut view = view(all);
+            view.edges = edges.clone().into();
+            let spec = view.spec.as_mut().unwrap();
+            spec.first_contact = first_contact;
+            if !operations.is_empty() {
+                let contract = super::super::fixture::contract(operations);
+                spec.contract = Some(contract.digest());
+                view.contract = Some(contract);
+            }
+            Arc::new(Law::compile(&view).unwrap())
+        };
+        let held = "deny edge_held";
+        let plain = [
+            (asked("web", "http:GET", "/items/4"), "permit permitted by all"),
+            (asked("web", "http:GET", "/items/5"), "permit permitted by all"),
+            (asked("web", "http:PUT", "/items/4"), held),
+            (asked("web", "http:GET", "/items"), held),
+            (asked("web", "http:GET", "/getItem"), held),
+            (asked("web", "http:GET", "/"), held),
+            (asked("spiffe://other.example/web", "http:GET", "/"), "permit permitted by all"),
+            (asked("spiffe://other.example/web", "http:GET", "/items/4"), held),
+            (asked("spiffe://third.example/web", "http:GET", "/"), held),
+            (asked("cron", "http:PUT", "/anything"), "permit permitted by all"),
+            (asked("cron", "http:DELETE", "/anything"), "deny forbidden by no"),
+            (asked("batch", "http:GET", "/items/4"), held),
+        ];
+        check_by(&with(FirstContact::Hold, &[]), all, &plain);
+        let by_contract = [
+            (asked("web", "http:GET", "/items/4"), "permit permitted by all"),
+            (asked("web", "http:GET", "/items"), held),
+            (asked("web", "http:PATCH", "/items"), "deny not_in_contract"),
+            (asked("cron", "http:GET", "/items"), "permit permitted by all"),
+        ];
+        check_by(&with(FirstContact::Hold, OPERATIONS), all, &by_contract);
+        let open =
+            plain.map(|(asked, expected)| (asked, if expected == held { "permit permitted by all" } else { expected }));
+        check_by(&with(FirstContact::Inspect, &[]), all, &open);
     }
 
     const OPERATIONS: &[(&str, &str, &str)] = &[

@@ -126,6 +126,7 @@ mod tests {
             services: services.iter().map(visible).collect(),
             routes: BTreeMap::new(),
             barred: [].into(),
+            edges: [].into(),
         }
     }
 

@@ -16,7 +16,7 @@ use countersign_api::{
     svid::{Bundle, HOST_OID, TlsIdentity, UID_OID, X509Svid},
 };
 use countersign_core::{
-    change::Revision,
+    change::{Edge, Revision},
     contract::Contract,
     identity::{InstanceId, ServiceName, TrustDomain},
     record::{Ended, Judged, Outcome, Reason},
@@ -181,6 +181,8 @@ pub struct Plan {
     pub first_contact: FirstContact,
     /// Of every service but `web`.
     pub tokens: Tokens,
+    /// To every service.
+    pub edges: BTreeSet<Edge>,
 }
 
 impl Plan {
@@ -195,6 +197,7 @@ impl Plan {
             contract: None,
             first_contact: FirstContact::default(),
             tokens: Tokens::default(),
+            edges: [].into(),
         }
     }
 
@@ -244,6 +247,7 @@ impl Plan {
                 .collect(),
             routes,
             barred: [].into(),
+            edges: self.edges.clone(),
         }
     }
 }

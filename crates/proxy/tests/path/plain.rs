@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use countersign_core::{
-    record::{Judged, Outcome},
+    change::{Edge, Member},
+    record::{Judged, Outcome, Reason},
     route::{Limit, Retry, Route, RouteMatch},
     service::{FirstContact, Protocol::Http},
 };
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::Request;
 
 use crate::{
@@ -251,6 +252,37 @@ async fn the_first_exchange_of_an_edge_is_marked_and_where_it_is_inspected_has_t
     let expected = [("/a", true), ("/a", false), ("/b", true), ("/b", false)];
     assert_eq!(marks, expected.map(|(path, first)| (path.to_owned(), first)));
     assert_eq!(app.seen(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_is_held_until_it_is_approved_and_cut_when_the_approval_is_taken_back() {
+    let app = Workload::http().await;
+    let open = Plan { first_contact: FirstContact::Hold, ..Plan::new(SERVICES, EVERYONE) };
+    let (web, catalog, _) = pair(&open, "catalog", app.address).await;
+    let ask = async |path: &str| web.get(&format!("http://catalog.mesh{path}")).await;
+    for path in ["/items/4", "/items/5", "/items/4"] {
+        let held = ask(path).await;
+        assert_eq!(held.seen(), (403, Some("edge-held")), "{path}");
+        assert!(held.text().starts_with(r#"{"error":"edge-held","decision":""#), "{}", held.text());
+    }
+    assert_eq!(app.seen(), 0);
+    let edge = |operation: &str| Edge { caller: Member::Service(name("web")), operation: Some(operation.into()) };
+    let approved = Plan { edges: [edge("GET /items/*"), edge("GET /events")].into(), ..open.clone() };
+    catalog.apply(&approved, 2).await;
+    assert_eq!(ask("/items/4").await.status, 200, "the very next one");
+    assert_eq!(ask("/items").await.seen(), (403, Some("edge-held")), "no other way of the same caller");
+    let request = Request::get("http://catalog.mesh/events").body(Full::default()).unwrap();
+    let mut body = crate::mesh::open(web.outbound, request).await.into_body();
+    assert!(body.frame().await.unwrap().is_ok());
+    catalog.apply(&open, 3).await;
+    let end = async { while let Some(Ok(_)) = body.frame().await {} };
+    tokio::time::timeout(Duration::from_secs(2), end).await.expect("what is open is cut");
+    assert_eq!(ask("/items/4").await.seen(), (403, Some("edge-held")));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let records = catalog.records.lock().unwrap().clone();
+    let held: Vec<_> = records.iter().filter(|record| record.reason == Reason::EdgeHeld).collect();
+    assert_eq!(held.len(), 6, "{records:?}");
+    assert!(held.iter().any(|record| record.judged == Judged::WhileOpen && record.path == "/events"), "{records:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
