@@ -121,7 +121,7 @@ def test_openssl_takes_over_while_requests_run_and_renews_and_openssl_verifies_w
         asking.some_more()
         assert "revoked: root 1" in own.command("authority", "revoke", "1", "--force").stdout
         asking.some_more()
-        own.command("identity", "revoke", "spiffe://foreign.example/web", "--reason", "copied")
+        own.command("identity", "revoke", "--id", "spiffe://foreign.example/web", "--reason", "copied")
         chain = until("the next one is shown", lambda: (found := shown(own, "web")) and len(found) == 3 and found)
         good, said = verifies(own, chain, above.certificate)
         assert good, said

@@ -14,6 +14,7 @@
 //! | `GET /v1/decisions/tail?…` | query string of [`RecordFilter`] | newline-delimited [`TailEvent`]s, until the client leaves |
 //! | `GET /v1/services/{service}/callers` | | `[`[`Caller`]`]`, most permitted first |
 //! | `GET /v1/services/{service}/checklist` | | `[`[`Checked`]`]`: what has to be there before it is let in |
+//! | `POST /v1/hosts/evict` | [`EvictAs`] | [`Evicted`] |
 //! | `GET /v1/edges` | | list of [`EdgeView`] |
 //! | `GET /v1/authority` | | [`AuthorityView`] |
 //! | `POST /v1/authority/steps` | [`StepAs`] | [`Stepped`] |
@@ -585,6 +586,33 @@ pub struct HostView {
     /// Why it does not follow this ledger, when it holds another history.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+}
+
+/// A host is to be part of the mesh no longer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvictAs {
+    /// Which.
+    pub host: ServiceName,
+    /// Why, in the words of whoever does it.
+    pub reason: String,
+    /// Who asks, and what the gate is shown for it.
+    #[serde(default)]
+    pub shown: Shown,
+}
+
+/// A host was evicted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evicted {
+    /// Which.
+    pub host: ServiceName,
+    /// The signal that says so; absent when it had no identity any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<SignalSeq>,
+    /// Identities that are good for nothing from now on.
+    pub identities: usize,
+    /// Instances that nobody is told of from now on.
+    pub instances: Vec<InstanceId>,
 }
 
 /// A declared service with its running instances.

@@ -191,7 +191,9 @@ async fn tell(plane: &Plane, asked: &Asked, by: By<'_>) -> Result<(), Problem> {
     let passed = Event::Passed { operator: asked.operator.clone(), act: asked.act, from: by.into() };
     match asked.act {
         Act::ReadLedger => return Ok(()),
-        Act::RevokeIdentity | Act::RevokeToken | Act::SendSignal | Act::RotateAuthority => plane.tell(passed),
+        Act::RevokeIdentity | Act::RevokeToken | Act::EvictHost | Act::SendSignal | Act::RotateAuthority => {
+            plane.tell(passed);
+        }
         Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens | Act::ReadSignals | Act::InviteHost => {
             plane.audit.keep(plane.clock.now_ms(), passed).await?;
         }

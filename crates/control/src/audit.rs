@@ -112,8 +112,10 @@ pub enum Event {
     Stated { by: String, reason: String, signal: u64, subject: String, kind: &'static str, value: String },
     /// An access token was shown by somebody whose it is not.
     TokenStolen { id: String, subject: String, shown_by: String, origin: String, fault: &'static str, decision: String },
-    /// A join token was shown a second time.
-    JoinTokenReused { host: String },
+    /// A join token was shown a second time; the host that joined by it was evicted.
+    JoinTokenReused { host: String, evicted: Option<String> },
+    /// A host is part of the mesh no longer.
+    HostEvicted { by: String, reason: String, host: String, identities: usize },
 }
 
 /// What happened to an operator.
@@ -424,7 +426,8 @@ mod tests {
                 fault: "another_key",
                 decision: "02".into(),
             },
-            Event::JoinTokenReused { host: "h".into() },
+            Event::JoinTokenReused { host: "h".into(), evicted: Some("h".into()) },
+            Event::HostEvicted { by: "alice".into(), reason: HOSTILE.into(), host: "h".into(), identities: 2 },
         ];
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit.jsonl");

@@ -166,6 +166,11 @@ impl SigningRequest {
         }
         Ok(Self(key))
     }
+
+    /// SHA-256 of its key, as it is noted of what is issued for it.
+    pub fn key_sha256(&self) -> Digest {
+        Digest::of(&self.0.subject_public_key_info())
+    }
 }
 
 impl Authority {

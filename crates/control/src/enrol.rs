@@ -16,6 +16,7 @@ use crate::{
     Plane,
     audit::{Event, Identity},
     authority::SigningRequest,
+    hosts::{self, Joined},
     local_api::problem,
     store::{NewInvitation, Spent, StoreError},
 };
@@ -134,14 +135,28 @@ async fn join(plane: &Plane, asked: mesh::JoinRequest) -> Result<mesh::JoinRespo
         .run("spend_invitation", move |store| store.spend_invitation(&hash, &for_host, now_ms))
         .await
         .map_err(unavailable)?;
+    if let Spent::Admitted(_) = spent {
+        let joined = Joined { host: host.clone(), key: request.key_sha256() };
+        hosts::came_by(plane, &hash, &joined).await.map_err(unavailable)?;
+    }
     match spent {
         // Before the SVID: no agent of this host is ever let do more than its invitation says.
         Spent::Admitted(services) => plane.publisher.registry(|registry| registry.entitle(&host, services)),
         Spent::Unknown => return Err(unknown()),
         Spent::Used => {
-            tracing::warn!(%host, "a join token was shown a second time: whoever used it first may not be who was invited");
-            plane.tell(Event::JoinTokenReused { host: host.to_string() });
-            return Err(tonic::Status::unauthenticated("the join token was used before; a token is good for one join"));
+            let evicted = hosts::shown_twice(plane, &hash, request.key_sha256()).await;
+            let evicted = evicted.map_err(|problem| tonic::Status::unavailable(problem.title))?;
+            tracing::error!(
+                %host,
+                evicted = evicted.as_ref().map(tracing::field::display),
+                "a join token was shown a second time: whoever used it first may not be who was invited"
+            );
+            let told = Event::JoinTokenReused { host: host.to_string(), evicted: evicted.map(|host| host.to_string()) };
+            plane.tell(told);
+            return Err(tonic::Status::unauthenticated(
+                "the join token was used before, and is good for one join: somebody else may have it. Tell whoever invited this host; \
+                 what was issued for it is revoked if it was another's",
+            ));
         }
         Spent::Expired => return Err(tonic::Status::unauthenticated("the join token has expired")),
         Spent::OtherHost => return Err(tonic::Status::permission_denied("the join token is good for another host")),

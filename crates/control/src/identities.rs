@@ -74,10 +74,7 @@ pub async fn revoke(plane: &Plane, asked: RevokeAs, by: By<'_>) -> Result<Revoke
             "say which: `--serial`, `--id`, `--instance`, `--host` or `--key`; `countersign identity list` shows them";
         return Err(problem(422, "nothing says which identities are meant", None, Some(help)));
     }
-    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
-        let help = format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"laptop stolen\"`");
-        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
-    }
+    is_a_reason(&reason)?;
     let stored = |error: StoreError| store_problem(&error);
     // Looked at before a factor is used up for nothing.
     if list(plane, identities.clone()).await.map_err(stored)?.is_empty() {
@@ -86,7 +83,12 @@ pub async fn revoke(plane: &Plane, asked: RevokeAs, by: By<'_>) -> Result<Revoke
     }
     let opened = acts::pass(plane, Act::RevokeIdentity, by, &shown).await?;
     let actor = opened.operator.map_or_else(|| "local".to_owned(), |operator| operator.to_string());
-    let by = RevokedBy { at_ms: plane.clock.now_ms(), by: actor, reason };
+    revoke_now(plane, identities, RevokedBy { at_ms: plane.clock.now_ms(), by: actor, reason }).await
+}
+
+/// The same, past the gate: of those who were let through, and of what is taken back by itself.
+pub(crate) async fn revoke_now(plane: &Plane, identities: IdentityFilter, by: RevokedBy) -> Result<Revoked, Problem> {
+    let stored = |error: StoreError| store_problem(&error);
     let mut known = 0;
     let revoked = loop {
         let (meant_by, by) = (identities.clone(), by.clone());
@@ -173,6 +175,15 @@ async fn retire(plane: &Plane, ended: &BTreeSet<(ServiceName, InstanceId)>) -> R
     tracing::info!(signal = signal.0, count, "identities of instances that ended were revoked");
     let names = issued.iter().take(NAMES_TOLD).map(|one| one.id.to_string()).collect();
     plane.tell(Event::Revoked { by: by.by, reason: by.reason, signal: signal.0, count, names });
+    Ok(())
+}
+
+/// Whether a reason says something that people can read.
+pub(crate) fn is_a_reason(reason: &str) -> Result<(), Problem> {
+    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
+        let help = format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"laptop stolen\"`");
+        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
+    }
     Ok(())
 }
 

@@ -31,6 +31,7 @@
 //! | [`decisions`] | takes decision records in, answers questions | slows an agent |
 //! | [`denials`] | notices who is denied in many ways | denies anything |
 //! | [`edges`] | who came to which service, in which way | decides about one |
+//! | [`hosts`] | puts a host out | decides who may |
 //! | [`witness`] | cosigns the checkpoints of other control planes | belongs to one |
 //! | [`site`] | pages and JSON for browsers, the local API for commands on other machines | enforces a rule in a browser |
 //! | [`local_api`] | JSON over `control.sock` | answers another uid |
@@ -81,6 +82,7 @@ pub mod denials;
 mod edges;
 pub mod enrol;
 pub mod gate;
+mod hosts;
 pub mod identities;
 pub mod impact;
 pub mod ledger;

@@ -21,12 +21,12 @@ use tokio::{
 use countersign_api::local::{
     AcceptAbove, AcceptedAbove, AnsweredProposal, Applied, ApplyAs, AskAbove, AskedAbove, AuthorityView, Caller,
     Ceremony, ChangeDetail, ChangeSummary, Checked, CheckpointView, ClearSignalsAs, Confirm, ContractView,
-    DecisionDetail, EdgeView, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, GateOutcome, GateRefusal,
-    IdentityFilter, IdentityView, InspectToken, InstanceView, Invitation, InviteAs, KeyReplaced, LedgerLine, Mesh,
-    OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision, RECOVERED_HEADER,
-    RecordFilter, ReplaceKeyAs, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView, SealedAnew,
-    SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView, SignalWaited,
-    Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
+    DecisionDetail, EdgeView, EndSessions, Enrol, Enrolled, Enrolment, EnrolmentLink, EvictAs, Evicted, GateOutcome,
+    GateRefusal, IdentityFilter, IdentityView, InspectToken, InstanceView, Invitation, InviteAs, KeyReplaced,
+    LedgerLine, Mesh, OPERATOR_HEADER, Opened, Problem, ProofView, Proposal, ProposalDetail, ProxyRevision,
+    RECOVERED_HEADER, RecordFilter, ReplaceKeyAs, Reseal, RevokeAs, RevokeTokensAs, Revoked, RiskFilter, RiskView,
+    SealedAnew, SendSignalAs, ServiceView, SessionView, SessionsEnded, Shown, SignalFilter, SignalSent, SignalView,
+    SignalWaited, Status, StepAs, Stepped, TailEvent, TokenFilter, TokenInspected, TokenView, TokensRevoked, Waited,
 };
 use countersign_core::{
     canonical::Digest,
@@ -43,7 +43,7 @@ use crate::{
     acts::{self, By},
     audit,
     authority::log_key::SignError,
-    ceremony, decisions, edges, enrol, gate, identities,
+    ceremony, decisions, edges, enrol, gate, hosts, identities,
     ledger::{AppendError, Head, PAGE_ENTRIES},
     mfa::{self, CodeRefused, EnrolsFrom},
     onboarding,
@@ -167,6 +167,7 @@ pub fn routes() -> Router<Arc<Plane>> {
         .route("/v1/sessions", get(sessions))
         .route("/v1/sessions/end", post(end_sessions))
         .route("/v1/hosts/invitations", post(invite))
+        .route("/v1/hosts/evict", post(evict_host))
 }
 
 /// While a recovery is recent, every answer names it.
@@ -724,6 +725,15 @@ async fn invite(State(plane): State<Arc<Plane>>, Json(asked): Json<InviteAs>) ->
     enrol::mistake(&plane, &invite)?;
     acts::pass(&plane, Act::InviteHost, By::Socket(shown.operator.as_ref()), &shown).await?;
     Ok(Json(enrol::invite(&plane, invite).await?))
+}
+
+async fn evict_host(
+    State(plane): State<Arc<Plane>>,
+    session: Option<Extension<Session>>,
+    Json(asked): Json<EvictAs>,
+) -> Answered<Evicted> {
+    let operator = asked.shown.operator.clone();
+    Ok(Json(hosts::evict(&plane, asked, by(session.as_deref(), operator.as_ref())).await?))
 }
 
 async fn checklist(State(plane): State<Arc<Plane>>, UrlPath(service): UrlPath<ServiceName>) -> Answered<Vec<Checked>> {

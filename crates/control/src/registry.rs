@@ -57,6 +57,8 @@ pub struct Registry {
     hidden: BTreeSet<ServiceName>,
     /// Instances that run no more, whose identities and tokens are not yet revoked, and their hosts.
     ended: BTreeSet<(ServiceName, InstanceId)>,
+    /// Hosts that are part of the mesh no longer, until they join again: what a stream that is about to end still says counts for nothing.
+    evicted: BTreeSet<ServiceName>,
 }
 
 #[derive(Debug)]
@@ -128,6 +130,9 @@ pub enum Refused {
         /// What it may run.
         services: BTreeSet<ServiceName>,
     },
+    /// It was evicted.
+    #[error("host `{0}` was evicted: it has to be invited again")]
+    Evicted(ServiceName),
     /// Too many.
     #[error("a host runs at most {INSTANCES_PER_HOST_MAX} instances")]
     TooMany,
@@ -159,6 +164,7 @@ impl Registry {
     /// INVARIANT (entitled-services): what a host may run is what its last invitation says. Its instances of other services
     /// leave at the next sweep.
     pub fn entitle(&mut self, host: &ServiceName, services: Option<BTreeSet<ServiceName>>) {
+        self.evicted.remove(host);
         match services {
             None => drop(self.entitlements.remove(host)),
             Some(services) => {
@@ -172,6 +178,20 @@ impl Registry {
                 self.entitlements.insert(host.clone(), services);
             }
         }
+    }
+
+    /// A host is part of the mesh no longer. Names its instances, which leave at the next sweep.
+    ///
+    /// INVARIANT (evicted-is-gone): from then on nobody is told of an instance of it, until a host of that name joins by a token of its own.
+    pub fn evict(&mut self, host: &ServiceName, why: &str) -> Vec<InstanceId> {
+        self.evicted.insert(host.clone());
+        self.refuse(host, why);
+        let own = self.instances.iter_mut().filter(|(_, instance)| instance.host == *host);
+        own.map(|(id, instance)| {
+            instance.leaves_at_ms = Some(0);
+            id.clone()
+        })
+        .collect()
     }
 
     /// A host holds another history than this ledger's, and is not let follow.
@@ -635,6 +655,9 @@ impl Registry {
 
     fn of_host(&mut self, host: &ServiceName, id: &InstanceId) -> Result<&mut Instance, Refused> {
         let service = id.service();
+        if self.evicted.contains(host) {
+            return Err(Refused::Evicted(host.clone()));
+        }
         if let Some(services) = self.entitlements.get(host).filter(|services| !services.contains(&service)) {
             return Err(Refused::NotEntitled { host: host.clone(), service, services: services.clone() });
         }

@@ -6,7 +6,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use countersign_api::{
-    local::{Caller, DecisionDetail, EdgeView, Invitation, Invite, RecordFilter, TailEvent, Waited},
+    local::{
+        Caller, DecisionDetail, EdgeView, EvictAs, Evicted, IdentityView, Invitation, Invite, Problem, RecordFilter,
+        TailEvent, Waited,
+    },
     mesh::{self, follow_event::Event, follow_request::Message as Said},
     svid::{PeerSide, verify_peer},
 };
@@ -422,6 +425,94 @@ async fn an_edge_that_is_held_is_listed_until_it_is_approved_and_one_of_another_
     assert!(again.detail.unwrap_or(again.title).contains("it is approved already"));
     let plane = plane.restart().await.unwrap();
     assert_eq!(plane.get::<Vec<EdgeView>>("/v1/edges").await.len(), 2, "they are kept");
+}
+
+/// PROVES (evicted-is-gone)
+#[tokio::test]
+async fn an_evicted_host_is_found_by_nobody_at_once_and_comes_back_by_a_new_invitation_alone() {
+    let plane = Plane::start().await;
+    plane.create(&["web", "catalog"]).await;
+    let (mut bad, mut good) = (plane.agent("h1").await, plane.agent("h2").await);
+    let mut watching = good.follow(0, Digest::default()).await.unwrap();
+    watching.welcome().await;
+    let mut stream = bad.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    bad.issue("web/1").await.unwrap();
+    stream.up("web/1", "127.0.0.1:9").await;
+    let discovered = async |watching: &mut support::Stream| loop {
+        if let Event::Discovery(news) = watching.news().await {
+            return (news.up.into_iter().map(|up| up.instance).collect::<Vec<_>>(), news.down);
+        }
+    };
+    assert_eq!(discovered(&mut watching).await, (vec!["web/1".to_owned()], vec![]));
+    let evict = async |host: &str, reason: &str| -> Result<Evicted, Problem> {
+        let asked = EvictAs { host: name(host), reason: reason.into(), shown: Default::default() };
+        plane.post("/v1/hosts/evict", &asked).await
+    };
+    assert_eq!(evict("h9", "x").await.unwrap_err().status, 404);
+    assert_eq!(evict("h1", "").await.unwrap_err().status, 422);
+    let evicted = evict("h1", "laptop stolen").await.unwrap();
+    assert_eq!((evicted.identities, evicted.instances.len()), (2, 1));
+    assert_eq!(
+        discovered(&mut watching).await,
+        (vec![], vec!["web/1".to_owned()]),
+        "at once, without the grace of one that is away"
+    );
+    let end = async { while stream.next().await.is_ok() {} };
+    tokio::time::timeout(support::WITHIN, end).await.expect("its stream ends");
+    assert_eq!(bad.issue("web/1").await.unwrap_err().code(), Code::Unauthenticated);
+    let renew = mesh::RenewAgentRequest { csr_der: csr().1 };
+    assert_eq!(bad.client.renew_agent(renew).await.unwrap_err().code(), Code::Unauthenticated);
+    let shown = plane.status().await.hosts.into_iter().find(|host| host.host == name("h1")).unwrap();
+    assert_eq!(shown.refused.as_deref(), Some("evicted by local: laptop stolen"));
+    good.issue("catalog/1").await.expect("the others go on");
+    let mut back = plane.agent("h1").await;
+    back.issue("web/1").await.unwrap();
+    let mut stream = back.follow(0, Digest::default()).await.unwrap();
+    stream.welcome().await;
+    stream.up("web/1", "127.0.0.1:9").await;
+    assert_eq!(discovered(&mut watching).await.0, ["web/1"]);
+}
+
+/// PROVES (interception-is-evident)
+#[tokio::test]
+async fn of_a_join_token_that_two_parties_show_nothing_stays_good_and_one_who_asks_again_with_its_key_keeps_what_it_has()
+ {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let token = plane.invite(None).await.token;
+    // Whoever intercepted it comes first, under a name of its own choice.
+    let mut thief = plane.join(&token, "h9").await.unwrap();
+    thief.issue("web/1").await.unwrap();
+    let other = plane.agent("h2").await;
+    let invited = plane.join(&token, "h1").await.err().unwrap();
+    assert_eq!(invited.code(), Code::Unauthenticated);
+    assert!(invited.message().contains("somebody else may have it"), "{invited:?}");
+    assert_eq!(
+        thief.issue("web/1").await.unwrap_err().code(),
+        Code::Unauthenticated,
+        "what was issued for it is revoked"
+    );
+    let identities: Vec<IdentityView> = plane.get("/v1/identities?host=h9").await;
+    assert!(identities.len() == 2 && identities.iter().all(|one| one.revoked.is_some()), "{identities:?}");
+    let by = identities[0].revoked.clone().unwrap();
+    assert_eq!((&*by.by, &*by.reason), ("the join token", "its join token was shown a second time, by somebody else"));
+    let mut other = other;
+    other.issue("web/2").await.expect("nobody else is meant");
+    assert_eq!(plane.join(&token, "h1").await.err().unwrap().code(), Code::Unauthenticated, "and it stays used");
+
+    let token = plane.invite(None).await.token;
+    let (key, csr_der) = csr();
+    let join = async || {
+        let asked = mesh::JoinRequest { token: token.clone(), host: "h3".into(), csr_der: csr_der.clone() };
+        mesh::enrolment_client::EnrolmentClient::new(plane.stranger().await).join(asked).await
+    };
+    let svid = join().await.unwrap().into_inner().svid.unwrap();
+    assert_eq!(join().await.err().unwrap().code(), Code::Unauthenticated);
+    let channel = identity(svid, &key).client_config(trust_domain().control(), &[b"h2"]);
+    let mut client = mesh::mesh_client::MeshClient::new(plane.channel(channel).await.unwrap());
+    let asked = mesh::IssueX509SvidRequest { instance: "web/3".into(), csr_der: csr().1, artifact: Bytes::new() };
+    client.issue_x509_svid(asked).await.expect("it did not hear the answer, and is the same");
 }
 
 #[tokio::test]

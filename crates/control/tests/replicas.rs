@@ -133,7 +133,15 @@ async fn an_agent_finds_what_runs_behind_another_control_plane_and_moves_to_it()
     let token = planes[0].invite(None).await.token;
     // A token of one is good at the other, once.
     let mut there = planes[1].join(&token, "h1").await.unwrap();
-    assert!(planes[0].join(&token, "h1").await.is_err(), "it is used up everywhere");
+    let shown_twice = planes[0].invite(None).await.token;
+    let mut intercepted = planes[1].join(&shown_twice, "h9").await.unwrap();
+    assert!(planes[0].join(&shown_twice, "h9").await.is_err(), "it is used up everywhere");
+    let refused = async {
+        while intercepted.issue("web/9").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(support::WITHIN, refused).await.expect("who came by it first is put out everywhere");
     let mut here = planes[0].agent("h2").await;
     let mut other = here.follow(0, Digest::default()).await.unwrap();
     other.welcome().await;

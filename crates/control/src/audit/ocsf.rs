@@ -275,14 +275,25 @@ fn told(event: &Event) -> Told {
                 json!({ "entity": { "name": id, "type": "access token" }, "actor": { "app_name": shown_by } }),
             )
         },
-        Event::JoinTokenReused { host } => Told {
+        Event::JoinTokenReused { host, evicted } => Told {
             severity: Severity::High,
             failed: Some("it was used before: whoever used it first may not be who was invited".to_owned()),
+            unmapped: json!({ "evicted": evicted }),
             ..plain(
                 ENTITY_MANAGEMENT,
                 (1, "Create"),
                 "a join token was shown a second time",
                 json!({ "entity": { "name": host, "type": "host" } }),
+            )
+        },
+        Event::HostEvicted { by, reason, host, identities } => Told {
+            severity: Severity::High,
+            unmapped: json!({ "reason": reason, "identities": identities }),
+            ..plain(
+                ENTITY_MANAGEMENT,
+                (4, "Delete"),
+                "a host was evicted",
+                json!({ "entity": { "name": host, "type": "host" }, "actor": { "user": user(by) } }),
             )
         },
     }
@@ -324,7 +335,7 @@ fn activity_of(act: Act) -> (u32, &'static str) {
     match act {
         Act::ReadLedger | Act::ReadDecisions | Act::ExportLedger | Act::ReadTokens | Act::ReadSignals => (2, "Read"),
         Act::InviteHost => (1, "Create"),
-        Act::RevokeIdentity | Act::RevokeToken => (4, "Delete"),
+        Act::RevokeIdentity | Act::RevokeToken | Act::EvictHost => (4, "Delete"),
         Act::RotateAuthority | Act::SendSignal => (3, "Update"),
     }
 }

@@ -108,6 +108,7 @@ pub const RULES: &[(Method, &str, Rule)] = &[
     (Method::GET, "/v1/sessions", Rule::OfSession),
     (Method::POST, "/v1/sessions/end", Rule::OfSession),
     (Method::POST, "/v1/hosts/invitations", Rule::Refused(HERE)),
+    (Method::POST, "/v1/hosts/evict", Rule::Names(&["shown", "operator"])),
     (Method::GET, "/v1/session", Rule::OfSession),
     (Method::POST, "/v1/session/end", Rule::OfSession),
 ];

@@ -40,6 +40,8 @@ pub enum Act {
     ReadSignals,
     /// A statement about one of them, or taking one back.
     SendSignal,
+    /// A host that is part of the mesh no longer.
+    EvictHost,
 }
 
 /// Why what a factor opens is closed to whom a provider vouched for.
@@ -69,7 +71,7 @@ pub struct AskedTo<'a> {
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::ReadLedger,
         Self::ReadDecisions,
         Self::ExportLedger,
@@ -80,6 +82,7 @@ impl Act {
         Self::RevokeToken,
         Self::ReadSignals,
         Self::SendSignal,
+        Self::EvictHost,
     ];
 
     /// The act as the gate spells it.
@@ -95,6 +98,7 @@ impl Act {
             Self::RevokeToken => "revoke_token",
             Self::ReadSignals => "read_signals",
             Self::SendSignal => "send_signal",
+            Self::EvictHost => "evict_host",
         }
     }
 
@@ -120,6 +124,7 @@ impl fmt::Display for Act {
             Self::RevokeToken => "revoking access tokens",
             Self::ReadSignals => "reading what signals say",
             Self::SendSignal => "sending a signal",
+            Self::EvictHost => "evicting a host",
         })
     }
 }
