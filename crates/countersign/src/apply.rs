@@ -36,6 +36,9 @@ pub struct PlanArguments {
     /// The mesh directory [default: the one found from here]
     #[arg(value_name = "DIR")]
     pub mesh: Option<PathBuf>,
+    /// Plan on the mesh that another mesh directory describes, and ask none: what a pull request changes
+    #[arg(long, value_name = "DIR")]
+    pub from: Option<PathBuf>,
 }
 
 /// Which directory, and when it is done.
@@ -109,14 +112,28 @@ fn found(mesh: Option<PathBuf>, global: &Global) -> Result<Place, Failure> {
 pub async fn plan(arguments: PlanArguments, global: &Global) -> Done {
     let place = found(arguments.mesh, global)?;
     let directory = mesh_directory::load(place.dir()?)?;
-    let Planned { on, plan } = planned(&Client::control(&place), &directory).await?;
+    let Planned { on, plan } = match &arguments.from {
+        Some(from) => {
+            let (state, bodies) = mesh_directory::state(&mesh_directory::load(from)?);
+            let on = Mesh { revision: Revision::default(), state, bodies };
+            Planned { plan: planned_on(&directory, &on)?, on }
+        }
+        None => planned(&Client::control(&place), &directory).await?,
+    };
     let answer = serde_json::json!({
         "base": plan.change_set.base,
         "digest": plan.change_set.digest(),
         "changes": plan.change_set.changes,
     });
     render::answer(global.output, &answer, |_, paint| match plan.is_empty() {
+        true if arguments.from.is_some() => format!("{} both describe one mesh\n", paint.good("nothing to change:")),
         true => unchanged(on.revision, paint),
+        false if arguments.from.is_some() => format!(
+            "{}\n{} {} of what the other directory describes\n",
+            difference(&plan.change_set.changes, &plan.bodies, Some(&on), paint),
+            paint.note("planned:"),
+            counted(plan.change_set.changes.len()),
+        ),
         false => format!(
             "{}\n{} {} on revision {}; `countersign apply` makes them\n",
             difference(&plan.change_set.changes, &plan.bodies, Some(&on), paint),

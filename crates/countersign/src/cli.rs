@@ -25,7 +25,7 @@ use crate::{
     init, ledger,
     login::{self, Dashboard},
     mesh_finder::{self, Place},
-    operator, policy, propose, recover, render,
+    onboard, operator, policy, propose, recover, render,
     render::{Output, Paint},
     run, service, session,
     signal::{self, RiskVerb, SignalVerb},
@@ -102,6 +102,11 @@ pub enum Command {
     Workload(WorkloadVerb),
     /// Write a small mesh directory that `up` runs
     Init(InitArguments),
+    /// Write all that a new service needs, from its OpenAPI document or descriptor set: its table, contract, policies and tests, files for
+    /// continuous integration, a systemd unit and Kubernetes manifests
+    ///
+    /// Nothing that is there is written over. What is proposed are policies by which callers may do what only reads.
+    Onboard(onboard::OnboardArguments),
     /// Show what `apply` would change
     Plan(apply::PlanArguments),
     /// Make the mesh what its directory says
@@ -191,6 +196,25 @@ pub enum HostVerb {
     },
     /// List them, and the services that each may run
     List,
+    /// Show one: what it runs, and what it proves itself by
+    Show {
+        /// Its name
+        host: ServiceName,
+    },
+    /// Put a host out: what it proves itself by is revoked, what it runs is found by nobody, and it comes back by a new invitation alone
+    Evict {
+        /// Its name
+        host: ServiceName,
+        /// Why: the audit trail and the log keep it
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        /// How long to wait until every proxy goes by it
+        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
+        timeout: Duration,
+        /// Who asks.
+        #[command(flatten)]
+        asker: operator::Asker,
+    },
 }
 
 /// What can be asked about what runs on this host.
@@ -421,12 +445,17 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Policy(verb) => policy::policy(verb, &global),
         Command::Exec(arguments) => return exec::exec(arguments, &here(&global)?),
         Command::Init(arguments) => init::init(&arguments, output),
+        Command::Onboard(arguments) => onboard::onboard(&arguments, &here(&global)?, output),
         Command::Host(HostVerb::Invite { ttl, host, services, asker }) => {
             let services = services.map(|services| services.into_iter().collect());
             let invite = Invite { ttl_seconds: ttl.as_secs().max(1), host, services };
             ask(host::invite(&place(&global)?, invite, &asker, output))
         }
         Command::Host(HostVerb::List) => ask(host::list(&place(&global)?, output)),
+        Command::Host(HostVerb::Show { host }) => ask(host::show(&place(&global)?, &host, output)),
+        Command::Host(HostVerb::Evict { host, reason, timeout, asker }) => {
+            ask(host::evict(&place(&global)?, host, reason, timeout, &asker, output))
+        }
         Command::Workload(WorkloadVerb::List) => ask(workloads::list(&here(&global)?, output)),
         Command::Identity(IdentityVerb::List { which }) => ask(identity::list(&place(&global)?, which, output)),
         Command::Identity(IdentityVerb::Show { serial }) => ask(identity::show(&place(&global)?, serial, output)),

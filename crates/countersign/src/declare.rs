@@ -54,6 +54,29 @@ pub struct DeclareArguments {
     run: Vec<String>,
 }
 
+impl DeclareArguments {
+    /// A service that is started by `run` and listens at `port`.
+    pub fn of(
+        name: &str,
+        protocol: Protocol,
+        port: u16,
+        (namespace, sensitivity): (Option<String>, Option<String>),
+        run: Vec<String>,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            protocol,
+            port: Some(port),
+            mesh_port: None,
+            contract: None,
+            sensitivity,
+            namespace,
+            upstreams: Vec::new(),
+            run,
+        }
+    }
+}
+
 fn protocol(given: &str) -> Result<Protocol, String> {
     match given {
         "http" => Ok(Protocol::Http),
@@ -107,7 +130,7 @@ pub fn declare(arguments: &DeclareArguments, place: &Place, output: Output) -> D
 }
 
 /// Adds its table behind the last one of a service.
-fn add(
+pub fn add(
     document: &mut DocumentMut,
     name: &ServiceName,
     arguments: &DeclareArguments,
@@ -164,7 +187,7 @@ fn contract_below(dir: &Path, given: &str) -> Result<String, Failure> {
 }
 
 /// Puts `after` in the place of what was `before`, whole or not at all.
-fn replace(path: &Path, before: &str, after: &str) -> io::Result<()> {
+pub fn replace(path: &Path, before: &str, after: &str) -> io::Result<()> {
     let next = path.with_extension("toml.new");
     let written = (|| {
         let mut file = fs::File::create_new(&next)?;

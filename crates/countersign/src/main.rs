@@ -29,6 +29,7 @@ mod login;
 mod mesh_directory;
 mod mesh_finder;
 mod mistake;
+mod onboard;
 mod operator;
 mod policy;
 mod propose;

@@ -117,6 +117,14 @@ fn contract(path: &Path, is_descriptor_set: bool) -> io::Result<Contract> {
     })
 }
 
+/// A document as the law takes it under this name.
+pub fn contract_text(name: &str, bytes: &[u8]) -> String {
+    match directory::is_descriptor_set(name) {
+        true => BASE64_STANDARD.encode(bytes),
+        false => String::from_utf8_lossy(bytes).into_owned(),
+    }
+}
+
 type NoText = (&'static str, &'static str);
 const NOT_UTF8: NoText = ("is not UTF-8 text", "save it as UTF-8");
 

@@ -122,11 +122,15 @@ fn load(of: &Where, global: &Global) -> Result<Directory, Failure> {
 /// How one test went.
 #[derive(Debug, Serialize)]
 pub struct Tested {
-    file: String,
-    name: String,
-    holds: bool,
+    /// The file that it stands in.
+    pub file: String,
+    /// Its name.
+    pub name: String,
+    /// Whether the decision is the expected one.
+    pub holds: bool,
+    /// What came instead.
     #[serde(skip_serializing_if = "Option::is_none")]
-    failure: Option<String>,
+    pub failure: Option<String>,
 }
 
 impl Tested {
