@@ -102,6 +102,22 @@ def test_a_posture_of_the_host_lets_its_workloads_through_until_it_turns_or_ends
     assert answer(mesh) == "403"
 
 
+def test_who_is_contained_asks_nobody_until_they_are_released(warned):
+    mesh = warned
+    until(mesh, "200")
+    stream = events(mesh)
+    contained = mesh.command("contain", "workload:client", "--reason", "it scans the network")
+    assert "enforced: all" in contained.stdout
+    assert answer(mesh) == "403"
+    assert stream.wait(20) != 0
+    record = last_denial(mesh, "web")
+    assert (record["reason"], record["inputs"]["condition"]["contained"]) == ("contained", True)
+    assert "1 contained" in mesh.command("status").stdout
+    mesh.command("release", "workload:client", "--reason", "it was the scanner of the auditors")
+    assert answer(mesh) == "200"
+    assert mesh.command("release", "workload:client", "--reason", "again", check=False).returncode != 0
+
+
 def test_what_makes_no_sense_is_said(warned):
     mesh = warned
     for words, says in [

@@ -81,6 +81,7 @@ pub struct X509Svid {
     not_before: i64, // seconds since 1970
     not_after: i64,  // seconds since 1970
     serial: Option<Serial>,
+    host: Option<ServiceName>,
     leaf_sha256: Digest,
     certified: Arc<CertifiedKey>,
 }
@@ -203,6 +204,7 @@ impl X509Svid {
             not_before: leaf.not_before,
             not_after: leaf.not_after,
             serial: leaf.serial,
+            host: leaf.host,
             leaf_sha256: leaf.sha256,
             certified: Arc::new(certified),
         })
@@ -226,6 +228,11 @@ impl X509Svid {
     /// The serial number of the leaf; `None` when it is of another authority than ours.
     pub fn serial(&self) -> Option<Serial> {
         self.serial
+    }
+
+    /// The host that it was issued to; `None` in older SVIDs.
+    pub fn host(&self) -> Option<&ServiceName> {
+        self.host.as_ref()
     }
 
     /// SHA-256 of the leaf.

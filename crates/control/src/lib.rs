@@ -66,7 +66,7 @@ use countersign_core::{
     gate::Answer,
     identity::{InstanceId, ServiceName, TrustDomain},
     ledger::Entry,
-    signal::statement::Subject,
+    signal::statement::{Said, Statement, Subject},
 };
 
 pub mod acts;
@@ -150,6 +150,8 @@ const SOCKET_PATH_BYTES_MAX: usize = 107 - ".new".len();
 const CHANGES_KEPT: usize = 256;
 /// Silent instances that a warning names.
 const SILENT_NAMED_MAX: usize = 3;
+/// Those who are contained that a warning names.
+const CONTAINED_NAMED_MAX: usize = 8;
 /// Instances whose risk one second raises because their telemetry has become silent: where more do, it is not about them.
 const SILENT_NOTICED_MAX: usize = 64;
 /// How long open connections have to end when the control plane stops.
@@ -694,9 +696,18 @@ impl Plane {
         let first: Vec<String> = silent.iter().take(SILENT_NAMED_MAX).map(ToString::to_string).collect();
         let silent = (!silent.is_empty())
             .then(|| format!("the telemetry of {} instances is silent: {}", silent.len(), first.join(", ")));
+        let (signals, now_ms) = (self.publisher.signals(), self.clock.now_ms());
+        let is_contained = |one: &&Statement| one.said == Said::Contained && one.holds(now_ms);
+        let contained: Vec<String> =
+            signals.statements().filter(is_contained).map(|one| one.subject.to_string()).collect();
+        let contained = (!contained.is_empty()).then(|| {
+            let first = contained.iter().take(CONTAINED_NAMED_MAX).cloned().collect::<Vec<_>>().join(", ");
+            format!("{} contained, whom nobody asks and who ask nobody: {first}", contained.len())
+        });
         let unwritten = self.audit.failing().map(|why| format!("the audit trail cannot be written: {why}"));
         unprotected
             .into_iter()
+            .chain(contained)
             .chain(unwritten)
             .chain(silent)
             .chain(recovered)

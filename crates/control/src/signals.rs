@@ -134,7 +134,7 @@ pub async fn send(plane: &Plane, asked: SendSignalAs, by: By<'_>) -> Result<Sign
     mistake_of_reason(&reason)?;
     let said = Said::parse(kind, &value, half_life_ms).map_err(|error| problem(422, error.to_string(), None, None))?;
     if !kind.is_of(&subject) {
-        let help = "posture and management are said of a host: `--subject host:NAME`";
+        let help = "posture and management are said of a host, containment of whatever is no operator";
         return Err(problem(422, format!("{kind} is not said of {subject}"), None, Some(help)));
     }
     if !(LIFETIME_MS_MIN..=LIFETIME_MS_MAX).contains(&lifetime_ms) {

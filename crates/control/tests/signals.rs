@@ -143,6 +143,32 @@ async fn a_workload_that_tries_many_doors_becomes_a_risk_by_itself() {
 }
 
 #[tokio::test]
+async fn who_is_contained_stands_in_the_status_until_they_are_released() {
+    let plane = Plane::start().await;
+    plane.create(&["web"]).await;
+    let mut agent = plane.agent("h1").await;
+    let _stream = agent.follow(0, Digest::default()).await.unwrap();
+    let warned = async || plane.status().await.warnings.into_iter().find(|warning| warning.contains("contained"));
+    assert_eq!(warned().await, None);
+    for subject in ["workload:web", "instance:web/1", "host:h1"] {
+        send(&plane, &asked(subject, "containment", "contained")).await.unwrap();
+    }
+    let warning = warned().await.unwrap();
+    assert!(warning.starts_with("3 contained") && warning.contains("host:h1"), "{warning}");
+    for subject in ["workload:web", "instance:web/1", "host:h1"] {
+        let released = ClearSignalsAs {
+            subject: subject.parse().unwrap(),
+            kind: "containment".parse().unwrap(),
+            source: None,
+            reason: "it was nothing".into(),
+            shown: Shown::default(),
+        };
+        plane.post::<SignalSent>("/v1/signals/clear", &released).await.unwrap();
+    }
+    assert_eq!(warned().await, None);
+}
+
+#[tokio::test]
 async fn what_makes_no_sense_is_refused_before_anything_is_said() {
     let plane = Plane::start().await;
     plane.create(&["web"]).await;
@@ -152,6 +178,7 @@ async fn what_makes_no_sense_is_refused_before_anything_is_said() {
         ("words", SendSignalAs { value: "high".into(), ..good.clone() }, 422, "0 to 100"),
         ("another's value", SendSignalAs { value: "compliant".into(), ..good.clone() }, 422, "0 to 100"),
         ("what is said of hosts only", asked("workload:web", "posture", "compliant"), 422, "not said of"),
+        ("an operator in a cell", asked("operator:eve", "containment", "contained"), 422, "not said of"),
         ("nobody", asked("workload:wbe", "risk", "80"), 404, "there is no workload:wbe"),
         ("an instance of nobody", asked("instance:wbe/1", "risk", "80"), 404, "there is no instance:wbe/1"),
         ("a host that never came", asked("host:h9", "risk", "80"), 404, "there is no host:h9"),

@@ -123,6 +123,8 @@ pub enum Reason {
     TokenScope,
     /// The service holds edges that nobody has approved, and this is one.
     EdgeHeld,
+    /// The caller or the service, its instance or its host is contained.
+    Contained,
 }
 
 /// Which judgement of the exchange this was.
@@ -217,11 +219,12 @@ impl Reason {
             Self::TokenRefused => "the access token that came is not believed",
             Self::TokenScope => "the access token that came is not for this operation",
             Self::EdgeHeld => "the service holds what nobody has approved yet, and this edge is new to it",
+            Self::Contained => "the caller or the service is contained: its workload, its instance or its host",
         }
     }
 
     /// Every reason. Kept records refer to places in this list: only append.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Permitted,
         Self::NoPolicyPermits,
         Self::Forbidden,
@@ -235,6 +238,7 @@ impl Reason {
         Self::TokenRefused,
         Self::TokenScope,
         Self::EdgeHeld,
+        Self::Contained,
     ];
 
     /// The place of this reason in [`Self::ALL`].
@@ -257,7 +261,8 @@ impl Reason {
             | Self::TokenMissing
             | Self::TokenRefused
             | Self::TokenScope
-            | Self::EdgeHeld => Outcome::Deny,
+            | Self::EdgeHeld
+            | Self::Contained => Outcome::Deny,
         }
     }
 
@@ -277,6 +282,7 @@ impl Reason {
             Self::TokenRefused => "token_refused",
             Self::TokenScope => "token_scope",
             Self::EdgeHeld => "edge_held",
+            Self::Contained => "contained",
         }
     }
 }
@@ -322,6 +328,6 @@ mod tests {
         for (place, reason) in Reason::ALL.into_iter().enumerate() {
             assert_eq!(reason.place(), place);
         }
-        assert_eq!(Reason::EdgeHeld.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
+        assert_eq!(Reason::Contained.place() + 1, Reason::ALL.len(), "the last reason is the last of the list");
     }
 }

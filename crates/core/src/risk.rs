@@ -35,6 +35,9 @@ pub struct Condition {
     /// Of its host.
     #[serde(default, skip_serializing_if = "Posture::is_unknown")]
     pub posture: Posture,
+    /// Whether it, or whom it asks, is contained: then nothing is permitted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub contained: bool,
 }
 
 /// What is known of a host.
@@ -86,6 +89,7 @@ impl Signals {
                 match statement.said {
                     Said::Compliant(said) => worst(&mut condition.posture.compliant, said),
                     Said::Managed(said) => worst(&mut condition.posture.managed, said),
+                    Said::Contained => condition.contained = true,
                     Said::Risk(_) | Said::Cleared(_) => {}
                 }
             }
@@ -101,7 +105,7 @@ impl Signals {
         let next = |statement: &Statement| {
             let falls_at_ms = match statement.said {
                 Said::Risk(score) => score.falls_at_ms(statement.issued_at_ms, now_ms),
-                Said::Compliant(_) | Said::Managed(_) | Said::Cleared(_) => None,
+                Said::Compliant(_) | Said::Managed(_) | Said::Contained | Said::Cleared(_) => None,
             };
             falls_at_ms.map_or(statement.expires_at_ms, |falls| falls.min(statement.expires_at_ms))
         };
@@ -131,8 +135,14 @@ impl Signals {
         let held = self.about(subject).filter(move |statement| statement.holds(now_ms));
         held.filter_map(move |statement| match statement.said {
             Said::Risk(score) => Some((statement, score.share(now_ms.saturating_sub(statement.issued_at_ms)))),
-            Said::Compliant(_) | Said::Managed(_) | Said::Cleared(_) => None,
+            Said::Compliant(_) | Said::Managed(_) | Said::Contained | Said::Cleared(_) => None,
         })
+    }
+
+    /// Whether any of `subjects` is contained.
+    pub fn is_contained<'a>(&self, subjects: impl IntoIterator<Item = &'a Subject>, now_ms: u64) -> bool {
+        let mut said = subjects.into_iter().flat_map(|subject| self.about(subject));
+        said.any(|statement| statement.said == Said::Contained && statement.holds(now_ms))
     }
 }
 
@@ -294,7 +304,7 @@ mod tests {
         ]);
         let all = ["workload:web", "instance:web/1", "host:vm"].map(subject);
         let now = |of: &[Subject], now_ms| {
-            let Condition { risk, posture } = signals.condition(of, now_ms);
+            let Condition { risk, posture, .. } = signals.condition(of, now_ms);
             (risk, posture.compliant, posture.managed)
         };
         assert_eq!(now(&all, 0), (30, Some(false), Some(true)));

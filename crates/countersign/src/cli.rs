@@ -97,6 +97,21 @@ pub enum Command {
     /// What it comes to
     #[command(subcommand)]
     Risk(RiskVerb),
+    /// Keep a workload, an instance or a host from everybody at once, and cut what it has open
+    Contain {
+        /// Whom.
+        #[command(flatten)]
+        whom: signal::Contained,
+        /// For how long, unless it is released before
+        #[arg(long, value_name = "SPAN", default_value = "30d", value_parser = span)]
+        ttl: Duration,
+    },
+    /// Let somebody go who is contained
+    Release {
+        /// Whom.
+        #[command(flatten)]
+        whom: signal::Contained,
+    },
     /// What runs on this host, and what asked its agent for an identity
     #[command(subcommand)]
     Workload(WorkloadVerb),
@@ -482,6 +497,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Risk(RiskVerb::Explain { subject, asker }) => {
             ask(signal::explain(&place(&global)?, subject, &asker, output))
         }
+        Command::Contain { whom, ttl } => ask(signal::contain(&place(&global)?, whom, ttl, output)),
+        Command::Release { whom } => ask(signal::release(&place(&global)?, whom, output)),
         Command::Status => ask(status::status(&place(&global)?, output)),
         Command::Service(ServiceVerb::List { pending }) => ask(service::list(&place(&global)?, pending, output)),
         Command::Service(ServiceVerb::Approve { service, who }) => {

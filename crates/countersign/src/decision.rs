@@ -191,7 +191,10 @@ fn text(shown: &Shown, detail: &DecisionDetail, paint: Paint) -> String {
     say("size", inputs.size.map_or_else(|| "not declared".to_owned(), |size| format!("{size} bytes")));
     say("origin", inputs.origin.to_string());
     say("first contact", if inputs.first_contact { "yes" } else { "no" }.to_owned());
-    let Condition { risk, posture } = inputs.condition;
+    let Condition { risk, posture, contained } = inputs.condition;
+    if contained {
+        say("contained", "yes".to_owned());
+    }
     if risk > 0 {
         say("risk", risk.to_string());
     }

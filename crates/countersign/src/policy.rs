@@ -294,6 +294,7 @@ fn inputs(arguments: &Explain, state: &MeshState) -> Result<Inputs, Failure> {
         condition: Condition {
             risk: arguments.risk,
             posture: Posture { compliant: arguments.compliant, managed: arguments.managed },
+            contained: false,
         },
     })
 }

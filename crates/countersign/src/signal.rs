@@ -37,7 +37,7 @@ pub enum SignalVerb {
         /// What is said of this one: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
         #[arg(long, value_name = "SUBJECT")]
         subject: Option<Subject>,
-        /// What is said about this: `risk`, `posture` or `management`
+        /// What is said about this: `risk`, `posture`, `management` or `containment`
         #[arg(long, value_name = "KIND")]
         kind: Option<Kind>,
         /// Who asks.
@@ -49,7 +49,7 @@ pub enum SignalVerb {
         /// What is said of this one: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
         #[arg(long, value_name = "SUBJECT")]
         subject: Subject,
-        /// What is said about this: `risk`, `posture` or `management`
+        /// What is said about this: `risk`, `posture`, `management` or `containment`
         #[arg(long, value_name = "KIND")]
         kind: Kind,
         /// Only what this source says, as `signal list` names it [default: whoever says it]
@@ -81,10 +81,11 @@ pub struct Send {
     /// Of whom: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
     #[arg(long, value_name = "SUBJECT")]
     subject: Subject,
-    /// About what: `risk`, `posture` or `management`
+    /// About what: `risk`, `posture`, `management` or `containment`
     #[arg(long, value_name = "KIND")]
     kind: Kind,
-    /// What: of a risk 0 to 100, of posture `compliant` or `not_compliant`, of management `managed` or `unmanaged`
+    /// What: of a risk 0 to 100, of posture `compliant` or `not_compliant`, of management `managed` or `unmanaged`, of
+    /// containment `contained`
     #[arg(long, value_name = "VALUE")]
     value: String,
     /// The risk falls by half in each such time [default: it stays until it ends]
@@ -93,6 +94,22 @@ pub struct Send {
     /// For how long it is said
     #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = span)]
     ttl: Duration,
+    /// Why, for whoever reads of it later
+    #[arg(long, value_name = "TEXT")]
+    reason: String,
+    /// How long to wait until every connected proxy enforces it
+    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
+    timeout: Duration,
+    /// Who asks.
+    #[command(flatten)]
+    asker: Asker,
+}
+
+/// Who is contained, or let go.
+#[derive(Debug, Clone, Args)]
+pub struct Contained {
+    /// Whom: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`
+    subject: Subject,
     /// Why, for whoever reads of it later
     #[arg(long, value_name = "TEXT")]
     reason: String,
@@ -152,10 +169,27 @@ pub async fn clear(
     tell(&control, &sent, "cleared:", timeout, output).await
 }
 
+/// Keeps somebody from everybody, for `ttl` or until they are released.
+pub async fn contain(place: &Place, whom: Contained, ttl: Duration, output: Output) -> Done {
+    let Contained { subject, reason, timeout, asker } = whom;
+    let (kind, value) = (Kind::Containment, "contained".to_owned());
+    send(place, Send { subject, kind, value, half_life: None, ttl, reason, timeout, asker }, output).await
+}
+
+/// Lets them go again, whoever contained them.
+pub async fn release(place: &Place, whom: Contained, output: Output) -> Done {
+    let Contained { subject, reason, timeout, asker } = whom;
+    clear(place, subject, Kind::Containment, None, reason, timeout, &asker, output).await
+}
+
 async fn tell(control: &Client, sent: &SignalSent, done: &str, timeout: Duration, output: Output) -> Done {
     let waited = wait(control, sent.signal, timeout).await?;
     render::answer(output, sent, |sent, paint| {
-        format!("{} {} statements, by signal {}\n", paint.good(done), sent.statements, sent.signal.0)
+        let count = match sent.statements {
+            1 => "1 statement".to_owned(),
+            more => format!("{more} statements"),
+        };
+        format!("{} {count}, by signal {}\n", paint.good(done), sent.signal.0)
     })?;
     say(&waited, output)
 }

@@ -212,6 +212,7 @@ impl Live {
             } else {
                 exchange.end_if_token_is_lost();
                 exchange.rejudge_if_it_read(Reads::CONDITION);
+                exchange.end_if_contained();
             }
         }
     }
@@ -263,7 +264,9 @@ impl Exchange {
     /// What signals say of the caller, and which was the last of them.
     fn condition(&self, now_ms: u64) -> (SignalSeq, Condition) {
         let signals = self.worker.shared.signals();
-        (signals.sequence(), signals.condition(self.peer.subjects(), now_ms))
+        let mut condition = signals.condition(self.peer.subjects(), now_ms);
+        condition.contained |= self.worker.shared.is_contained(now_ms);
+        (signals.sequence(), condition)
     }
 
     /// Until when a decision that read this stays as it is, if nothing comes but time, in milliseconds since 1970.
@@ -303,6 +306,15 @@ impl Exchange {
     /// Takes note of the access token that came with it, before its first judgement.
     pub(crate) fn show_token(&self, token: Token) {
         let _ = self.token.set(token); // one is read of each request
+    }
+
+    /// Whatever its policies read: nothing of whoever is contained goes on.
+    fn end_if_contained(&self) {
+        let (_, condition) = self.condition(self.worker.now_ms());
+        let view = self.judged.borrow().as_ref().map(|judged| judged.view.clone());
+        if let Some(view) = view.filter(|_| condition.contained && self.cut.get().is_none()) {
+            self.judge_again(&view);
+        }
     }
 
     fn end_if_token_is_lost(&self) {

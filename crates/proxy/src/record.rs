@@ -329,7 +329,11 @@ mod tests {
                 now: (at_ms / 1000) as i64,
                 first_contact: self.first_contact,
                 token: None,
-                condition: Condition { risk: 40, posture: Posture { compliant: Some(false), managed: None } },
+                condition: Condition {
+                    risk: 40,
+                    posture: Posture { compliant: Some(false), managed: None },
+                    contained: true,
+                },
             };
             let (principal, service) = (&self.principal, &self.service);
             Decided {

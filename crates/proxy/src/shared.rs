@@ -22,7 +22,7 @@ use countersign_core::{
     change::Revision,
     identity::{InstanceId, ServiceName},
     policy::{Library, PolicyError},
-    signal::{SignalSeq, Signals},
+    signal::{SignalSeq, Signals, statement::Subject},
     token::{Authorities, Thumbprint},
     view::View,
 };
@@ -105,6 +105,7 @@ pub struct Shared {
     pub(crate) endpoints: ArcSwap<EndpointsByService>,
     identity: Mutex<Identity>,
     signals: ArcSwap<Signals>,
+    own: ArcSwap<Vec<Subject>>, // what signals can be about, of what this sidecar is
     authorities: ArcSwap<Authorities>,
     tokens: ArcSwap<Attached>,
     token_news: watch::Sender<()>,
@@ -186,12 +187,18 @@ impl Default for OfCertificate {
     }
 }
 
+fn subjects(instance: &InstanceId, host: Option<&ServiceName>) -> Vec<Subject> {
+    let (workload, instance) = (Subject::Workload(instance.service()), Subject::Instance(instance.clone()));
+    [workload, instance].into_iter().chain(host.cloned().map(Subject::Host)).collect()
+}
+
 /// Where each service runs.
 pub type EndpointsByService = BTreeMap<ServiceName, Arc<[Endpoint]>>;
 
 impl Shared {
     /// Nothing is known yet: no view, no identity, no endpoints.
     pub fn new(setup: Setup) -> Self {
+        let own = ArcSwap::from_pointee(subjects(&setup.instance, None));
         let counts = (0..setup.worker_count).map(|_| Arc::default()).collect();
         Self {
             setup,
@@ -200,6 +207,7 @@ impl Shared {
             endpoints: ArcSwap::default(),
             identity: Mutex::default(),
             signals: ArcSwap::default(),
+            own,
             authorities: ArcSwap::default(),
             tokens: ArcSwap::default(),
             token_news: watch::Sender::new(()),
@@ -246,6 +254,7 @@ impl Shared {
     /// Takes a new SVID into use: new connections show it, old ones finish what they carry and close. `tokens` are bound to it.
     pub fn set_svid(&self, svid: X509Svid, tokens: TokensByService) {
         let mut identity = self.identity.lock();
+        self.own.store(Arc::new(subjects(&self.setup.instance, svid.host())));
         // First: no connection is opened with it whose requests would lack them.
         self.set_tokens(Thumbprint(svid.leaf_sha256().0), tokens);
         *identity = match std::mem::take(&mut *identity) {
@@ -340,6 +349,11 @@ impl Shared {
         let sequence = self.signals.load().sequence();
         self.every_worker(Order::Heed).await;
         sequence
+    }
+
+    /// Whether signals say that this sidecar's own workload, instance or host is contained.
+    pub(crate) fn is_contained(&self, now_ms: u64) -> bool {
+        self.signals.load().is_contained(self.own.load().iter(), now_ms)
     }
 
     /// All signals that hold.

@@ -13,7 +13,7 @@
 //! (`/`), `host` (`<service>.mesh`), `method` (the action's), `size` in bytes (not declared), `origin` (`127.0.0.1`), `now`
 //! (noon of Monday 2026-01-05 UTC, so that a test tells the same every day), `first_contact` (`false`), `token` (the scope
 //! of the access token that comes with it: where the service demands tokens, the one that the principal would be issued), `risk` (`0`),
-//! `compliant` and `managed` (nobody says).
+//! `compliant` and `managed` (nobody says), `contained` (`false`).
 
 use std::{collections::BTreeMap, net::IpAddr, ops::Range};
 
@@ -287,6 +287,7 @@ impl Reader<'_> {
                 "risk",
                 "compliant",
                 "managed",
+                "contained",
             ],
         )?;
         let principal = self.needed(&members, "principal", value.span()).and_then(|value| self.principal(value));
@@ -305,6 +306,7 @@ impl Reader<'_> {
         let first_contact = members.get("first_contact").and_then(|value| self.truth(value));
         let token = members.get("token").and_then(|value| self.text(value)).map(Scope::parse);
         let risk = members.get("risk").and_then(|value| self.risk(value)).unwrap_or(0);
+        let contained = members.get("contained").and_then(|value| self.said(value)).unwrap_or(false);
         let mut said = |key: &str| members.get(key).and_then(|value| self.said(value));
         let posture = Posture { compliant: said("compliant"), managed: said("managed") };
         let (principal, action, service, path) = (principal?, action?, service?, path?);
@@ -327,7 +329,7 @@ impl Reader<'_> {
             first_contact: first_contact.unwrap_or(false),
             operation: None,
             token: token.map(|scope| ShownToken { id: None, fault: None, scope, issued_at: now }),
-            condition: Condition { risk, posture },
+            condition: Condition { risk, posture, contained },
             action: action.into(),
         })
     }

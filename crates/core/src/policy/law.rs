@@ -318,11 +318,16 @@ impl Law {
     ///
     /// INVARIANT (barred-reaches-nobody): no policy is asked about what a quarantined or suspended service asks for.
     ///
+    /// INVARIANT (contained-is-denied): no policy is asked about what is asked by, or of, somebody who is contained.
+    ///
     /// INVARIANT (bad-token-denies): what comes with a token that is not believed is denied, whether or not a token is demanded.
     pub(super) fn stand(&self, query: &Query<'_>) -> Result<Standing, Decision> {
         let refused = |reason| Err(Decision::denial(reason, Reads::NOTHING));
         if !self.declared || *query.service != self.service {
             return refused(Reason::NotDeclared);
+        }
+        if query.context.condition.contained {
+            return refused(Reason::Contained);
         }
         let Some(workload) = self.workload(query.principal) else { return refused(Reason::NotAWorkload) };
         if self.barred.contains(workload) {
@@ -997,6 +1002,23 @@ mod tests {
         assert_eq!(law(all).decide(&asked("web", "http:GET", "/items").query()).operation, None);
     }
 
+    /// PROVES (contained-is-denied)
+    #[test]
+    fn nobody_who_is_contained_is_permitted_anything_whatever_policies_say() {
+        let everything = law("@id(\"all\") permit (principal, action, resource);");
+        let contained = Condition { contained: true, ..Condition::default() };
+        for principal in ["web", "newcomer", "spiffe://partner.example/billing"] {
+            for action in ["http:GET", "http:TRACE", "grpc:call", "tcp:connect"] {
+                let asked = Asked { condition: contained, ..Asked::new(principal, action, "/items") };
+                for decision in
+                    [everything.decide(&asked.query()), Judge::new(everything.clone()).decide(&asked.query())]
+                {
+                    assert_eq!(told(&decision), "deny contained", "{asked:?}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn with_a_contract_the_resource_is_the_operation_in_scopes_and_in_conditions() {
         let get = || asked("web", "http:GET", "/items/4");
@@ -1445,7 +1467,7 @@ mod tests {
                     origin: origin.into(),
                     now,
                     first_contact,
-                    condition: Condition { risk, posture: Posture { compliant, managed } },
+                    condition: Condition { risk, posture: Posture { compliant, managed }, contained: false },
                     ..Asked::new(principal, action, path)
                 },
             )

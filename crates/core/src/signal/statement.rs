@@ -45,6 +45,8 @@ pub enum Kind {
     Posture,
     /// Whether a host is looked after by whoever should.
     Management,
+    /// Whether the subject is kept from everybody.
+    Containment,
 }
 
 /// What is said.
@@ -56,6 +58,8 @@ pub enum Said {
     Compliant(bool),
     /// Whether it is managed.
     Managed(bool),
+    /// It asks nobody, and nobody asks it.
+    Contained,
     /// Nothing any more: what the source said before is taken back.
     Cleared(Kind),
 }
@@ -81,7 +85,7 @@ pub enum SaidError {
         kind: Kind,
     },
     /// It is no kind.
-    #[error("`{0}` is no kind: write `risk`, `posture` or `management`")]
+    #[error("`{0}` is no kind: write `risk`, `posture`, `management` or `containment`")]
     Kind(String),
     /// Only a risk falls.
     #[error("only a risk falls by half, {0} does not")]
@@ -136,7 +140,7 @@ const CLEARED: &str = "cleared";
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Risk, Self::Posture, Self::Management];
+    pub const ALL: [Self; 4] = [Self::Risk, Self::Posture, Self::Management, Self::Containment];
 
     /// As it is written.
     pub fn as_str(self) -> &'static str {
@@ -144,6 +148,7 @@ impl Kind {
             Self::Risk => "risk",
             Self::Posture => "posture",
             Self::Management => "management",
+            Self::Containment => "containment",
         }
     }
 
@@ -152,12 +157,17 @@ impl Kind {
             Self::Risk => "write a whole number from 0 to 100",
             Self::Posture => "write `compliant` or `not_compliant`",
             Self::Management => "write `managed` or `unmanaged`",
+            Self::Containment => "write `contained`",
         }
     }
 
     /// Whether it can be said of `subject`.
     pub fn is_of(self, subject: &Subject) -> bool {
-        self == Self::Risk || matches!(subject, Subject::Host(_))
+        match self {
+            Self::Risk => true,
+            Self::Posture | Self::Management => matches!(subject, Subject::Host(_)),
+            Self::Containment => !matches!(subject, Subject::Operator(_)),
+        }
     }
 }
 
@@ -192,7 +202,8 @@ impl Said {
             (Kind::Posture, "not_compliant") => Some(Self::Compliant(false)),
             (Kind::Management, "managed") => Some(Self::Managed(true)),
             (Kind::Management, "unmanaged") => Some(Self::Managed(false)),
-            (Kind::Posture | Kind::Management, _) => None,
+            (Kind::Containment, "contained") => Some(Self::Contained),
+            (Kind::Posture | Kind::Management | Kind::Containment, _) => None,
         };
         said.ok_or_else(|| SaidError::Value { given: value.chars().take(40).collect(), kind })
     }
@@ -203,6 +214,7 @@ impl Said {
             Self::Risk(_) => Kind::Risk,
             Self::Compliant(_) => Kind::Posture,
             Self::Managed(_) => Kind::Management,
+            Self::Contained => Kind::Containment,
             Self::Cleared(kind) => kind,
         }
     }
@@ -211,7 +223,7 @@ impl Said {
     pub fn half_life_ms(self) -> Option<u64> {
         match self {
             Self::Risk(score) => score.half_life_ms,
-            Self::Compliant(_) | Self::Managed(_) | Self::Cleared(_) => None,
+            Self::Compliant(_) | Self::Managed(_) | Self::Contained | Self::Cleared(_) => None,
         }
     }
 
@@ -220,7 +232,7 @@ impl Said {
         match self {
             Self::Cleared(_) => 0,
             Self::Compliant(true) | Self::Managed(true) => 1,
-            Self::Compliant(false) | Self::Managed(false) => 2,
+            Self::Compliant(false) | Self::Managed(false) | Self::Contained => 2,
             Self::Risk(score) => 1 + score.value,
         }
     }
@@ -234,6 +246,7 @@ impl fmt::Display for Said {
             Self::Compliant(false) => f.write_str("not_compliant"),
             Self::Managed(true) => f.write_str("managed"),
             Self::Managed(false) => f.write_str("unmanaged"),
+            Self::Contained => f.write_str("contained"),
             Self::Cleared(_) => f.write_str(CLEARED),
         }
     }

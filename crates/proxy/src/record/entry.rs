@@ -10,7 +10,7 @@
 //! edge     = length u16 · principal · service · action                    (a string: length, then UTF-8)
 //! rest     = path · host · method · 0 | 1 + trace id [16] · judge_ns · now i64 · 4 + ip [4] | 6 + ip [16] · size + 1 · policies
 //! token    = 0 | 1 + fault + 1 u8 · 0 | 1 + id [16] · scope · issued i64
-//! signals  = the number of the last · risk u8 · compliant u8 · managed u8   (0: nobody says, 1: no, 2: yes)
+//! signals  = the number of the last · risk u8 · compliant u8 · managed u8 · contained u8   (0: nobody says, 1: no, 2: yes)
 //! end      = 0 | 1 + how u8 · status · duration_us · bytes_in · bytes_out
 //! ```
 
@@ -118,8 +118,8 @@ pub(super) fn encode_decision(to: &mut Vec<u8>, decided: &Decided<'_>) {
     text(to, decided.decision.operation.as_deref().unwrap_or_default());
     token(to, query.context.token);
     number(to, decided.signals.0);
-    let Condition { risk, posture } = query.context.condition;
-    to.extend([risk, said(posture.compliant), said(posture.managed)]);
+    let Condition { risk, posture, contained } = query.context.condition;
+    to.extend([risk, said(posture.compliant), said(posture.managed), u8::from(contained)]);
     frame(&mut to[begin..]);
 }
 
@@ -395,10 +395,10 @@ impl<'a> Cursor<'a> {
 
     fn signals(&mut self) -> Option<(u64, Condition)> {
         let sequence = self.number()?;
-        let &[risk, compliant, managed] = self.take(3)?.first_chunk()?;
+        let &[risk, compliant, managed, contained] = self.take(4)?.first_chunk()?;
         let said = |of_host: u8| [None, Some(false), Some(true)].get(usize::from(of_host)).copied();
         let posture = Posture { compliant: said(compliant)?, managed: said(managed)? };
-        Some((sequence, Condition { risk, posture }))
+        Some((sequence, Condition { risk, posture, contained: contained == 1 }))
     }
 
     fn ended(&mut self) -> Option<Option<Ended>> {

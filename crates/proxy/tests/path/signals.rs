@@ -6,7 +6,7 @@ use std::{sync::Mutex, time::Duration};
 use bytes::Bytes;
 use countersign_core::{
     record::{End, Judged, Reason},
-    risk::{Condition, Posture},
+    risk::Condition,
     service::Protocol::{self, Http},
     signal::{Signal, SignalSeq, Signals, statement::Statement},
 };
@@ -110,7 +110,7 @@ async fn a_risk_of_a_caller_its_instance_or_its_host_cuts_its_stream_and_denies_
         mesh.say(subject, "risk", "70", None, 60_000).await;
         assert!(ends(&mut of_web, Duration::from_secs(5)).await, "the stream goes on: {subject}");
         assert!(flows(&mut of_batch).await, "another's is no concern of it");
-        let condition = Condition { risk: 70, posture: Posture::default() };
+        let condition = Condition { risk: 70, ..Condition::default() };
         assert_eq!(mesh.cut(), (Reason::NoPolicyPermits, condition, 2));
         assert_eq!(mesh.status(&mesh.web).await, 403, "{subject}");
         assert_eq!(mesh.status(&mesh.batch).await, 200);
@@ -136,6 +136,36 @@ async fn a_stream_ends_when_the_posture_that_it_was_permitted_by_ends_by_itself_
     assert!(flows(&mut ending).await);
     assert!(ends(&mut ending, Duration::from_millis(2_000)).await, "it goes on when nobody says it any more");
     assert_eq!(mesh.status(&mesh.web).await, 403);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_contained_has_nothing_open_and_asks_nobody_and_is_asked_by_nobody_whatever_policies_read() {
+    for (subject, of_web, of_batch) in [
+        ("workload:web", 403, 200),
+        ("instance:web/1", 403, 200),
+        ("host:web-host", 403, 200),
+        ("workload:catalog", 403, 403),
+        ("instance:catalog/1", 403, 403),
+        ("host:catalog-host", 403, 403),
+        ("instance:web/2", 200, 200),
+    ] {
+        let mesh = mesh(EVERYONE).await;
+        let (mut web, mut batch) = (events(&mesh.web).await, events(&mesh.batch).await);
+        mesh.say(subject, "containment", "contained", None, 60_000).await;
+        assert_eq!((mesh.status(&mesh.web).await, mesh.status(&mesh.batch).await), (of_web, of_batch), "{subject}");
+        for (stream, status) in [(&mut web, of_web), (&mut batch, of_batch)] {
+            match status {
+                200 => assert!(flows(stream).await, "{subject}"),
+                _ => assert!(ends(stream, Duration::from_secs(5)).await, "{subject}"),
+            }
+        }
+        if of_web == 403 {
+            let (reason, condition, _) = mesh.cut();
+            assert_eq!((reason, condition.contained), (Reason::Contained, true));
+        }
+        mesh.say(subject, "containment", "cleared", None, 60_000).await;
+        assert_eq!((mesh.status(&mesh.web).await, mesh.status(&mesh.batch).await), (200, 200), "{subject}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
