@@ -257,6 +257,8 @@ fn mistake_of_subject(plane: &Plane, subject: &Subject) -> Result<(), Problem> {
             let is_there = plane.publisher.hosts().iter().any(|known| known.host == *host);
             (is_there, "`countersign host list` shows them")
         }
+        // So do tokens.
+        Subject::Family(_) => (true, ""),
         Subject::Operator(operator) => {
             (state.operators.contains_key(operator), "`countersign operator list` shows them")
         }

@@ -9,7 +9,7 @@
 //!
 //! So one source that says 80 makes 80, two that say 50 make 75, and nothing makes more than 100. A half-life falls in 64 steps, of which
 //! each has its moment: between two of them nothing changes by itself, and every host comes to the same number. Of a caller, the
-//! highest of its service, its instance and its host counts; of a posture, the worst that any source says.
+//! highest of its service, its instance, its host and the token that it shows counts; of a posture, the worst that any source says.
 
 use std::fmt;
 

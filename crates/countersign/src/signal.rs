@@ -34,7 +34,7 @@ pub enum SignalVerb {
     Send(Send),
     /// List what is said, by whom and why
     List {
-        /// What is said of this one: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
+        /// What is said of this one: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`, `family:ID`
         #[arg(long, value_name = "SUBJECT")]
         subject: Option<Subject>,
         /// What is said about this: `risk`, `posture`, `management` or `containment`
@@ -46,7 +46,7 @@ pub enum SignalVerb {
     },
     /// Take back what is said, and wait until every proxy goes by it
     Clear {
-        /// What is said of this one: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
+        /// What is said of this one: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`, `family:ID`
         #[arg(long, value_name = "SUBJECT")]
         subject: Subject,
         /// What is said about this: `risk`, `posture`, `management` or `containment`
@@ -78,7 +78,7 @@ pub enum SignalVerb {
 /// What is said.
 #[derive(Debug, Clone, Args)]
 pub struct Send {
-    /// Of whom: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
+    /// Of whom: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`, `family:ID`
     #[arg(long, value_name = "SUBJECT")]
     subject: Subject,
     /// About what: `risk`, `posture`, `management` or `containment`
@@ -132,7 +132,7 @@ pub enum RiskVerb {
     },
     /// Say why the risk of one is what it is
     Explain {
-        /// Whose: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`
+        /// Whose: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`, `operator:alice`, `family:ID`
         subject: Subject,
         /// Who asks.
         #[command(flatten)]

@@ -3,7 +3,10 @@
 
 use std::{cell::OnceCell, rc::Rc, sync::Arc};
 
-use countersign_core::token::{self, AccessToken, Authorities, ShownToken, TokenFault};
+use countersign_core::{
+    signal::statement::Subject,
+    token::{self, AccessToken, Authorities, ShownToken, TokenFault},
+};
 use http::{HeaderMap, HeaderValue};
 
 use crate::{
@@ -25,6 +28,7 @@ pub(crate) enum PresentedToken {
 pub(crate) struct Token {
     shown: ShownToken,
     held: Option<Rc<AccessToken>>,
+    family: Option<Subject>,       // what signals say of it is said of who shows it
     revoked: OnceCell<ShownToken>, // what it is seen as since it was revoked
 }
 
@@ -85,7 +89,7 @@ impl Caller {
 
 impl Token {
     fn refused(shown: ShownToken) -> Self {
-        Self { shown, held: None, revoked: OnceCell::new() }
+        Self { shown, held: None, family: None, revoked: OnceCell::new() }
     }
 
     /// INVARIANT (token-of-this-connection): a token is believed only of the workload and the certificate that this connection was
@@ -101,12 +105,18 @@ impl Token {
             .fault_of(peer.id(), &peer.proof().certificate(), now_seconds)
             .or(is_revoked.then_some(TokenFault::Revoked))
             .or_else(|| family.has_superseded(token.claims()).then_some(TokenFault::Superseded));
-        Self { shown: token.shown(fault), held: Some(token), revoked: OnceCell::new() }
+        let family = Some(Subject::Family(token.claims().family));
+        Self { shown: token.shown(fault), held: Some(token), family, revoked: OnceCell::new() }
     }
 
     /// As policies and records see it.
     pub(crate) fn shown(&self) -> &ShownToken {
         self.revoked.get().unwrap_or(&self.shown)
+    }
+
+    /// What signals say something of, if they do of its family.
+    pub(crate) fn family(&self) -> Option<&Subject> {
+        self.family.as_ref()
     }
 
     /// Whether it has been revoked since it came: from now on it is seen so.

@@ -23,7 +23,7 @@ use countersign_core::{
     record::{End, Ended, Judged, Outcome, Reason},
     risk::Condition,
     service::Protocol,
-    signal::SignalSeq,
+    signal::{SignalSeq, statement::Subject},
 };
 use http::Method;
 use slab::Slab;
@@ -261,10 +261,15 @@ impl Exchange {
         (reason, id)
     }
 
+    /// What signals can be about, of who asks.
+    fn subjects(&self) -> impl Iterator<Item = &Subject> {
+        self.peer.subjects().iter().chain(self.token.get().and_then(Token::family))
+    }
+
     /// What signals say of the caller, and which was the last of them.
     fn condition(&self, now_ms: u64) -> (SignalSeq, Condition) {
         let signals = self.worker.shared.signals();
-        let mut condition = signals.condition(self.peer.subjects(), now_ms);
+        let mut condition = signals.condition(self.subjects(), now_ms);
         condition.contained |= self.worker.shared.is_contained(now_ms);
         (signals.sequence(), condition)
     }
@@ -278,7 +283,7 @@ impl Exchange {
         let second = reads.any_of(Reads::NOW).then(|| (now_ms / 1000 + 1) * 1000);
         let hour = reads.any_of(Reads::CLOCK).then(|| (now_ms / HOUR_MS + 1) * HOUR_MS);
         let reads_condition = reads.any_of(Reads::CONDITION);
-        let next_change = || self.worker.shared.signals().next_change(self.peer.subjects(), now_ms);
+        let next_change = || self.worker.shared.signals().next_change(self.subjects(), now_ms);
         let said = reads_condition.then(next_change).flatten();
         [second, hour, said].into_iter().flatten().min()
     }

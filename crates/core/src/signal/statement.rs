@@ -7,7 +7,10 @@ use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize, de};
 
-use crate::identity::{InstanceId, OperatorName, ServiceName};
+use crate::{
+    identity::{InstanceId, OperatorName, ServiceName},
+    token::TokenId,
+};
 
 /// Longest name of a source, in bytes.
 pub const SOURCE_BYTES_MAX: usize = 160;
@@ -17,7 +20,7 @@ pub const RISK_MAX: u8 = 100;
 pub const HALF_LIFE_MS_MIN: u64 = 60_000;
 
 /// Whom a statement is about. Written as its kind, a colon and which: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`,
-/// `operator:alice`.
+/// `operator:alice`, `family:0199…`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Subject {
     /// All instances of a service.
@@ -28,11 +31,13 @@ pub enum Subject {
     Host(ServiceName),
     /// An operator.
     Operator(OperatorName),
+    /// An access token and all that were renewed from it: whoever shows one of them.
+    Family(TokenId),
 }
 
 /// Text that names no subject.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no subject: write `workload:`, `instance:`, `host:` or `operator:` and which")]
+#[error("`{0}` is no subject: write `workload:`, `instance:`, `host:`, `operator:` or `family:` and which")]
 pub struct SubjectError(String);
 
 /// What a statement is about.
@@ -166,7 +171,7 @@ impl Kind {
         match self {
             Self::Risk => true,
             Self::Posture | Self::Management => matches!(subject, Subject::Host(_)),
-            Self::Containment => !matches!(subject, Subject::Operator(_)),
+            Self::Containment => !matches!(subject, Subject::Operator(_) | Subject::Family(_)),
         }
     }
 }
@@ -335,6 +340,7 @@ impl fmt::Display for Subject {
             Self::Instance(instance) => write!(f, "instance:{instance}"),
             Self::Host(host) => write!(f, "host:{host}"),
             Self::Operator(operator) => write!(f, "operator:{operator}"),
+            Self::Family(first) => write!(f, "family:{first}"),
         }
     }
 }
@@ -347,6 +353,7 @@ impl FromStr for Subject {
             Some(("instance", id)) => InstanceId::parse(id).ok().map(Self::Instance),
             Some(("host", name)) => ServiceName::parse(name).ok().map(Self::Host),
             Some(("operator", name)) => OperatorName::parse(name).ok().map(Self::Operator),
+            Some(("family", first)) => first.parse().ok().map(Self::Family),
             _ => None,
         };
         parsed.ok_or_else(|| SubjectError(given.chars().take(80).collect()))

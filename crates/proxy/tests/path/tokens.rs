@@ -276,6 +276,36 @@ async fn a_stream_ends_when_the_token_that_it_was_permitted_with_is_revoked_and_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_of_a_family_of_tokens_is_said_of_who_shows_one_and_of_nobody_else() {
+    let mesh = Mesh::new(Tokens::Optional).await;
+    let low_risk = "permit(principal, action, resource) when { context.risk.workload < 70 };";
+    mesh.catalog.apply(&mesh.plan.with_policy(low_risk), 2).await;
+    let id = mesh.let_web_call();
+    let request = Request::get("http://catalog.mesh/events").body(Full::default()).unwrap();
+    let mut stream = open(mesh.web.outbound, request).await.into_body();
+    assert!(stream.frame().await.unwrap().is_ok());
+    let signals = {
+        let mut said = mesh.said.lock().unwrap();
+        said.0 += 1;
+        let written = json!({
+            "subject": format!("family:{id}"), "kind": "risk", "value": "70", "source": "operator:alice",
+            "issued_at_ms": now_ms(), "expires_at_ms": now_ms() + 60_000,
+        });
+        let sequence = SignalSeq(said.0);
+        said.1.welcome(sequence, [Signal::Stated(serde_json::from_value(written).unwrap())]);
+        said.1.clone()
+    };
+    mesh.catalog.shared.heed(signals);
+    mesh.catalog.shared.end_revoked().await;
+    let ended = tokio::time::timeout(Duration::from_secs(5), async { while let Some(Ok(_)) = stream.frame().await {} });
+    ended.await.expect("the stream goes on");
+    assert_eq!(mesh.web.get("http://catalog.mesh/").await.status, 403);
+    assert_eq!(mesh.cron.get("http://catalog.mesh/").await.status, 200, "it shows none of them");
+    mesh.let_web_call();
+    assert_eq!(mesh.web.get("http://catalog.mesh/").await.status, 200, "nothing is said of the next family");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_ends_when_its_service_begins_to_demand_tokens() {
     let mesh = Mesh::new(Tokens::Optional).await;
     let request = Request::get("http://catalog.mesh/events").body(Full::default()).unwrap();
