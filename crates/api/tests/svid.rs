@@ -105,7 +105,7 @@ fn a_chain_that_is_not_the_svid_of_a_workload_is_refused() {
             vec![sign(leaf_params(), &narrow).0, narrow.der().clone()],
             "a signing certificate of the chain names `spiffe://shop.example/web`",
         ),
-        ("too long", std::iter::repeat_n(good[0].clone(), 7).collect(), "longer than 6"),
+        ("too long", std::iter::repeat_n(good[0].clone(), 13).collect(), "longer than 12"),
     ];
     let now = UnixTime::since_unix_epoch(Duration::from_secs(NOW));
     for (what, chain, expected) in refusals {

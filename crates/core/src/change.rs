@@ -322,7 +322,7 @@ pub struct Bodies(BTreeMap<Digest, Arc<str>>);
 
 impl Change {
     /// Every kind.
-    pub const KINDS: [&str; 37] = [
+    pub const KINDS: [&str; 39] = [
         "create_mesh",
         "declare_service",
         "remove_service",

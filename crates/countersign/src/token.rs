@@ -186,7 +186,7 @@ pub async fn inspect(place: &Place, asker: &Asker, output: Output) -> Done {
     }
     let control = asker.opens(Client::control(place), Act::ReadTokens).await?;
     let found: TokenInspected = control.post("/v1/tokens/inspect", &InspectToken { token }).await?;
-    render::answer(output, &found, |found, paint| explain(found, paint))
+    render::answer(output, &found, explain)
 }
 
 fn explain(found: &TokenInspected, paint: Paint) -> String {

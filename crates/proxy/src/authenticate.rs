@@ -5,7 +5,7 @@ use std::{cell::OnceCell, rc::Rc, sync::Arc};
 
 use countersign_core::{
     signal::statement::Subject,
-    token::{self, AccessToken, Authorities, ShownToken, TokenFault},
+    token::{self, AccessToken, Authorities, ShownToken, TokenFault, TokenId},
 };
 use http::{HeaderMap, HeaderValue};
 
@@ -31,6 +31,9 @@ pub(crate) struct Token {
     family: Option<Subject>,       // what signals say of it is said of who shows it
     revoked: OnceCell<ShownToken>, // what it is seen as since it was revoked
 }
+
+/// Why a token is not believed, and its id when it is known.
+type NotBelieved = (TokenFault, Option<TokenId>);
 
 /// A token that was verified on a connection, so that the next request with the same one costs a comparison.
 pub(crate) struct Known {
@@ -137,7 +140,7 @@ impl Peer {
         view: &Compiled,
         value: HeaderValue,
         now_seconds: i64,
-    ) -> Result<(Rc<AccessToken>, Arc<Newest>), (TokenFault, Option<token::TokenId>)> {
+    ) -> Result<(Rc<AccessToken>, Arc<Newest>), NotBelieved> {
         let authorities = worker.shared.token_authorities();
         let mut known = self.known_token.borrow_mut();
         if let Some(known) = &*known

@@ -353,11 +353,16 @@ mod tests {
 
     #[test]
     fn another_key_signs_at_once_only_when_it_has_been_known_for_a_while() {
-        let first = Generation::first(5);
-        let second = first.replaced(10, false).unwrap();
+        let at_ms = 1_790_000_000_000;
+        let first = Generation::first(at_ms);
+        let second = first.replaced(at_ms, false).unwrap();
         assert_eq!((&second.signing.id, &*second.retired[0].id), (&first.next.id, &*first.signing.id));
-        assert_eq!(second.replaced(11, true).err(), Some(TooSoon { seconds: 60 }), "nobody may know the next one yet");
-        let third = second.replaced(60_010, true).unwrap();
+        assert_eq!(
+            second.replaced(at_ms + 1, true).err(),
+            Some(TooSoon { seconds: 60 }),
+            "nobody may know the next one yet"
+        );
+        let third = second.replaced(at_ms + 60_000, true).unwrap();
         assert_eq!(third.signing.id, second.next.id);
         let published: Vec<&str> = third.retired.iter().map(|key| &*key.id).collect();
         assert_eq!(published, [&*first.signing.id], "what is compromised verifies nothing");
