@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use countersign_core::{identity::InstanceId, service::Protocol};
+use countersign_core::{
+    identity::{InstanceId, ServiceName},
+    service::Protocol,
+};
 use h2::{Reason, ext::Protocol as ConnectProtocol};
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
@@ -22,7 +25,7 @@ use crate::{
     flow::{Account, Flow, Pipe, Watched, Way},
     hygiene,
     live::{Exchange, Kind},
-    pool::{AppError, ConnectError, Http2, Outgoing, connect_app, connect_mesh, send_to_app},
+    pool::{AppError, ConnectError, Http2, Outgoing, Stream, connect_app, connect_mesh, send_to_app},
     tunnel::{Sort, Wire},
     websocket,
     workers::Worker,
@@ -34,6 +37,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const RETRIES: u32 = 2;
 /// Retries as a share of requests, in percent, when no rule says otherwise.
 const RETRY_BUDGET_PERCENT: u32 = 20;
+
+/// How often a connection is given up for one request because its certificate was replaced meanwhile.
+const REPLACED_MEANWHILE_MAX: usize = 5;
 
 /// Forwards a permitted exchange to the workload.
 ///
@@ -248,6 +254,24 @@ fn note_failure(worker: &Worker, instance: &Instance) {
     }
 }
 
+/// A stream to `instance`, and the access token for `service` that goes with the certificate that its connection was opened with. When
+/// that one was replaced more than once since, its tokens are gone: then a connection of the certificate of now is opened.
+async fn with_token(
+    worker: &Rc<Worker>,
+    instance: &Rc<Instance>,
+    service: &ServiceName,
+) -> Result<(Stream, Option<HeaderValue>), Rc<ConnectError>> {
+    for _ in 0..REPLACED_MEANWHILE_MAX {
+        let stream = instance.pool.stream(|| connect_mesh(worker, instance)).await?;
+        let token = stream.certificate.and_then(|own| worker.shared.token(&own, service));
+        if token.is_some() || !worker.shared.holds_token(service, worker.now_ms()) {
+            return Ok((stream, token));
+        }
+        instance.pool.rotate();
+    }
+    Err(Rc::new(ConnectError::Renewed))
+}
+
 async fn attempt(
     worker: &Rc<Worker>,
     outgoing: &Rc<Outgoing>,
@@ -257,8 +281,7 @@ async fn attempt(
     idempotent: bool,
 ) -> Result<Reply, Failed> {
     let load = instance.load();
-    let connected = instance.pool.stream(|| connect_mesh(worker, instance)).await;
-    let mut stream = connected.map_err(|error| {
+    let (mut stream, token) = with_token(worker, instance, &sending.target).await.map_err(|error| {
         tracing::debug!(instance = %instance.id, %error, "could not reach an instance");
         let refusal = match *error {
             ConnectError::CertificateRefused(_) => Refusal::CertificateRefused,
@@ -267,7 +290,6 @@ async fn attempt(
         Failed { refusal, unprocessed: true }
     })?;
     let end = sending.intent == Intent::Message && sending.body.is_end_stream();
-    let token = stream.certificate.and_then(|own| worker.shared.token(&own, &sending.target));
     let head = sending.head(&upstream.authority, token);
     let (response, send) = match stream.sender.send_request(head, end) {
         Ok(sent) => sent,

@@ -124,9 +124,11 @@ impl Http2Pool {
             return Err(error.clone());
         }
         let connected = tokio::time::timeout(CONNECT_TIMEOUT, async {
-            match connect().await {
-                Err(ConnectError::Renewed) => connect().await,
-                connected => connected,
+            loop {
+                match connect().await {
+                    Err(ConnectError::Renewed) => {}
+                    connected => return connected,
+                }
             }
         });
         match connected.await.unwrap_or(Err(ConnectError::TimedOut)) {

@@ -1,6 +1,12 @@
 //! Access tokens on the mesh hop: attached by the caller's sidecar, verified and taken away by the callee's, and seen by neither workload.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use aws_lc_rs::{
     rand::SystemRandom,
@@ -30,6 +36,7 @@ use crate::{
 
 const SERVICES: &[(&str, Protocol)] = &[("web", Http), ("cron", Http), ("catalog", Http), ("db", Tcp)];
 const ISSUER: &str = "https://shop.example";
+const RENEWALS: usize = 600;
 
 /// A mesh whose catalog demands tokens, and whoever signs them.
 struct Mesh {
@@ -320,21 +327,32 @@ async fn a_stream_ends_when_its_service_begins_to_demand_tokens() {
 async fn no_request_is_lost_and_none_carries_the_token_of_another_certificate_while_identities_are_renewed() {
     let mesh = Mesh::new(Tokens::Required).await;
     mesh.let_web_call();
-    let calls = async {
-        for _ in 0..200 {
+    let (ended, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let calls = async || {
+        while !ended.load(Ordering::Relaxed) {
             let answer = mesh.web.get("http://catalog.mesh/").await;
             assert_eq!(answer.seen(), (200, None), "{answer:?}");
+            asked.fetch_add(1, Ordering::Relaxed);
         }
     };
+    let identity = |_| {
+        let svid = mesh.authority.svid("web");
+        let token = mesh.token("web", &svid, "http:GET", 300).1;
+        (svid, Mesh::only(&token))
+    };
+    let mut identities = (0..RENEWALS).map(identity).collect::<Vec<_>>().into_iter();
     let renewals = async {
-        for _ in 0..20 {
-            let svid = mesh.authority.svid("web");
-            let token = mesh.token("web", &svid, "http:GET", 300).1;
-            mesh.web.shared.set_svid(svid, Mesh::only(&token));
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        while !identities.as_slice().is_empty() {
+            // More than once before a connection of the first one is given up.
+            for (svid, tokens) in identities.by_ref().take(3) {
+                mesh.web.shared.set_svid(svid, tokens);
+            }
+            tokio::time::sleep(Duration::from_millis(8)).await;
         }
+        ended.store(true, Ordering::Relaxed);
     };
-    tokio::join!(calls, renewals);
+    tokio::join!(calls(), calls(), calls(), calls(), renewals);
+    assert!(asked.load(Ordering::Relaxed) >= 100, "{asked:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
