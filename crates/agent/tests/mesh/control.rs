@@ -246,12 +246,20 @@ impl Control {
         };
         let mut next = self.next.lock();
         let signs = next.take().map_or_else(made, |(signs, _)| signs);
-        *next = Some((signs, taint));
+        *next = Some((signs.clone(), taint));
         drop(next);
         if let Some(tls) = &*self.tls.lock() {
             tls.trust(self.bundle());
+            tls.renew(self.own_svid(&signs.0, &signs.1));
         }
         self.tell(Event::Bundle(self.bundle().to_message()));
+    }
+
+    fn own_svid(&self, root: &Authority, issuing: &Authority) -> X509Svid {
+        let key = KeyPair::generate().unwrap();
+        let own = leaf(&self.trust_domain.control(), 3600).signed_by(&key, issuing).unwrap();
+        let chain = vec![own.der().clone(), issuing.der().clone(), root.der().clone()];
+        X509Svid::parse(chain, key.serialize_der()).unwrap()
     }
 
     fn sign_token(&self, typ: &str, claims: &serde_json::Value) -> String {
@@ -401,10 +409,7 @@ impl Control {
             }
         };
         let address = listener.local_addr().unwrap();
-        let key = KeyPair::generate().unwrap();
-        let own = leaf(&self.trust_domain.control(), 3600).signed_by(&key, &self.issuing).unwrap();
-        let chain = vec![own.der().clone(), self.issuing.der().clone(), self.root.der().clone()];
-        let identity = TlsIdentity::new(X509Svid::parse(chain, key.serialize_der()).unwrap(), self.bundle());
+        let identity = TlsIdentity::new(self.own_svid(&self.root, &self.issuing), self.bundle());
         *self.tls.lock() = Some(identity.clone());
         let tls = tokio_rustls::TlsAcceptor::from(identity.server_config(ClientCertificate::Optional, &[b"h2"]));
         let routes = tonic::service::Routes::new(EnrolmentServer::new(Service(self.clone())))

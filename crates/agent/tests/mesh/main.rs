@@ -530,6 +530,7 @@ async fn what_rests_on_a_tainted_root_is_replaced_at_once_and_the_token_of_a_roo
     let mut kept: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     kept["bundle"].as_array_mut().unwrap().remove(0);
     fs::write(&path, kept.to_string()).unwrap();
+    until("its stream is gone", || ground.control.stream_count() == 0).await;
     let agent = start(ground.config(Some(token), Vec::new())).await.unwrap();
     until("it follows", || ground.control.stream_count() == 1).await;
     assert_eq!(ground.control.shown.lock().len(), 1, "it joined once");
