@@ -1,6 +1,6 @@
 """Measures Countersign beside its peers, interleaved in one run, and writes bench/results/.
 
-    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,contract,gate,fanout,append,verify,failover]
+    bench/run.py [--pairs N] [--seconds S] [--only pair,law,policies,connections,start,decide,contract,token,gate,fanout,append,verify,failover]
 
 The pair: load generator -> sidecar -> HTTP/2 over mutual TLS -> sidecar -> nginx with a 1 KB answer. Both proxies of a pair
 share core 0; load generator and backend share core 1. Everything listens on loopback and every load ends by itself.
@@ -549,6 +549,10 @@ def bench_contract(*_):
     return cargo_bench("contract")
 
 
+def bench_token(*_):
+    return cargo_bench("token")
+
+
 def bench_gate(*_):
     return cargo_bench("gate")
 
@@ -577,6 +581,7 @@ PARTS = {
     "start": bench_start,
     "decide": bench_decide,
     "contract": bench_contract,
+    "token": bench_token,
     "gate": bench_gate,
     "fanout": bench_fanout,
     "append": bench_append,

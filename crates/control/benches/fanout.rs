@@ -1,6 +1,6 @@
 //! From `apply` to the last proxy enforcing, with 100 and with 1 000 agents on mutual TLS streams in this one process, at
 //! rest and while instances come and go; and with 1 000 that follow two control planes on one PostgreSQL database, half of them each,
-//! where the change is asked for at one of the two; and from `identity revoke` to the last proxy having said that it enforces it.
+//! where the change is asked for at one of the two; and from a signal (a certificate or tokens revoked, a risk) to the last proxy having said that it enforces it.
 //! Prints one JSON object on its last line.
 //!
 //! The agents of eight services do all the work of an agent and its proxy: verify, fold, compute the view, compile the law.
@@ -16,7 +16,10 @@ use std::{
 };
 
 use countersign_api::{
-    local::{IdentityFilter, IdentityView, KeyPlace, RevokeAs, Revoked, Shown, SignalWaited, Waited},
+    local::{
+        IdentityFilter, IdentityView, KeyPlace, RevokeAs, RevokeTokensAs, Revoked, SendSignalAs, Shown, SignalSent,
+        SignalWaited, TokensRevoked, Waited,
+    },
     mesh::{self, follow_event::Event, follow_request::Message as Said},
 };
 use countersign_control::{ControlConfig, start, store::postgres::PostgresUrl};
@@ -26,6 +29,11 @@ use countersign_core::{
     identity::ServiceName,
     ledger::{Batch, Follower, Snapshot},
     policy::{Law, Library},
+    signal::{
+        SignalSeq, TokensMeant,
+        statement::{Kind, Subject},
+    },
+    token::TokenId,
     view::{Local, View, view},
 };
 use countersign_testkit::postgres::Server;
@@ -41,7 +49,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 const WORKING_SERVICES: usize = 8;
 const INSTANCES: usize = 2;
 const CHANGES: u64 = 100;
-const REVOCATIONS: usize = 100;
+const SIGNALS: usize = 100;
 /// How many of those that come and go are there at a time.
 const COME_AND_GO_AT_ONCE: usize = 20;
 
@@ -147,8 +155,8 @@ async fn follow(mut stream: Stream, service: usize, instance: String, tell: mpsc
 async fn revoke(plane: &Plane) -> Vec<f64> {
     let mut agent = plane.agent("taken").await;
     let of_host = IdentityFilter { host: Some(name("taken")), ..IdentityFilter::default() };
-    let mut took_ms = Vec::with_capacity(REVOCATIONS);
-    for number in 0..REVOCATIONS {
+    let mut took_ms = Vec::with_capacity(SIGNALS);
+    for number in 0..SIGNALS {
         agent.issue(&format!("s0/r{number}")).await.unwrap();
         let issued: Vec<IdentityView> = plane.get("/v1/identities?host=taken").await;
         let instance = format!("s0/r{number}");
@@ -158,12 +166,48 @@ async fn revoke(plane: &Plane) -> Vec<f64> {
         let asked = RevokeAs { identities, reason: "measured".into(), shown: Shown::default() };
         let began = Instant::now();
         let revoked: Revoked = plane.post("/v1/identities/revoke", &asked).await.unwrap();
-        let waited: SignalWaited = plane.get(&format!("/v1/signals/{}/wait?timeout_ms=10000", revoked.signal.0)).await;
-        assert!(waited.enforced, "{waited:?}");
-        took_ms.push(began.elapsed().as_secs_f64() * 1e3);
+        took_ms.push(heeded(plane, revoked.signal, began).await);
     }
-    took_ms.sort_by(f64::total_cmp);
     took_ms
+}
+
+/// The same of access tokens.
+async fn revoke_tokens(plane: &Plane) -> Vec<f64> {
+    let mut took_ms = Vec::with_capacity(SIGNALS);
+    for number in 0..SIGNALS {
+        let meant = TokensMeant::Id(TokenId::new(number as u64, [7; 10]));
+        let asked = RevokeTokensAs { meant, reason: "measured".into(), shown: Shown::default() };
+        let began = Instant::now();
+        let revoked: TokensRevoked = plane.post("/v1/tokens/revoke", &asked).await.unwrap();
+        took_ms.push(heeded(plane, revoked.signal, began).await);
+    }
+    took_ms
+}
+
+/// The same of what is said of a workload's risk.
+async fn warn(plane: &Plane) -> Vec<f64> {
+    let mut took_ms = Vec::with_capacity(SIGNALS);
+    for number in 0..SIGNALS {
+        let asked = SendSignalAs {
+            subject: Subject::Workload(service_name(0)),
+            kind: Kind::Risk,
+            value: number.to_string(),
+            half_life_ms: None,
+            lifetime_ms: 60_000,
+            reason: "measured".into(),
+            shown: Shown::default(),
+        };
+        let began = Instant::now();
+        let sent: SignalSent = plane.post("/v1/signals", &asked).await.unwrap();
+        took_ms.push(heeded(plane, sent.signal, began).await);
+    }
+    took_ms
+}
+
+async fn heeded(plane: &Plane, signal: SignalSeq, since: Instant) -> f64 {
+    let waited: SignalWaited = plane.get(&format!("/v1/signals/{}/wait?timeout_ms=10000", signal.0)).await;
+    assert!(waited.enforced, "{waited:?}");
+    since.elapsed().as_secs_f64() * 1e3
 }
 
 /// A host whose instances come and go, ten a second each way; they enforce what they are told as the others do.
@@ -210,8 +254,10 @@ fn cpu() -> f64 {
     (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0 // USER_HZ is 100 on Linux
 }
 
-fn at(sorted: &[f64], share: f64) -> f64 {
-    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
+fn quantiles(mut values: Vec<f64>) -> serde_json::Value {
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
+    json!({ "p50": at(0.5), "p99": at(0.99) })
 }
 
 /// Where the agents are.
@@ -276,7 +322,9 @@ async fn measure(agents: usize, churning: bool, at_planes: &Planes) -> serde_jso
     while plane.status().await.services.iter().map(|service| service.instances.len()).sum::<usize>() < agents {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let revoked_ms = revoke(&plane).await;
+    let revoked = quantiles(revoke(&plane).await);
+    let tokens_revoked = quantiles(revoke_tokens(&plane).await);
+    let warned = quantiles(warn(&plane).await);
     if churning {
         simulated.spawn(come_and_go(plane.clone(), services));
     }
@@ -311,12 +359,12 @@ async fn measure(agents: usize, churning: bool, at_planes: &Planes) -> serde_jso
     for plane in planes {
         Arc::into_inner(plane).expect("nobody simulated is left").control.stop().await;
     }
-    last_affected_ms.sort_by(f64::total_cmp);
-    everyone_ms.sort_by(f64::total_cmp);
     json!({
-        "last_affected_enforces_ms": { "p50": at(&last_affected_ms, 0.5), "p99": at(&last_affected_ms, 0.99) },
-        "everyone_acknowledged_ms": { "p50": at(&everyone_ms, 0.5), "p99": at(&everyone_ms, 0.99) },
-        "revocation_heeded_by_everyone_ms": { "p50": at(&revoked_ms, 0.5), "p99": at(&revoked_ms, 0.99) },
+        "last_affected_enforces_ms": quantiles(last_affected_ms),
+        "everyone_acknowledged_ms": quantiles(everyone_ms),
+        "revocation_heeded_by_everyone_ms": revoked,
+        "token_revocation_heeded_by_everyone_ms": tokens_revoked,
+        "risk_heeded_by_everyone_ms": warned,
         "simulator_and_control_cores_busy": busy,
     })
 }

@@ -10,9 +10,12 @@
 //!
 //! Prints a table, and one JSON object on its last line.
 
+mod support;
+
 use std::{collections::BTreeMap, hint::black_box, time::Instant};
 
 use countersign_core::contract::{Contract, Matcher, Syntax, read_openapi};
+use support::measure;
 
 const TOTALS: [usize; 2] = [10, 1_000];
 const CASES: [(&str, &str, bool); 4] = [
@@ -21,8 +24,6 @@ const CASES: [(&str, &str, bool); 4] = [
     ("back", "/accounts/latest/resources-3/17", true),
     ("unknown", "/accounts/4242/nothing/17", false),
 ];
-const ROUNDS: usize = 31;
-const ROUND_NS: u128 = 5_000_000;
 
 fn main() {
     let mut results: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
@@ -63,20 +64,4 @@ fn document(total: usize) -> String {
 
 fn read(document: &str) -> Contract {
     read_openapi(document, Syntax::Yaml).unwrap_or_else(|mistakes| panic!("{mistakes:?}"))
-}
-
-/// The median over rounds of the mean of one round.
-fn measure(act: impl Fn()) -> f64 {
-    let run = |count: usize| {
-        let begun = Instant::now();
-        (0..count).for_each(|_| act());
-        begun.elapsed().as_nanos()
-    };
-    let mut count = 1;
-    while run(count) < ROUND_NS {
-        count *= 2;
-    }
-    let mut rounds: Vec<f64> = (0..ROUNDS).map(|_| run(count) as f64 / count as f64).collect();
-    rounds.sort_by(f64::total_cmp);
-    rounds[ROUNDS / 2]
 }

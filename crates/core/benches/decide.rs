@@ -11,6 +11,8 @@
 //!
 //! Prints a table, and one JSON object on its last line.
 
+mod support;
+
 use std::{collections::BTreeMap, hint::black_box, process::Command, sync::Arc, time::Instant};
 
 use countersign_core::{
@@ -21,12 +23,11 @@ use countersign_core::{
     service::{Protocol, ServiceSpec},
     view::{View, ViewPolicy},
 };
+use support::measure;
 
 const TOTALS: [usize; 4] = [10, 100, 1_000, 10_000];
 const CANDIDATES: usize = 10;
 const CASES: [&str; 5] = ["remembered", "remembered_scope", "cold", "cold_kept", "all_candidates"];
-const ROUNDS: usize = 31;
-const ROUND_NS: u128 = 5_000_000;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -41,7 +42,11 @@ fn main() {
     println!("{:>18} {:>8} {:>14} {:>14}", "case", "policies", "ns", "instructions");
     for case in CASES {
         for total in TOTALS {
-            let nanoseconds = measure(decider(case, total));
+            let (mut decide, mut done) = (decider(case, total), 0);
+            let nanoseconds = measure(|| {
+                decide(done);
+                done += 1;
+            });
             let instructions = instructions(case, total);
             let shown = instructions.map_or("-".to_owned(), |count| format!("{count:.0}"));
             println!("{case:>18} {total:>8} {nanoseconds:>14.0} {shown:>14}");
@@ -185,26 +190,6 @@ fn view(total: usize, policy: &dyn Fn(usize) -> String) -> View {
 
 fn compiled(view: &View) -> Law {
     Law::compile(view).unwrap_or_else(|errors| panic!("{errors:?}"))
-}
-
-/// The median over rounds of the mean of one round.
-fn measure(mut decide: Box<dyn FnMut(usize)>) -> f64 {
-    let mut done = 0;
-    let mut run = |count: usize| {
-        let begun = Instant::now();
-        for n in done..done + count {
-            decide(n);
-        }
-        done += count;
-        begun.elapsed().as_nanos()
-    };
-    let mut count = 1;
-    while run(count) < ROUND_NS {
-        count *= 2;
-    }
-    let mut rounds: Vec<f64> = (0..ROUNDS).map(|_| run(count) as f64 / count as f64).collect();
-    rounds.sort_by(f64::total_cmp);
-    rounds[ROUNDS / 2]
 }
 
 /// Instructions of one decision, counted by valgrind: the difference between two runs of this program.
