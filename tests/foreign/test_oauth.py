@@ -45,6 +45,7 @@ class TokenService:
         shutil.copy(shop, payments)
         digest = hashlib.sha256(shop.read_bytes()).hexdigest()
         self.programs = {"shop": shop, "payments": payments}
+        self.alive = {}
         text = 'trust_domain = "foreign.example"\n[services.bank]\nport = 9\n'
         for service, upstream in (("shop", "payments"), ("payments", "bank")):
             selectors = [f"unix:uid:{os.getuid()}", f"unix:path:{self.programs[service]}", f"unix:sha256:{digest}"]
@@ -70,9 +71,17 @@ class TokenService:
         """Its id and a JWT-SVID for the issuer; the X.509-SVID lies in a directory of its name."""
         environment = {**os.environ, "SPIFFE_ENDPOINT_SOCKET": self.run["workload_api"], "PYTHONPATH": os.pathsep.join(sys.path)}
         words = [self.programs[service], HERE / "clients/svid.py", self.directory / f"{service}.svid", self.issuer]
-        asked = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
-        assert asked.returncode == 0, asked.stderr
-        return json.loads(asked.stdout)
+        piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.alive[service] = subprocess.Popen(words, env=environment, stderr=self.log, **piped)
+        said = self.alive[service].stdout.readline()
+        assert said, (self.directory / "up.log").read_text()
+        return json.loads(said)
+
+    def end(self, service):
+        """The process that its SVIDs were issued to is gone."""
+        process = self.alive.pop(service)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
 
     def curl(self, path, *form, service=None, headers=()):
         words = ["curl", "-sS", "--cacert", self.ca, "-w", "\n%{http_code}", self.issuer + path]
@@ -92,6 +101,8 @@ class TokenService:
         return json.loads(said.stdout)
 
     def stop(self):
+        for service in list(self.alive):
+            self.end(service)
         self.process.send_signal(signal.SIGINT)
         self.process.wait(30)
 
@@ -145,7 +156,8 @@ def test_libraries_that_we_did_not_write_get_use_exchange_and_revoke_tokens_that
 
 
 def test_curl_gets_a_token_bound_to_the_certificate_that_it_shows_and_operators_see_and_revoke_it(service):
-    service.svid("shop") if not (service.directory / "shop.svid").exists() else None
+    if "shop" not in service.alive:
+        service.svid("shop")
     status, metadata = service.curl("/.well-known/oauth-authorization-server")
     assert status == 200 and metadata["tls_client_certificate_bound_access_tokens"] is True
     ask = ("grant_type=client_credentials", f"client_id={SHOP}", "audience=payments", "scope=http:GET")
@@ -163,3 +175,15 @@ def test_curl_gets_a_token_bound_to_the_certificate_that_it_shows_and_operators_
     assert service.curl("/introspect", f"client_id={SHOP}", shown, service="shop") == (200, {"active": False})
     # Nobody on the mesh hop takes it either: it names another issuer than sidecars believe.
     assert seen["iss"] == service.issuer != "https://foreign.example"
+
+    # What was copied from the process is worth nothing once the process is gone.
+    service.end("shop")
+    for _ in range(100):
+        try:
+            refused = service.curl("/token", *ask, service="shop")[0] == 401
+        except subprocess.CalledProcessError:
+            refused = True  # in the handshake
+        if refused:
+            break
+        time.sleep(0.1)
+    assert refused

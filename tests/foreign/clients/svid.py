@@ -1,4 +1,5 @@
-"""A process that has its SVIDs from the socket of the Workload API, with PyPI's `spiffe`, and writes them down for other programs.
+"""A process that has its SVIDs from the socket of the Workload API, with PyPI's `spiffe`, and writes them down for other programs. It
+stays until its standard input ends: they are worth nothing once it is gone.
 
 svid.py DIRECTORY AUDIENCE
 """
@@ -21,4 +22,5 @@ key = svid.private_key.private_bytes(
     serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
 )
 (directory / "svid.key").write_bytes(key)
-print(json.dumps({"id": str(svid.spiffe_id), "jwt": token.token}))
+print(json.dumps({"id": str(svid.spiffe_id), "jwt": token.token}), flush=True)
+sys.stdin.read()
