@@ -56,7 +56,7 @@ use crate::{
 
 /// How long an agent that stops waits until what it has to say of its instances is said, and how long that is then on its way.
 const HEARD_WITHIN: Duration = Duration::from_millis(500);
-const ON_ITS_WAY: Duration = Duration::from_millis(20);
+const ON_ITS_WAY: Duration = Duration::from_millis(100);
 
 pub mod artifact;
 pub mod harden;

@@ -808,9 +808,12 @@ async fn stopping_ends_everything_and_says_so() {
     agent.stop(Duration::from_millis(500)).await;
     assert_eq!(pids.iter().filter(|pid| lives(**pid)).count(), 0);
     assert_eq!(ground.words_of("web", "drain"), ["500"]);
-    let is_end = |message: &&Message| matches!(message, Message::Down(down) if down.ended);
-    let ended = || ground.control.said.lock().iter().filter(is_end).count();
-    until("control knows", || ended() == 2).await;
+    let left = |message: &Message| match message {
+        Message::Down(down) => Some(down.instance.clone()),
+        _ => None,
+    };
+    let gone = || ground.control.said.lock().iter().filter_map(left).collect::<BTreeSet<_>>().len();
+    until("control knows", || gone() == 2).await;
     assert!(!ground.data_dir().join("agent.sock").exists());
 }
 
