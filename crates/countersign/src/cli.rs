@@ -220,15 +220,9 @@ pub enum HostVerb {
     Evict {
         /// Its name
         host: ServiceName,
-        /// Why: the audit trail and the log keep it
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        /// How long to wait until every proxy goes by it
-        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
-        timeout: Duration,
-        /// Who asks.
+        /// Why, and who asks.
         #[command(flatten)]
-        asker: operator::Asker,
+        because: signal::Because,
     },
 }
 
@@ -468,27 +462,25 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         }
         Command::Host(HostVerb::List) => ask(host::list(&place(&global)?, output)),
         Command::Host(HostVerb::Show { host }) => ask(host::show(&place(&global)?, &host, output)),
-        Command::Host(HostVerb::Evict { host, reason, timeout, asker }) => {
-            ask(host::evict(&place(&global)?, host, reason, timeout, &asker, output))
-        }
+        Command::Host(HostVerb::Evict { host, because }) => ask(host::evict(&place(&global)?, host, because, output)),
         Command::Workload(WorkloadVerb::List) => ask(workloads::list(&here(&global)?, output)),
         Command::Identity(IdentityVerb::List { which }) => ask(identity::list(&place(&global)?, which, output)),
         Command::Identity(IdentityVerb::Show { serial }) => ask(identity::show(&place(&global)?, serial, output)),
-        Command::Identity(IdentityVerb::Revoke { which, reason, timeout, asker }) => {
-            ask(identity::revoke(&place(&global)?, which, reason, timeout, &asker, output))
+        Command::Identity(IdentityVerb::Revoke { which, because }) => {
+            ask(identity::revoke(&place(&global)?, which, because, output))
         }
         Command::Token(TokenVerb::List { which, asker }) => ask(token::list(&place(&global)?, which, &asker, output)),
         Command::Token(TokenVerb::Show { id, asker }) => ask(token::show(&place(&global)?, id, &asker, output)),
         Command::Token(TokenVerb::Inspect { asker }) => ask(token::inspect(&place(&global)?, &asker, output)),
-        Command::Token(TokenVerb::Revoke { meant, reason, timeout, asker }) => {
-            ask(token::revoke(&place(&global)?, meant, reason, timeout, &asker, output))
+        Command::Token(TokenVerb::Revoke { meant, because }) => {
+            ask(token::revoke(&place(&global)?, meant, because, output))
         }
         Command::Signal(SignalVerb::Send(said)) => ask(signal::send(&place(&global)?, said, output)),
         Command::Signal(SignalVerb::List { subject, kind, asker }) => {
             ask(signal::list(&place(&global)?, subject, kind, &asker, output))
         }
-        Command::Signal(SignalVerb::Clear { subject, kind, source, reason, timeout, asker }) => {
-            ask(signal::clear(&place(&global)?, subject, kind, source, reason, timeout, &asker, output))
+        Command::Signal(SignalVerb::Clear { subject, kind, source, because }) => {
+            ask(signal::clear(&place(&global)?, subject, kind, source, because, output))
         }
         Command::Signal(SignalVerb::Wait { signal, timeout }) => {
             ask(signal::wait_for(&place(&global)?, signal, timeout, output))

@@ -1,8 +1,6 @@
 //! `host invite`: a join token for one more host. `host list` and `host show`: those that are there, and what each may run and runs.
 //! `host evict`: one that is part of the mesh no longer.
 
-use std::time::Duration;
-
 use countersign_api::local::{
     EvictAs, Evicted, HostView, IdentityView, InstanceView, Invitation, Invite, InviteAs, Status,
 };
@@ -15,7 +13,8 @@ use crate::{
     operator::Asker,
     render::{self, Output, cell, verdict},
     sign::{self, Pinned},
-    signal, status,
+    signal::{self, Because},
+    status,
 };
 
 /// Asks for a token and prints the command that uses it. The token is a secret and is shown this once.
@@ -98,14 +97,8 @@ pub async fn show(place: &Place, name: &ServiceName, output: Output) -> Done {
 }
 
 /// Puts a host out.
-pub async fn evict(
-    place: &Place,
-    host: ServiceName,
-    reason: String,
-    timeout: Duration,
-    asker: &Asker,
-    output: Output,
-) -> Done {
+pub async fn evict(place: &Place, host: ServiceName, because: Because, output: Output) -> Done {
+    let Because { reason, timeout, asker } = because;
     let control = Client::control(place);
     let asked = EvictAs { host, reason, shown: asker.shown() };
     let evicted: Evicted = control.post("/v1/hosts/evict", &asked).await?;

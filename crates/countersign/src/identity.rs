@@ -1,8 +1,6 @@
 //! `identity list`, `show`: the X.509-SVIDs that were issued and have not expired. `identity revoke`: from now on nobody believes
 //! them, and what rests on them is cut.
 
-use std::time::Duration;
-
 use clap::{Args, Subcommand};
 
 use countersign_api::local::{IdentityFilter, IdentityView, RevokeAs, Revoked};
@@ -13,13 +11,11 @@ use countersign_core::{
 };
 
 use crate::{
-    cli::span,
     client::{Client, query},
     error::{Done, Failure},
     mesh_finder::Place,
-    operator::Asker,
     render::{self, Output, Paint, cell},
-    signal,
+    signal::{self, Because},
 };
 
 /// What can be done with identities.
@@ -45,15 +41,9 @@ pub enum IdentityVerb {
         /// Which ones.
         #[command(flatten)]
         which: Which,
-        /// Why, for whoever reads of it later
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        /// How long to wait until every connected proxy enforces it
-        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
-        timeout: Duration,
-        /// Who asks.
+        /// Why, and who asks.
         #[command(flatten)]
-        asker: Asker,
+        because: Because,
     },
 }
 
@@ -130,14 +120,8 @@ pub async fn show(place: &Place, serial: Serial, output: Output) -> Done {
 }
 
 /// Revokes some, and waits until every connected proxy enforces it.
-pub async fn revoke(
-    place: &Place,
-    which: Which,
-    reason: String,
-    timeout: Duration,
-    asker: &Asker,
-    output: Output,
-) -> Done {
+pub async fn revoke(place: &Place, which: Which, because: Because, output: Output) -> Done {
+    let Because { reason, timeout, asker } = because;
     let control = Client::control(place);
     let asked = RevokeAs { identities: which.filter(), reason, shown: asker.shown() };
     let revoked: Revoked = control.post("/v1/identities/revoke", &asked).await?;

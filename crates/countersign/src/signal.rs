@@ -55,15 +55,9 @@ pub enum SignalVerb {
         /// Only what this source says, as `signal list` names it [default: whoever says it]
         #[arg(long, value_name = "SOURCE", value_parser = Source::parse)]
         source: Option<Source>,
-        /// Why, for whoever reads of it later
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        /// How long to wait until every connected proxy enforces it
-        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
-        timeout: Duration,
-        /// Who asks.
+        /// Why, and who asks.
         #[command(flatten)]
-        asker: Asker,
+        because: Because,
     },
     /// Wait until every connected proxy enforces all signals up to a number
     Wait {
@@ -73,6 +67,20 @@ pub enum SignalVerb {
         #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
         timeout: Duration,
     },
+}
+
+/// Why something is asked for that every proxy is to enforce, and by whom.
+#[derive(Debug, Clone, Args)]
+pub struct Because {
+    /// Why, for whoever reads of it later
+    #[arg(long, value_name = "TEXT")]
+    pub reason: String,
+    /// How long to wait until every connected proxy enforces it
+    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
+    pub timeout: Duration,
+    /// Who asks.
+    #[command(flatten)]
+    pub asker: Asker,
 }
 
 /// What is said.
@@ -94,15 +102,9 @@ pub struct Send {
     /// For how long it is said
     #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = span)]
     ttl: Duration,
-    /// Why, for whoever reads of it later
-    #[arg(long, value_name = "TEXT")]
-    reason: String,
-    /// How long to wait until every connected proxy enforces it
-    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
-    timeout: Duration,
-    /// Who asks.
+    /// Why, and who asks.
     #[command(flatten)]
-    asker: Asker,
+    because: Because,
 }
 
 /// Who is contained, or let go.
@@ -110,15 +112,9 @@ pub struct Send {
 pub struct Contained {
     /// Whom: `workload:web`, `instance:web/1-6a30a4de`, `host:vm`
     subject: Subject,
-    /// Why, for whoever reads of it later
-    #[arg(long, value_name = "TEXT")]
-    reason: String,
-    /// How long to wait until every connected proxy enforces it
-    #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
-    timeout: Duration,
-    /// Who asks.
+    /// Why, and who asks.
     #[command(flatten)]
-    asker: Asker,
+    because: Because,
 }
 
 /// What can be asked about risk.
@@ -142,7 +138,7 @@ pub enum RiskVerb {
 
 /// Says something.
 pub async fn send(place: &Place, said: Send, output: Output) -> Done {
-    let Send { subject, kind, value, half_life, ttl, reason, timeout, asker } = said;
+    let Send { subject, kind, value, half_life, ttl, because: Because { reason, timeout, asker } } = said;
     let half_life_ms = half_life.map(|span| span.as_millis() as u64);
     let (lifetime_ms, shown) = (ttl.as_millis() as u64, asker.shown());
     let asked = SendSignalAs { subject, kind, value, half_life_ms, lifetime_ms, reason, shown };
@@ -152,17 +148,15 @@ pub async fn send(place: &Place, said: Send, output: Output) -> Done {
 }
 
 /// Takes something back.
-#[allow(clippy::too_many_arguments, reason = "each is one flag of the command")]
 pub async fn clear(
     place: &Place,
     subject: Subject,
     kind: Kind,
     source: Option<Source>,
-    reason: String,
-    timeout: Duration,
-    asker: &Asker,
+    because: Because,
     output: Output,
 ) -> Done {
+    let Because { reason, timeout, asker } = because;
     let control = Client::control(place);
     let asked = ClearSignalsAs { subject, kind, source, reason, shown: asker.shown() };
     let sent: SignalSent = control.post("/v1/signals/clear", &asked).await?;
@@ -171,15 +165,15 @@ pub async fn clear(
 
 /// Keeps somebody from everybody, for `ttl` or until they are released.
 pub async fn contain(place: &Place, whom: Contained, ttl: Duration, output: Output) -> Done {
-    let Contained { subject, reason, timeout, asker } = whom;
+    let Contained { subject, because } = whom;
     let (kind, value) = (Kind::Containment, "contained".to_owned());
-    send(place, Send { subject, kind, value, half_life: None, ttl, reason, timeout, asker }, output).await
+    send(place, Send { subject, kind, value, half_life: None, ttl, because }, output).await
 }
 
 /// Lets them go again, whoever contained them.
 pub async fn release(place: &Place, whom: Contained, output: Output) -> Done {
-    let Contained { subject, reason, timeout, asker } = whom;
-    clear(place, subject, Kind::Containment, None, reason, timeout, &asker, output).await
+    let Contained { subject, because } = whom;
+    clear(place, subject, Kind::Containment, None, because, output).await
 }
 
 async fn tell(control: &Client, sent: &SignalSent, done: &str, timeout: Duration, output: Output) -> Done {

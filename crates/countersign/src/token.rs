@@ -1,7 +1,7 @@
 //! `token list`, `show`: the access tokens that were issued and have not expired; the tokens themselves are nowhere. `token inspect`:
 //! what one says, and whether it would be believed. `token revoke`: from now on nobody believes them, and what was permitted with one is cut.
 
-use std::{io::Read as _, time::Duration};
+use std::io::Read as _;
 
 use clap::{ArgGroup, Args, Subcommand};
 
@@ -14,13 +14,12 @@ use countersign_core::{
 };
 
 use crate::{
-    cli::span,
     client::{Client, query},
     error::{Done, Failure},
     mesh_finder::Place,
     operator::Asker,
     render::{self, Output, Paint, cell},
-    signal,
+    signal::{self, Because},
 };
 
 /// Bytes of standard input that may be a token: more than any has.
@@ -62,15 +61,9 @@ pub enum TokenVerb {
         /// Which ones.
         #[command(flatten)]
         meant: Meant,
-        /// Why, for whoever reads of it later
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        /// How long to wait until every connected proxy enforces it
-        #[arg(long, value_name = "SPAN", default_value = "10s", value_parser = span)]
-        timeout: Duration,
-        /// Who asks.
+        /// Why, and who asks.
         #[command(flatten)]
-        asker: Asker,
+        because: Because,
     },
 }
 
@@ -220,14 +213,8 @@ fn explain(found: &TokenInspected, paint: Paint) -> String {
 }
 
 /// Revokes some, and waits until every connected proxy enforces it.
-pub async fn revoke(
-    place: &Place,
-    meant: Meant,
-    reason: String,
-    timeout: Duration,
-    asker: &Asker,
-    output: Output,
-) -> Done {
+pub async fn revoke(place: &Place, meant: Meant, because: Because, output: Output) -> Done {
+    let Because { reason, timeout, asker } = because;
     let control = Client::control(place);
     let asked = RevokeTokensAs { meant: meant.meant(), reason, shown: asker.shown() };
     let revoked: TokensRevoked = control.post("/v1/tokens/revoke", &asked).await?;
