@@ -10,11 +10,7 @@ use std::{
 };
 
 use axum::Router;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto::Builder,
-    service::TowerToHyperService,
-};
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use parking_lot::{Mutex, RwLock};
 use rcgen::SanType;
 use rustls::{
@@ -37,14 +33,15 @@ use crate::{
     Plane,
     agents::Proven,
     authority::{Authority, AuthorityError},
-    site::guard::network_of,
+    site::{
+        guard::network_of,
+        serve::{HEAD_WITHIN, bounded},
+    },
 };
 
 /// Connections that are open at the same time, and those of one address.
 const CONNECTIONS_MAX: usize = 512;
 const OF_ONE_ADDRESS_MAX: usize = 256;
-/// How long a handshake, and the head of a request, may take.
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// How long a connection lasts at most.
 const CONNECTION_WITHIN: Duration = Duration::from_secs(5 * 60);
 /// Longest head of a request, in bytes.
@@ -239,17 +236,8 @@ async fn connection(
         request.extensions_mut().insert(connected.clone());
         request
     });
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(HEAD_BYTES_MAX);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS_MAX)
-        .max_header_list_size(HEAD_BYTES_MAX as u32)
-        .max_pending_accept_reset_streams(20)
-        .keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20));
-    let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    let http = bounded(HEAD_BYTES_MAX, STREAMS_MAX);
+    let serving = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     // A stranger's broken connection is nobody's business.
     let _ = timeout(CONNECTION_WITHIN, serving).await;
 }

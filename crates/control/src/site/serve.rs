@@ -28,7 +28,7 @@ use super::place::{SiteError, TlsFiles};
 /// Connections that are open at the same time.
 const CONNECTIONS_MAX: usize = 512;
 /// How long a handshake, and the head of a request, may take.
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
+pub(crate) const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// Requests at once on one HTTP/2 connection.
 const STREAMS_MAX: u32 = 64;
 /// Longest head of a request, in bytes.
@@ -126,21 +126,28 @@ async fn connection(
     }
 }
 
+/// HTTP with a stranger: heads of at most `head_bytes`, which come in time, and so many requests at once on one connection.
+pub(crate) fn bounded(head_bytes: usize, streams: u32) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(head_bytes);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(streams)
+        .max_header_list_size(u32::try_from(head_bytes).unwrap_or(u32::MAX))
+        .max_pending_accept_reset_streams(20)
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20));
+    builder
+}
+
 async fn speak(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, from: From, router: Router) {
     let service = router.map_request(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(from);
         request
     });
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(HEAD_BYTES_MAX);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS_MAX)
-        .max_header_list_size(HEAD_BYTES_MAX as u32)
-        .max_pending_accept_reset_streams(20)
-        .keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20));
     // What a browser that leaves says about it concerns nobody.
-    let _ = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).await;
+    let _ = bounded(HEAD_BYTES_MAX, STREAMS_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
+        .await;
 }
