@@ -47,6 +47,8 @@ const ASKED_KIND: &str = "asked-act";
 const ASKED_LIFETIME_MS: u64 = 5 * 60 * 1000;
 const ASKED_MAX: u32 = 256;
 const CEREMONY_KIND: &str = "act-ceremony";
+/// Longest reason that somebody gives for an act, in characters.
+const REASON_CHARS_MAX: usize = 256;
 
 /// Who asks.
 #[derive(Debug, Clone, Copy)]
@@ -91,6 +93,15 @@ impl Asked {
         let session = self.session.as_deref().unwrap_or("socket");
         Digest::of(format!("{}\n{}\n{session}", self.operator, self.act.as_str()).as_bytes()).to_string()
     }
+}
+
+/// Whether a reason says something that people can read.
+pub(crate) fn is_a_reason(reason: &str) -> Result<(), Problem> {
+    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
+        let help = format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"laptop stolen\"`");
+        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
+    }
+    Ok(())
 }
 
 /// Lets an act pass, or says what the gate asks for. What `shown` holds is used up only where the gate asks for it.

@@ -34,7 +34,7 @@ pub(crate) struct Joined {
 /// Puts a host out, if the gate lets whoever asks.
 pub async fn evict(plane: &Plane, asked: EvictAs, by: By<'_>) -> Result<Evicted, Problem> {
     let EvictAs { host, reason, shown } = asked;
-    identities::is_a_reason(&reason)?;
+    acts::is_a_reason(&reason)?;
     let is_known = plane.publisher.hosts().iter().any(|known| known.host == host);
     if !is_known && of_host(plane, &host).await.map_err(|error| store_problem(&error))? == 0 {
         let help = "`countersign host list` shows those that are there";

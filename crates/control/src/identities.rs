@@ -30,8 +30,6 @@ use crate::{
 pub const REVOKED_MAX: u32 = 65_536;
 /// Identities that one question is answered with at most.
 pub const IDENTITIES_MAX: u32 = 10_000;
-/// Longest reason, in characters.
-const REASON_CHARS_MAX: usize = 256;
 /// How long instances that ended gather before what they were issued is revoked together.
 const GATHER: Duration = Duration::from_millis(5);
 /// When it is tried again after the store failed.
@@ -74,7 +72,7 @@ pub async fn revoke(plane: &Plane, asked: RevokeAs, by: By<'_>) -> Result<Revoke
             "say which: `--serial`, `--id`, `--instance`, `--host` or `--key`; `countersign identity list` shows them";
         return Err(problem(422, "nothing says which identities are meant", None, Some(help)));
     }
-    is_a_reason(&reason)?;
+    acts::is_a_reason(&reason)?;
     let stored = |error: StoreError| store_problem(&error);
     // Looked at before a factor is used up for nothing.
     if list(plane, identities.clone()).await.map_err(stored)?.is_empty() {
@@ -175,15 +173,6 @@ async fn retire(plane: &Plane, ended: &BTreeSet<(ServiceName, InstanceId)>) -> R
     tracing::info!(signal = signal.0, count, "identities of instances that ended were revoked");
     let names = issued.iter().take(NAMES_TOLD).map(|one| one.id.to_string()).collect();
     plane.tell(Event::Revoked { by: by.by, reason: by.reason, signal: signal.0, count, names });
-    Ok(())
-}
-
-/// Whether a reason says something that people can read.
-pub(crate) fn is_a_reason(reason: &str) -> Result<(), Problem> {
-    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
-        let help = format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"laptop stolen\"`");
-        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
-    }
     Ok(())
 }
 

@@ -32,8 +32,6 @@ pub const STATEMENTS_MAX: u32 = 16_384;
 /// The longest time for which something may be said.
 pub const LIFETIME_MS_MAX: u64 = 30 * 24 * 3_600_000;
 const LIFETIME_MS_MIN: u64 = 1_000;
-/// Longest reason, in characters.
-const REASON_CHARS_MAX: usize = 256;
 
 /// How long the mesh itself says something.
 const FINDING_LIFETIME_MS: u64 = 12 * 3_600_000;
@@ -131,7 +129,7 @@ pub fn risks(plane: &Plane, subject: Option<Subject>) -> Vec<RiskView> {
 /// Says something, if the gate lets whoever asks.
 pub async fn send(plane: &Plane, asked: SendSignalAs, by: By<'_>) -> Result<SignalSent, Problem> {
     let SendSignalAs { subject, kind, value, half_life_ms, lifetime_ms, reason, shown } = asked;
-    mistake_of_reason(&reason)?;
+    acts::is_a_reason(&reason)?;
     let said = Said::parse(kind, &value, half_life_ms).map_err(|error| problem(422, error.to_string(), None, None))?;
     if !kind.is_of(&subject) {
         let help = "posture and management are said of a host, containment of whatever is no operator";
@@ -152,7 +150,7 @@ pub async fn send(plane: &Plane, asked: SendSignalAs, by: By<'_>) -> Result<Sign
 /// Takes back what is said, if the gate lets whoever asks.
 pub async fn clear(plane: &Plane, asked: ClearSignalsAs, by: By<'_>) -> Result<SignalSent, Problem> {
     let ClearSignalsAs { subject, kind, source, reason, shown } = asked;
-    mistake_of_reason(&reason)?;
+    acts::is_a_reason(&reason)?;
     let now_ms = plane.clock.now_ms();
     let signals = plane.publisher.signals();
     let meant = signals.about(&subject).filter(|one| {
@@ -232,15 +230,6 @@ async fn put(
         plane.tell(Event::Stated { by, reason, signal: signal.0, subject, kind, value });
     }
     Ok(SignalSent { signal, statements: statements.len() as u32 })
-}
-
-fn mistake_of_reason(reason: &str) -> Result<(), Problem> {
-    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
-        let help =
-            format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"a scanner found …\"`");
-        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
-    }
-    Ok(())
 }
 
 /// Whoever is not there is nobody to say anything of: most likely the name is mistyped, and somebody would go on unwarned.

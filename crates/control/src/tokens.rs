@@ -54,8 +54,6 @@ pub const TOKENS_MAX: u32 = 10_000;
 const ON_ITS_WAY_MS: u64 = 30_000;
 /// Tokens that were told to be stolen and are remembered, so that each is told once.
 const THEFTS_MAX: usize = 1_024;
-/// Longest reason, in characters.
-const REASON_CHARS_MAX: usize = 256;
 
 /// What the tokens of each service are for, at one revision.
 #[derive(Default)]
@@ -295,10 +293,7 @@ fn as_json(part: &str) -> Value {
 /// Makes the tokens that are meant and were issued until now good for nothing, if the gate lets whoever asks.
 pub async fn revoke(plane: &Plane, asked: RevokeTokensAs, by: By<'_>) -> Result<TokensRevoked, Problem> {
     let RevokeTokensAs { meant, reason, shown } = asked;
-    if reason.is_empty() || reason.chars().count() > REASON_CHARS_MAX || reason.chars().any(char::is_control) {
-        let help = format!("say why in one line of 1 to {REASON_CHARS_MAX} characters: `--reason \"laptop stolen\"`");
-        return Err(problem(422, "the reason is no line of text", None, Some(&help)));
-    }
+    acts::is_a_reason(&reason)?;
     let opened = acts::pass(plane, Act::RevokeToken, by, &shown).await?;
     let actor = opened.operator.map_or_else(|| "local".to_owned(), |operator| operator.to_string());
     put_revocation(plane, meant, actor, reason).await.map_err(|error| store_problem(&error))
