@@ -184,7 +184,9 @@ impl Instance {
             };
             leave.send_replace(drain);
             stay.await;
-            host.acknowledgements.ended(&self.id, "nothing admits it any more");
+            if stop.borrow().is_none() {
+                host.acknowledgements.ended(&self.id, "nothing admits it any more");
+            }
         }
         self.status.send_modify(|status| (status.phase, status.settled) = (Phase::Stopped, true));
         host.acknowledgements.ended(&self.id, "it was stopped");

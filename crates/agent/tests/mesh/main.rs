@@ -808,12 +808,13 @@ async fn stopping_ends_everything_and_says_so() {
     agent.stop(Duration::from_millis(500)).await;
     assert_eq!(pids.iter().filter(|pid| lives(**pid)).count(), 0);
     assert_eq!(ground.words_of("web", "drain"), ["500"]);
-    let left = |message: &Message| match message {
-        Message::Down(down) => Some(down.instance.clone()),
+    let end = |message: &Message| match message {
+        Message::Down(down) if down.ended => Some(down.reason.clone()),
         _ => None,
     };
-    let gone = || ground.control.said.lock().iter().filter_map(left).collect::<BTreeSet<_>>().len();
-    until("control knows", || gone() == 2).await;
+    let ended = || ground.control.said.lock().iter().filter_map(end).collect::<Vec<_>>();
+    until("control knows", || ended().len() >= 2).await;
+    assert_eq!(ended(), ["it was stopped"; 2], "of each, once");
     assert!(!ground.data_dir().join("agent.sock").exists());
 }
 
